@@ -1,0 +1,105 @@
+"""The key/value cache: preallocated, one length per row, only accepted tokens inside.
+
+A decode step reads the cache in place and keeps its own tree's keys and values
+beside it (`layers.attend`); `commit` then writes the accepted path. So rejected
+nodes are never written, and slots at or beyond a row's length are never read.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from medusa_jax.config import ModelConfig
+from medusa_jax.shapes import typed
+
+# Keys and values of one block of tokens, layer by layer: two tuples of [B, K, T, C].
+Block = tuple[tuple[Array, ...], tuple[Array, ...]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens each row has accepted.
+
+    Layers are separate arrays, not one stacked array: slicing a layer out of a
+    stack copies it. Head-major slots make each head's keys one contiguous
+    matrix.
+
+    Attributes:
+      keys: per layer [B, K, S, C], rotated.
+      values: per layer [B, K, S, C].
+      length: valid slots of each row [B] int32.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of slots a row has."""
+        return self.keys[0].shape[2]
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache of `capacity` slots a row. Zeros, so that unread slots stay finite."""
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+    layers = range(config.num_layers)
+    return KVCache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        length=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def write_block(cache: KVCache, block: Block, start: int | Array) -> KVCache:
+    """Writes a block of T tokens at the same slots `start .. start + T` of every row.
+
+    Lengths are left as they are: rows shorter than the block hold padding
+    there, which the caller's lengths keep out of sight.
+    """
+
+    def write(slots: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=2)
+
+    keys, values = block
+    return dataclasses.replace(
+        cache,
+        keys=tuple(map(write, cache.keys, keys)),
+        values=tuple(map(write, cache.values, values)),
+    )
+
+
+@typed
+def commit(
+    cache: KVCache, block: Block, path: Int[Array, "B E"], count: Int[Array, " B"]
+) -> KVCache:
+    """Appends the first `count` nodes of each row's path to its cache.
+
+    All E cells are written, so that shapes stay static; those beyond `count`
+    land past the new length, where nothing is read and the next step writes.
+
+    Example: a row of length 7 whose path is nodes (0, 2, 5) with count 2 gets
+    node 0 in slot 7 and node 2 in slot 8 (node 5 in slot 9, unread); its length
+    becomes 9.
+
+    Args:
+      cache: every row needs E free slots past its length.
+      block: keys and values of the N nodes, per layer [B, K, N, C].
+      path: node in each cell of the accepted path [B, E].
+      count: nodes kept of it, 0 to E [B].
+    """
+
+    def append(slots: Float[Array, "K S C"], nodes: Array, cells: Array, start: Array) -> Array:
+        taken = jnp.take(nodes, cells, axis=1).astype(slots.dtype)
+        return jax.lax.dynamic_update_slice(slots, taken, (0, start, 0))
+
+    rows = jax.vmap(append)
+    keys, values = block
+    return KVCache(
+        keys=tuple(rows(old, new, path, cache.length) for old, new in zip(cache.keys, keys)),
+        values=tuple(rows(old, new, path, cache.length) for old, new in zip(cache.values, values)),
+        length=cache.length + count,
+    )

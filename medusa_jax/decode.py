@@ -1,0 +1,414 @@
+"""Medusa decoding on token ids: prefill a batch, then step it, on the device, until every row ends.
+
+    Decoder         what is compiled: model shape, tree, acceptance, capacity
+    State           what a step advances: cache, text so far, root, guesses
+    prefill         prompts -> State
+    step            State -> State and the tokens it accepted
+    generate        steps until all rows are done, in one device loop
+    stream          the same steps, yielding tokens as they are accepted
+    outputs         State -> one `Output` a row
+
+This module knows nothing about text or files. Plain autoregressive decoding is
+the same code with `Tree()`, the root alone. Letters: see `shapes.py`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from medusa_jax.acceptance import Acceptance, Context, Greedy
+from medusa_jax.backbone import Backbone, causal_mask
+from medusa_jax.cache import KVCache, commit, init_cache, write_block
+from medusa_jax.config import ModelConfig
+from medusa_jax.errors import InputError
+from medusa_jax.heads import HeadsConfig, MedusaHeads, top_guesses
+from medusa_jax.sampling import row_keys
+from medusa_jax.tree import Tree
+
+Params = dict[str, Any]  # {"backbone": ..., "heads": ...}
+
+RUNNING, STOP, LENGTH = 0, 1, 2
+FINISH_REASONS = ("running", "stop", "length")
+
+# Prompts longer than this are prefilled in blocks of it, which bounds the memory of attention.
+PREFILL_BLOCK = 512
+SMALLEST_BUCKET = 16
+SLOTS_MULTIPLE = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A batch in the middle of decoding. `step` donates it: keep no reference to an old one.
+
+    Attributes:
+      cache: keys and values of the tokens of `sequence` up to `cache.length`.
+      sequence: prompt, then text [B, S].
+      root: the next token, chosen but not yet in the cache [B].
+      guesses: the heads' best tokens after the root [B, M, R].
+      keys: one PRNG key a row [B].
+      prompt_length: tokens of the prompt [B].
+      limit: length of `sequence` at which a row ends [B].
+      stop_ids: tokens that end a row, kept as its last token [Q].
+      finish: RUNNING, STOP or LENGTH [B].
+      steps: steps taken while running [B].
+      tokens_per_step: tokens accepted in each, root included, before any cut at
+        a stop token or the limit [B, S].
+    """
+
+    cache: KVCache
+    sequence: Array
+    root: Array
+    guesses: Array
+    keys: Array
+    prompt_length: Array
+    limit: Array
+    stop_ids: Array
+    finish: Array
+    steps: Array
+    tokens_per_step: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What one step added: the first `count` of `tokens` [B, E], and `finish` after it [B]."""
+
+    tokens: Array
+    count: Array
+    finish: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One finished row.
+
+    Attributes:
+      prompt_ids, token_ids: the prompt and what follows it, up to and including
+        a stop token.
+      tokens_per_step: as the decoder made them, before the cut.
+      finish_reason: "stop" or "length".
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    tokens_per_step: list[int]
+    finish_reason: str
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per step, root included; plain decoding has 1."""
+        return sum(self.tokens_per_step) / max(len(self.tokens_per_step), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A decoding recipe. Hashable and static under `jax.jit`; parameters are passed in.
+
+    Attributes:
+      config: the backbone's shape.
+      heads: the heads' shape; None for a tree of the root alone.
+      tree: the guesses to verify in one pass.
+      acceptance: `Greedy()`, `Typical(...)`, `Lossless(...)` or your own.
+      capacity: most tokens a row may hold, prompt and text; default: the
+        model's context, at most 4096.
+      suppress: token ids that are never produced.
+
+    Raises:
+      InputError: the tree is deeper than the heads, or the capacity exceeds the
+        model's context.
+    """
+
+    config: ModelConfig
+    heads: HeadsConfig | None = None
+    tree: Tree = Tree()
+    acceptance: Acceptance = Greedy()
+    capacity: int = 0
+    suppress: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.capacity:
+            object.__setattr__(self, "capacity", min(self.config.context, 4096))
+        if self.capacity > self.config.context:
+            raise InputError(
+                f"capacity {self.capacity} exceeds the model's context of "
+                f"{self.config.context} tokens"
+            )
+        self.tree.check(self.heads.num_heads if self.heads else 0, self.config.vocab_size)
+
+    @property
+    def slots(self) -> int:
+        """S: capacity plus room for the unread tail of the last accepted path."""
+        return _round_up(self.capacity + self.tree.path_cells, SLOTS_MULTIPLE)
+
+    def prefill(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int],
+        stop_ids: Sequence[int] = (),
+        keys: Array | None = None,
+    ) -> State:
+        """Runs the prompts, padded to a common bucket, and chooses each row's first root.
+
+        Args:
+          prompts: token ids of each row, of any unequal lengths.
+          max_new_tokens: of all rows or of each; never a reason to recompile.
+          stop_ids: end-of-sequence and other tokens that end a row.
+          keys: one PRNG key a row (`sampling.row_keys`); default: seed 0, row number.
+
+        Raises:
+          InputError: an empty prompt, or a prompt and its new tokens beyond the
+            capacity; the message names the row.
+        """
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        for row, (length, new) in enumerate(zip(lengths, max_new_tokens, strict=True)):
+            self.check_fit(length, new, f"prompt {row}")
+        tokens = np.zeros((len(prompts), min(bucket(max(lengths)), self.slots)), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise InputError(
+                f"prompt token ids must lie in 0..{self.config.vocab_size - 1} "
+                f"(the model's vocabulary), got {tokens.min()}..{tokens.max()}"
+            )
+        if keys is None:
+            keys = row_keys(0, [(row, 0) for row in range(len(prompts))])
+        return self._prefill(
+            params,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths, jnp.int32),
+            jnp.asarray(np.add(lengths, max_new_tokens), jnp.int32),
+            jnp.asarray(list(stop_ids) or [-1], jnp.int32),
+            keys,
+        )
+
+    def check_fit(self, prompt_tokens: int, max_new_tokens: int, name: str = "the prompt") -> None:
+        """Raises InputError if a prompt is empty or does not fit with its new tokens."""
+        if not prompt_tokens:
+            raise InputError(f"{name} is empty: it needs at least one token")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if prompt_tokens + max_new_tokens > self.capacity:
+            limit = (
+                f"the model's context of {self.capacity} tokens"
+                if self.capacity == self.config.context
+                else f"the decoder's capacity of {self.capacity} tokens"
+            )
+            raise InputError(
+                f"{name} has {prompt_tokens} tokens and {max_new_tokens} new ones were asked for: "
+                f"{prompt_tokens + max_new_tokens} exceed {limit}"
+            )
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        limit: Int[Array, " B"],
+        stop_ids: Int[Array, " Q"],
+        keys: Array,
+    ) -> State:
+        batch, padded = tokens.shape
+        size = min(padded, PREFILL_BLOCK)
+        cache = init_cache(self.config, batch, self.slots, _dtype(params))
+        last_hidden = jnp.zeros((batch, self.config.hidden_size), _dtype(params))
+
+        def run(
+            cache: KVCache, last_hidden: Array, start: int | Array, past: KVCache | None
+        ) -> tuple[KVCache, Array]:
+            block_tokens = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+            positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+            hidden, block = self._backbone(
+                params, block_tokens, positions, causal_mask(size), past
+            )
+            # The block that holds a row's last token sets that row's hidden state.
+            index = lengths - 1 - start
+            inside = (index >= 0) & (index < size)
+            found = hidden[jnp.arange(batch), jnp.clip(index, 0, size - 1)]
+            return write_block(cache, block, start), jnp.where(inside[:, None], found, last_hidden)
+
+        cache, last_hidden = run(cache, last_hidden, 0, None)
+        if padded > size:
+            # The last block is moved back to end with the padding; what it overlaps is rewritten
+            # with the same values.
+            starts = jnp.minimum(jnp.arange(size, padded, size), padded - size)
+
+            def run_block(carry: tuple[KVCache, Array], start: Array) -> tuple[Any, None]:
+                cache, last_hidden = carry
+                past = dataclasses.replace(cache, length=jnp.full_like(lengths, start))
+                return run(cache, last_hidden, start, past), None
+
+            (cache, last_hidden), _ = jax.lax.scan(run_block, (cache, last_hidden), starts)
+
+        logits = self._logits(params, last_hidden)
+        return State(
+            cache=dataclasses.replace(cache, length=lengths),
+            sequence=jnp.zeros((batch, self.slots), jnp.int32).at[:, :padded].set(tokens),
+            root=self.acceptance.root(logits, Context(keys, lengths)),
+            guesses=self._guesses(params, last_hidden),
+            keys=keys,
+            prompt_length=lengths,
+            limit=limit,
+            stop_ids=stop_ids,
+            finish=jnp.full(batch, RUNNING, jnp.int32),
+            steps=jnp.zeros(batch, jnp.int32),
+            tokens_per_step=jnp.zeros((batch, self.slots), jnp.int32),
+        )
+
+    @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
+    def step(self, params: Params, state: State) -> tuple[State, Emitted]:
+        """Verifies one tree a row and appends the accepted path. Finished rows stay as they are."""
+        return self._step(params, state)
+
+    @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
+    def generate(self, params: Params, state: State) -> State:
+        """Steps until every row is finished, without returning to the host."""
+        return jax.lax.while_loop(
+            lambda state: (state.finish == RUNNING).any(),
+            lambda state: self._step(params, state)[0],
+            state,
+        )
+
+    def stream(self, params: Params, state: State) -> Generator[Emitted, None, State]:
+        """Yields what each step added, as NumPy; returns the final state.
+
+        The host reads a step while the device already runs the next one.
+        """
+        pending = None
+        while pending is None or (np.asarray(pending.finish) == RUNNING).any():
+            state, emitted = self.step(params, state)
+            if pending is not None:
+                yield jax.tree.map(np.asarray, pending)
+            pending = emitted
+        yield jax.tree.map(np.asarray, pending)
+        return state
+
+    def outputs(self, state: State) -> list[Output]:
+        """Brings a finished state to the host, one `Output` a row."""
+        host = jax.device_get(dataclasses.replace(state, keys=None, guesses=None))
+        outputs = []
+        for row, length in enumerate(host.cache.length):
+            prompt = host.prompt_length[row]
+            outputs.append(
+                Output(
+                    prompt_ids=host.sequence[row, :prompt].tolist(),
+                    token_ids=host.sequence[row, prompt:length].tolist(),
+                    tokens_per_step=host.tokens_per_step[row, : host.steps[row]].tolist(),
+                    finish_reason=FINISH_REASONS[host.finish[row]],
+                )
+            )
+        return outputs
+
+    def _step(self, params: Params, state: State) -> tuple[State, Emitted]:
+        tree, length = self.tree, state.cache.length
+        rows = jnp.arange(length.shape[0])
+
+        # 1. Assemble the tree's tokens and verify them in one pass.
+        candidates = jnp.concatenate(
+            (state.root[:, None], state.guesses.reshape(len(rows), -1)), axis=1
+        )
+        tokens = candidates[:, tree.candidate_indices(tree.top_k)]
+        positions = length[:, None] + tree.depths
+        hidden, block = self._backbone(
+            params, tokens, positions, tree.mask[None], state.cache
+        )
+        logits = self._logits(params, hidden)
+
+        # 2. Accept a path; cut it at the first stop token and at the row's limit.
+        accepted = self.acceptance.accept(tree, tokens, logits, Context(state.keys, length))
+        path = jnp.maximum(jnp.asarray(tree.ancestors)[accepted.last], 0)
+        made = jnp.asarray(tree.depths)[accepted.last] + 1
+        path_tokens = jnp.take_along_axis(tokens, path, axis=1)
+        running = state.finish == RUNNING
+        count, finish = _cut(path_tokens, made, state.limit - length, state.stop_ids)
+        count = jnp.where(running, count, 0)
+        finish = jnp.where(running, finish, state.finish)
+
+        # 3. Commit it, and guess again from the last accepted node alone.
+        state = dataclasses.replace(
+            state,
+            cache=commit(state.cache, block, path, count),
+            sequence=_append(state.sequence, path_tokens, length),
+            root=accepted.root,
+            guesses=self._guesses(params, hidden[rows, accepted.last]),
+            finish=finish,
+            steps=state.steps + running,
+            tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(
+                jnp.where(running, made, 0)
+            ),
+        )
+        return state, Emitted(path_tokens, count, finish)
+
+    def _backbone(self, params: Params, *inputs: Any) -> Any:
+        return Backbone(self.config).apply({"params": params["backbone"]}, *inputs)
+
+    def _logits(self, params: Params, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
+        logits = self._unembed(params, hidden)
+        if self.suppress:
+            logits = logits.at[..., np.array(self.suppress)].set(-jnp.inf)
+        return logits
+
+    def _unembed(self, params: Params, hidden: Array) -> Array:
+        variables = {"params": params["backbone"]}
+        return Backbone(self.config).apply(variables, hidden, method="unembed")
+
+    def _guesses(self, params: Params, hidden: Float[Array, "B D"]) -> Int[Array, "B M R"]:
+        """Top-k tokens of the heads the tree uses, and of no others."""
+        if not self.tree.depth:
+            return jnp.zeros((hidden.shape[0], 0, 0), jnp.int32)
+        logits = MedusaHeads(self.heads).apply(
+            {"params": params["heads"]},
+            hidden,
+            functools.partial(self._unembed, params),
+            self.tree.depth,
+        )
+        return top_guesses(logits, self.tree.top_k)
+
+
+def bucket(length: int) -> int:
+    """Padded prompt length: a power of two up to PREFILL_BLOCK, then a multiple of it.
+
+    (5, 17, 512, 700) -> (16, 32, 512, 1024).
+    """
+    if length > PREFILL_BLOCK:
+        return _round_up(length, PREFILL_BLOCK)
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _cut(tokens: Array, made: Array, room: Array, stop_ids: Array) -> tuple[Array, Array]:
+    """How much of a path to keep, and whether that ends the row.
+
+    tokens (5, 2, 9), made 3, stop id 2 -> keep 2, STOP; without it and with
+    room 3 -> keep 3, LENGTH; with more room -> keep 3, RUNNING.
+    """
+    cells = jnp.arange(tokens.shape[1])
+    kept = jnp.minimum(made, room)
+    stops = jnp.isin(tokens, stop_ids) & (cells < kept[:, None])
+    stopped = stops.any(axis=1)
+    finish = jnp.where(stopped, STOP, jnp.where(kept >= room, LENGTH, RUNNING))
+    return jnp.where(stopped, stops.argmax(axis=1) + 1, kept).astype(jnp.int32), finish
+
+
+def _append(sequence: Array, tokens: Array, length: Array) -> Array:
+    """Writes all path cells after each row's length; cells beyond the count are overwritten."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.vmap(write)(sequence, tokens, length)
+
+
+def _dtype(params: Params) -> Any:
+    return params["backbone"]["embed"]["embedding"].dtype
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

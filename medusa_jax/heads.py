@@ -1,0 +1,87 @@
+"""Medusa heads: from one hidden state, the tokens after the next (paper section 2.1.1).
+
+Head k (1-based) reads the backbone's last hidden state h_t, whose own lm_head
+predicts token t+1, and predicts token t+k+1:
+
+    x <- x + SiLU(W x + b)    L times, from x = h_t
+    logits = U_k x            U_k [D, V] of its own, or the backbone's lm_head
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from medusa_jax.shapes import typed
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsConfig:
+    """Shape of a set of heads.
+
+    Attributes:
+      num_heads: M, counted from the weights, never from a checkpoint's config.
+      num_layers: residual blocks of each head.
+      hidden_size: D of the backbone they were trained on.
+      vocab_size: V.
+      shared: logits through the backbone's lm_head instead of an own projection
+        (the original's version "2").
+    """
+
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    shared: bool = False
+
+
+class Head(nn.Module):
+    """One head: residual SiLU blocks, then a vocabulary projection."""
+
+    config: HeadsConfig
+
+    @nn.compact
+    def __call__(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
+        config = self.config
+        for i in range(config.num_layers):
+            # Zero weights and biases make a new head start as the lm_head itself.
+            block = nn.Dense(
+                config.hidden_size, kernel_init=nn.initializers.zeros, name=f"block_{i}"
+            )
+            x = x + nn.silu(block(x))
+        if config.shared:
+            return unembed(x)
+        shape = (config.hidden_size, config.vocab_size)
+        vocab = self.param("vocab", nn.initializers.lecun_normal(), shape)
+        return jnp.einsum("...d,dv->...v", x, vocab, preferred_element_type=jnp.float32)
+
+
+class MedusaHeads(nn.Module):
+    """All heads. Parameters: a nested dict, one sub-dict a head."""
+
+    config: HeadsConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Array, unembed: Callable[[Array], Array], count: int | None = None
+    ) -> list[Array]:
+        """Logits of the first `count` heads (all by default), float32 [*dims, V] each.
+
+        Args:
+          hidden: the backbone's hidden states after its final norm [*dims, D].
+          unembed: the backbone's own projection, for shared heads.
+        """
+        heads = range(self.config.num_heads if count is None else count)
+        return [Head(self.config, name=f"head_{i}")(hidden, unembed) for i in heads]
+
+
+@typed
+def top_guesses(logits: list[Float[Array, "B V"]], top_k: int) -> Int[Array, "B M R"]:
+    """Best `top_k` token ids of each head, best first."""
+    ranked = [jax.lax.top_k(head, top_k)[1] for head in logits]
+    # XLA knows top_k by its pattern; a later slice that folds into it would turn it
+    # back into a sort of the whole vocabulary.
+    return jax.lax.optimization_barrier(jnp.stack(ranked, axis=1))

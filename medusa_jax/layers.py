@@ -1,0 +1,113 @@
+"""The arithmetic of a Llama block as pure functions of arrays: norm, rotary positions, attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from medusa_jax.config import ModelConfig
+from medusa_jax.shapes import typed
+
+
+@typed
+def rms_norm(x: Float[Array, "*dims D"], scale: Float[Array, " D"], eps: float) -> Array:
+    """x / rms(x) * scale, in float32, back in x's dtype [*dims, D]."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each rotated pair, float32 [C / 2].
+
+    Llama-3's scaling (Llama 3.1 model card) leaves wavelengths shorter than
+    original_context / high_freq_factor alone, divides those longer than
+    original_context / low_freq_factor by `factor`, and blends between.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.low_freq_factor is None:
+        return frequencies / np.float32(scaling.factor)
+    turns = scaling.original_context * frequencies / (2 * np.pi)
+    ramp = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = np.clip((turns - scaling.low_freq_factor) / ramp, 0.0, 1.0)
+    return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+@typed
+def rope_tables(
+    config: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T c"], Float[Array, "B T c"]]:
+    """cos and sin of every position's angles, float32 [B, T, C / 2] each."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+@typed
+def rotate(
+    x: Float[Array, "B T H C"], cos: Float[Array, "B T c"], sin: Float[Array, "B T c"]
+) -> Float[Array, "B T H C"]:
+    """Turns pair (x[i], x[i + C/2]) by its angle: Hugging Face's half-split layout."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return turned.astype(x.dtype)
+
+
+@typed
+def within_window(
+    query_positions: Int[Array, "B T"], key_positions: Int[Array, "#B U"], window: int | None
+) -> Bool[Array, "B T U"]:
+    """True where a key is near enough: position(key) > position(query) - window.
+
+    With window 2, query position 5 sees keys 4 and 5:
+    keys (3, 4, 5) -> (False, True, True).
+    """
+    if window is None:
+        return jnp.ones((*query_positions.shape, key_positions.shape[1]), bool)
+    return key_positions[:, None, :] > query_positions[:, :, None] - window
+
+
+@typed
+def attend(
+    queries: Float[Array, "B T H C"],
+    parts: list[tuple[Float[Array, "B K _ C"], Float[Array, "B K _ C"], Bool[Array, "B T _"]]],
+) -> Float[Array, "B T H C"]:
+    """Softmax attention over keys that lie in several arrays, as if they were one.
+
+    Keeping the block's own keys apart from the cache lets a decode step read
+    the cache in place and write back only what was accepted.
+
+    Args:
+      queries: rotated queries [B, T, H, C].
+      parts: (keys [B, K, U, C], values [B, K, U, C], mask [B, T, U]) of each
+        array; mask is True where a query sees a key. Every query must see at
+        least one key in some part.
+
+    Returns:
+      [B, T, H, C] in the queries' dtype; scores and softmax are float32.
+    """
+    batch, length, heads, width = queries.shape
+    kv_heads = parts[0][0].shape[1]
+    grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores = []
+    for keys, _, mask in parts:
+        score = jnp.einsum("btkgc,bkuc->bkgtu", grouped, keys, preferred_element_type=jnp.float32)
+        scores.append(jnp.where(mask[:, None, None], score * width**-0.5, -jnp.inf))
+    top = jnp.stack([score.max(axis=-1) for score in scores]).max(axis=0)[..., None]
+    weights = [jnp.exp(score - top) for score in scores]
+    total = sum(weight.sum(axis=-1) for weight in weights)
+    mixed = sum(
+        jnp.einsum(
+            "bkgtu,bkuc->btkgc",
+            weight.astype(queries.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+        for weight, (_, values, _) in zip(weights, parts, strict=True)
+    )
+    mixed = mixed / jnp.moveaxis(total, 3, 1)[..., None]
+    return mixed.reshape(queries.shape).astype(queries.dtype)

@@ -1,0 +1,69 @@
+"""The target distribution, and draws from it that depend on a row's key and a position alone."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from medusa_jax.shapes import typed
+
+
+@typed
+def warp(
+    logits: Float[Array, "*dims V"], temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Float[Array, "*dims V"]:
+    """Temperature, then top-k, then top-p, in the order of Hugging Face `generate`.
+
+    top-p keeps the likeliest tokens up to and including the one whose
+    cumulative probability reaches `top_p`. Tokens equally likely as the last
+    one kept are kept too.
+
+    probabilities (.5, .3, .2), top_p .6 -> the first two stay.
+
+    Args:
+      temperature: > 0.
+      top_k: tokens kept; 0 keeps all.
+      top_p: probability mass kept; 1 keeps all.
+
+    Returns:
+      float32 logits with -inf for the tokens removed.
+    """
+    logits = logits.astype(jnp.float32) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if top_p < 1.0:
+        probabilities = jax.nn.softmax(logits)
+        descending = -jnp.sort(-probabilities, axis=-1)
+        mass_before = jnp.cumsum(descending, axis=-1) - descending
+        kept = jnp.where(mass_before < top_p, descending, jnp.inf)
+        logits = jnp.where(probabilities < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+    return logits
+
+
+def row_keys(seed: int, rows: list[tuple[int, int]]) -> Array:
+    """One key a row [B], from (prompt number, sample number).
+
+    A row keeps its key whatever batch it is decoded in.
+    """
+    base = jax.random.key(seed)
+    return jnp.stack(
+        [jax.random.fold_in(jax.random.fold_in(base, prompt), sample) for prompt, sample in rows]
+    )
+
+
+@typed
+def draw(
+    keys: Key[Array, " B"], positions: Int[Array, " B"], logits: Float[Array, "B V"]
+) -> Int[Array, " B"]:
+    """Draws one token a row from softmax(logits).
+
+    The noise depends on the row's key and the token's absolute position, not on
+    the step or the tree in which the draw happens. So plain decoding and Medusa
+    with any tree draw the same text from the same key.
+    """
+
+    def one(key: Array, position: Array, row: Array) -> Array:
+        noise = jax.random.gumbel(jax.random.fold_in(key, position), row.shape)
+        return jnp.argmax(row + noise).astype(jnp.int32)
+
+    return jax.vmap(one)(keys, positions, logits)

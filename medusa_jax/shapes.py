@@ -1,0 +1,27 @@
+"""The one vocabulary of array dimensions, and the decorator that checks it.
+
+Every public docstring, annotation and einsum string uses these letters:
+
+    B  batch rows                      D  model (hidden) width
+    T  tokens in one block             F  feed-forward width
+    S  cache slots                     V  vocabulary
+    N  tree nodes, root included       H  query heads
+    E  path cells, tree depth + 1      K  key/value heads
+    M  Medusa heads                    G  query heads per key/value head, H / K
+    R  ranks kept of each head         C  width of one attention head
+
+Slot s of a cache row holds the token at position s of that row.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+_F = TypeVar("_F", bound=Callable)
+
+
+def typed(function: _F) -> _F:
+    """Checks a function's jaxtyping annotations: under `jax.jit`, at trace time only."""
+    return jaxtyped(function, typechecker=beartype)

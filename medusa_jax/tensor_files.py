@@ -1,0 +1,128 @@
+"""Named tensors in checkpoint files, read one at a time: safetensors, or PyTorch pickles with torch.
+
+Opening reads names and shapes only; `StoredTensor.read` brings one tensor into
+memory, so a model is never held twice.
+"""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from medusa_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+      file: where it lies.
+      shape: its dimensions as stored.
+      read: loads it as a NumPy array.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+Tensors = dict[str, StoredTensor]
+
+
+def open_model(directory: Path) -> Tensors:
+    """Tensors of a Hugging Face model directory: one file or shards with an index.
+
+    Raises:
+      InputError: no weights, a missing shard, or an unreadable file.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return _open_shards(index)
+        if (directory / name).is_file():
+            return open_file(directory / name)
+    raise InputError(
+        f"{directory} holds no weights: expected model.safetensors, pytorch_model.bin, "
+        "or either with an index"
+    )
+
+
+def open_file(file: Path) -> Tensors:
+    """Tensors of one `.safetensors`, `.bin` or `.pt` file."""
+    if file.suffix == ".safetensors":
+        return _open_safetensors(file)
+    return _open_pickle(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; InputError names the file and the line if it is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _open_shards(index: Path) -> Tensors:
+    placed: dict[str, str] = read_json(index).get("weight_map", {})
+    shards = {name: index.parent / name for name in sorted(set(placed.values()))}
+    missing = [str(shard) for shard in shards.values() if not shard.is_file()]
+    if missing:
+        raise InputError(f"{index.name} names shards that do not exist: {', '.join(missing)}")
+    opened = {name: open_file(shard) for name, shard in shards.items()}
+    lost = [f"{name} (in {file})" for name, file in placed.items() if name not in opened[file]]
+    if lost:
+        raise InputError(f"{index} places tensors where they are not: {', '.join(lost)}")
+    return {name: opened[file][name] for name, file in placed.items()}
+
+
+def _open_safetensors(file: Path) -> Tensors:
+    try:
+        handle = safe_open(file, framework="numpy")
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is not a complete safetensors file: {error}") from None
+    return {
+        name: StoredTensor(file, shape, lambda name=name: handle.get_tensor(name))
+        for name, shape in shapes.items()
+    }
+
+
+def _open_pickle(file: Path) -> Tensors:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{file} is a PyTorch pickle, which needs torch: "
+            "pip install 'medusa_jax[torch]', or convert it to safetensors"
+        ) from None
+    try:
+        # Only zip files, torch's format since 1.6, can be mapped instead of read whole.
+        mappable = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{file} is not a readable PyTorch checkpoint: {first}") from None
+
+    def read(tensor: torch.Tensor) -> np.ndarray:
+        tensor = tensor.contiguous()
+        if tensor.dtype == torch.bfloat16:  # NumPy itself knows no bfloat16
+            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    return {
+        name: StoredTensor(file, tuple(tensor.shape), lambda tensor=tensor: read(tensor))
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor)
+    }
