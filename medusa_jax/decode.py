@@ -327,7 +327,11 @@ class Decoder:
 
         # 2. Accept a path; cut it at the first stop token and at the row's limit.
         accepted = self.acceptance.accept(tree, tokens, logits, Context(state.keys, length))
-        path = jnp.maximum(jnp.asarray(tree.ancestors)[accepted.last], 0)
+        # A token is never negative. But now the path waits for the logits even where it is
+        # constant (the root alone), so XLA sees the cache read before it is written and makes
+        # no copy of it.
+        never = (accepted.root < 0).astype(jnp.int32)
+        path = jnp.maximum(jnp.asarray(tree.ancestors)[accepted.last], never[:, None])
         made = jnp.asarray(tree.depths)[accepted.last] + 1
         path_tokens = jnp.take_along_axis(tokens, path, axis=1)
         running = state.finish == RUNNING

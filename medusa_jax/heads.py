@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from medusa_jax.backbone import Linear
+from medusa_jax.layers import project
 from medusa_jax.shapes import typed
 
 
@@ -48,15 +50,14 @@ class Head(nn.Module):
         config = self.config
         for i in range(config.num_layers):
             # Zero weights and biases make a new head start as the lm_head itself.
-            block = nn.Dense(
-                config.hidden_size, kernel_init=nn.initializers.zeros, name=f"block_{i}"
-            )
+            zeros = nn.initializers.zeros
+            block = Linear(config.hidden_size, use_bias=True, init=zeros, name=f"block_{i}")
             x = x + nn.silu(block(x))
         if config.shared:
             return unembed(x)
-        shape = (config.hidden_size, config.vocab_size)
-        vocab = self.param("vocab", nn.initializers.lecun_normal(), shape)
-        return jnp.einsum("...d,dv->...v", x, vocab, preferred_element_type=jnp.float32)
+        init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+        vocab = self.param("vocab", init, (config.vocab_size, config.hidden_size))
+        return project(x, vocab)
 
 
 class MedusaHeads(nn.Module):

@@ -1,8 +1,7 @@
 """Hugging Face directories and Medusa head files to parameters.
 
 One table says, for every tensor name of a checkpoint, where it goes in our
-parameters and whether it is transposed (PyTorch stores a linear layer as
-[out, in], Flax as [in, out]). Dialects read here: Llama-family directories, the
+parameters; shapes are the same on both sides. Dialects read here: Llama-family directories, the
 original's v0.1 heads (`.pt`, `.safetensors`), its version "2" (shared lm_head)
 and v1.0 merged models (`medusa_head.*` beside the backbone's tensors).
 """
@@ -35,13 +34,11 @@ class Place:
 
     Attributes:
       path: keys in the nested parameter dict.
-      shape: as stored.
-      transpose: swap its two axes on the way.
+      shape: the same there and here.
     """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    transpose: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +189,7 @@ def _backbone_places(config: ModelConfig) -> dict[str, Place]:
         "model.norm.weight": Place(("final_norm", "scale"), (width,)),
     }
     if not config.tied:
-        places["lm_head.weight"] = Place(("lm_head",), (config.vocab_size, width), True)
+        places["lm_head.weight"] = Place(("lm_head",), (config.vocab_size, width))
     linears = {
         "self_attn.q_proj": ("attention", "query", query_width, width, config.qkv_bias),
         "self_attn.k_proj": ("attention", "key", kv_width, width, config.qkv_bias),
@@ -213,7 +210,7 @@ def _backbone_places(config: ModelConfig) -> dict[str, Place]:
         stored, layer = f"model.layers.{i}", f"layer_{i}"
         for name, (group, ours, out, into, bias) in linears.items():
             path = (layer, group, ours)
-            places[f"{stored}.{name}.weight"] = Place((*path, "kernel"), (out, into), True)
+            places[f"{stored}.{name}.weight"] = Place((*path, "weight"), (out, into))
             if bias:
                 places[f"{stored}.{name}.bias"] = Place((*path, "bias"), (out,))
         for name, (path, size) in norms.items():
@@ -229,11 +226,11 @@ def _head_places(config: HeadsConfig, names: Iterable[str]) -> dict[str, Place]:
         stored, head = f"{prefix}{i}", f"head_{i}"
         for j in range(config.num_layers):
             linear, path = f"{stored}.{j}.linear", (head, f"block_{j}")
-            places[f"{linear}.weight"] = Place((*path, "kernel"), (width, width), True)
+            places[f"{linear}.weight"] = Place((*path, "weight"), (width, width))
             places[f"{linear}.bias"] = Place((*path, "bias"), (width,))
         if not config.shared:
             shape = (config.vocab_size, width)
-            places[f"{stored}.{config.num_layers}.weight"] = Place((head, "vocab"), shape, True)
+            places[f"{stored}.{config.num_layers}.weight"] = Place((head, "vocab"), shape)
     return places
 
 
@@ -253,7 +250,7 @@ def _fill(places: Mapping[str, Place], tensors: Tensors, source: Path, dtype: st
     params: dict = {}
     for name, place in places.items():
         array = tensors[name].read()
-        array = np.ascontiguousarray(array.T if place.transpose else array, dtype=jnp.dtype(dtype))
+        array = np.asarray(array, dtype=jnp.dtype(dtype))
         inner = params
         for key in place.path[:-1]:
             inner = inner.setdefault(key, {})

@@ -1,5 +1,7 @@
 """The arithmetic of a Llama block as pure functions of arrays: norm, rotary positions, attention."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,12 @@ def rms_norm(x: Float[Array, "*dims D"], scale: Float[Array, " D"], eps: float) 
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@typed
+def project(x: Float[Array, "*dims D"], weight: Float[Array, "F D"]) -> Float[Array, "*dims F"]:
+    """x W^T, accumulated and returned in float32."""
+    return jnp.einsum("...d,fd->...f", x, weight, preferred_element_type=jnp.float32)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -92,22 +100,22 @@ def attend(
     """
     batch, length, heads, width = queries.shape
     kv_heads = parts[0][0].shape[1]
-    grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    group = heads // kv_heads
+    # One [G*T, C] matrix a key/value head: plain matrix products, whose operands lie in order.
+    scaled = (queries * width**-0.5).reshape(batch, length, kv_heads, group, width)
+    scaled = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, width)
     scores = []
     for keys, _, mask in parts:
-        score = jnp.einsum("btkgc,bkuc->bkgtu", grouped, keys, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(mask[:, None, None], score * width**-0.5, -jnp.inf))
-    top = jnp.stack([score.max(axis=-1) for score in scores]).max(axis=0)[..., None]
-    weights = [jnp.exp(score - top) for score in scores]
-    total = sum(weight.sum(axis=-1) for weight in weights)
-    mixed = sum(
-        jnp.einsum(
-            "bkgtu,bkuc->btkgc",
-            weight.astype(queries.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        for weight, (_, values, _) in zip(weights, parts, strict=True)
-    )
-    mixed = mixed / jnp.moveaxis(total, 3, 1)[..., None]
+        score = jnp.einsum("bkqc,bkuc->bkqu", scaled, keys, preferred_element_type=jnp.float32)
+        score = score.reshape(batch, kv_heads, group, length, -1)
+        scores.append(jnp.where(mask[:, None, None], score, -jnp.inf))
+    top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
+    total, mixed = 0.0, 0.0
+    for score, (_, values, _) in zip(scores, parts, strict=True):
+        weight = jnp.exp(score - top)
+        total += weight.sum(axis=-1, keepdims=True)
+        weight = weight.reshape(batch, kv_heads, group * length, -1).astype(values.dtype)
+        mix = jnp.einsum("bkqu,bkuc->bkqc", weight, values, preferred_element_type=jnp.float32)
+        mixed += mix.reshape(batch, kv_heads, group, length, width)
+    mixed = (mixed / total).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(queries.shape).astype(queries.dtype)
