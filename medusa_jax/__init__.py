@@ -1,0 +1,1 @@
+"""Medusa in JAX."""

@@ -96,10 +96,15 @@ def commit(
         taken = jnp.take(nodes, cells, axis=1).astype(slots.dtype)
         return jax.lax.dynamic_update_slice(slots, taken, (0, start, 0))
 
-    rows = jax.vmap(append)
+    def append_layers(layers: tuple[Array, ...], nodes: tuple[Array, ...]) -> tuple[Array, ...]:
+        rows = jax.vmap(append)
+        return tuple(
+            rows(old, new, path, cache.length) for old, new in zip(layers, nodes, strict=True)
+        )
+
     keys, values = block
     return KVCache(
-        keys=tuple(rows(old, new, path, cache.length) for old, new in zip(cache.keys, keys)),
-        values=tuple(rows(old, new, path, cache.length) for old, new in zip(cache.values, values)),
+        keys=append_layers(cache.keys, keys),
+        values=append_layers(cache.values, values),
         length=cache.length + count,
     )

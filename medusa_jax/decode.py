@@ -229,9 +229,7 @@ class Decoder:
         ) -> tuple[KVCache, Array]:
             block_tokens = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
             positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
-            hidden, block = self._backbone(
-                params, block_tokens, positions, causal_mask(size), past
-            )
+            hidden, block = self._backbone(params, block_tokens, positions, causal_mask(size), past)
             # The block that holds a row's last token sets that row's hidden state.
             index = lengths - 1 - start
             inside = (index >= 0) & (index < size)
@@ -320,9 +318,7 @@ class Decoder:
         )
         tokens = candidates[:, tree.candidate_indices(tree.top_k)]
         positions = length[:, None] + tree.depths
-        hidden, block = self._backbone(
-            params, tokens, positions, tree.mask[None], state.cache
-        )
+        hidden, block = self._backbone(params, tokens, positions, tree.mask[None], state.cache)
         logits = self._logits(params, hidden)
 
         # 2. Accept a path; cut it at the first stop token and at the row's limit.

@@ -92,7 +92,9 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
     if head_tensors:
         heads_config = heads_config_of(head_tensors, source)
         _check_fit(heads_config, config, source)
-        params["heads"] = _fill(_head_places(heads_config, head_tensors), head_tensors, source, dtype)
+        params["heads"] = _fill(
+            _head_places(heads_config, head_tensors), head_tensors, source, dtype
+        )
     generation = directory / "generation_config.json"
     settings |= tensor_files.read_json(generation) if generation.is_file() else {}
     return Model(
@@ -154,7 +156,7 @@ def heads_config_of(tensors: Tensors, source: Path) -> HeadsConfig:
     num_heads = 1 + max(int(head) for head, _, _ in parsed)
     num_layers = max((1 + int(layer) for _, layer, kind in parsed if kind != "weight"), default=0)
     vocab_shapes = {
-        tensor.shape for name, tensor in tensors.items() if not name.split(".")[-2] == "linear"
+        tensor.shape for name, tensor in tensors.items() if name.split(".")[-2] != "linear"
     }
     first = next(iter(tensors.values()))
     vocab_size = next(iter(vocab_shapes))[0] if vocab_shapes else 0

@@ -1,4 +1,4 @@
-"""The arithmetic of a Llama block as pure functions of arrays: norm, rotary positions, attention."""
+"""The arithmetic of a Llama block as pure functions: norm, rotary positions, attention."""
 
 import functools
 

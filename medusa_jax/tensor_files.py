@@ -1,4 +1,4 @@
-"""Named tensors in checkpoint files, read one at a time: safetensors, or PyTorch pickles with torch.
+"""Named tensors in checkpoint files, read one at a time: safetensors, or pickles with torch.
 
 Opening reads names and shapes only; `StoredTensor.read` brings one tensor into
 memory, so a model is never held twice.

@@ -75,7 +75,9 @@ class Tree:
         try:
             return cls(tuple(tuple(node) for node in lists))
         except TypeError:
-            raise InputError("a tree is a list of rank lists, for example [[0], [1], [0, 0]]") from None
+            raise InputError(
+                "a tree is a list of rank lists, for example [[0], [1], [0, 0]]"
+            ) from None
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Tree":

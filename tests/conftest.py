@@ -1,0 +1,86 @@
+"""What the tests share: models made on the spot, and the real ones beside a checkout.
+
+Real models, traces and texts are other people's and lie in `../shared`. Tests
+that need them skip in a bare clone; CI refuses to run without.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from medusa_jax.backbone import Backbone, causal_mask
+from medusa_jax.config import ModelConfig
+from medusa_jax.heads import HeadsConfig, MedusaHeads
+from medusa_jax.hf import Model, load_model
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and recorded traces."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (real models and recorded traces), which a bare clone lacks")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Model:
+    """The 260K-parameter TinyStories model with its five Medusa heads."""
+    return load_model(shared / "models/stories260K", shared / "models/stories260K-medusa")
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> list[dict[str, Any]]:
+    """Recorded runs of the original PyTorch implementation."""
+    return json.loads((shared / "golden/original_stories260K.json").read_text())
+
+
+TINY = ModelConfig(
+    vocab_size=40,
+    hidden_size=32,
+    ffn_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context=128,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyModel:
+    """A random model whose heads are its own lm_head plus noise: right now and then."""
+
+    config: ModelConfig
+    heads: HeadsConfig
+    params: dict[str, Any]
+
+
+def random_model(config: ModelConfig, num_heads: int = 3, seed: int = 0) -> TinyModel:
+    """Random weights, large enough for the next token to be far from uniform."""
+    heads = HeadsConfig(num_heads, 1, config.hidden_size, config.vocab_size)
+    key_backbone, key_heads = jax.random.split(jax.random.key(seed))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    backbone = Backbone(config).init(key_backbone, tokens, tokens, causal_mask(2))
+    hidden = jnp.zeros((1, config.hidden_size))
+    medusa = MedusaHeads(heads).init(key_heads, hidden, lambda x: x)
+    return TinyModel(
+        config,
+        heads,
+        {
+            "backbone": jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, backbone["params"]),
+            "heads": medusa["params"],
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TinyModel:
+    """A two-layer random model that any clone can make."""
+    return random_model(TINY)
