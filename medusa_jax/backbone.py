@@ -8,7 +8,6 @@ past is a `KVCache`, which it only reads.
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.cache import Block, KVCache
@@ -27,11 +26,11 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = False
-    init: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", self.init, (self.features, x.shape[-1]))
+        weight = self.param("weight", self.kernel_init, (self.features, x.shape[-1]))
         y = project(x, weight).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))
@@ -130,7 +129,7 @@ class Backbone(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array | np.ndarray, "#B T T"],
+        mask: Bool[Array, "#B T T"],
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """Runs one block of tokens.
@@ -151,6 +150,7 @@ class Backbone(nn.Module):
         x = self.embed(tokens)
         windows = set(self.config.windows)
         masks = {w: mask & within_window(positions, positions, w) for w in windows}
+        past_masks = {}
         if cache is not None:
             slots = jnp.arange(cache.capacity)[None]
             filled = (slots < cache.length[:, None])[:, None]
@@ -173,10 +173,10 @@ class Backbone(nn.Module):
         return project(hidden, self.embed.embedding if self.config.tied else self.lm_head)
 
 
-def causal_mask(size: int) -> np.ndarray:
+def causal_mask(size: int) -> Array:
     """Each token sees itself and those before it [1, T, T].
 
     size 3 -> rows (1 0 0), (1 1 0), (1 1 1). Prompts are padded on the right,
     so no real token ever sees padding.
     """
-    return np.tril(np.ones((1, size, size), bool))
+    return jnp.tril(jnp.ones((1, size, size), bool))

@@ -19,14 +19,17 @@ class RopeScaling:
 
     Attributes:
       factor: how many times longer the context becomes.
-      low_freq_factor, high_freq_factor, original_context: Llama-3's smooth
-        ramp; `low_freq_factor=None` stretches all frequencies alike ("linear").
+      original_context, low_freq_factor, high_freq_factor: Llama-3's smooth ramp:
+        frequencies that turn more than `high_freq_factor` times within
+        `original_context` tokens stay, those that turn less than
+        `low_freq_factor` times are stretched. With original_context 0 none
+        turns, and all are stretched alike ("linear").
     """
 
     factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_context: int | None = None
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
 
 @dataclasses.dataclass(frozen=True)

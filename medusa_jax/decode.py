@@ -17,6 +17,7 @@ import functools
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.cache import KVCache, commit, init_cache, write_block
 from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
-from medusa_jax.heads import HeadsConfig, MedusaHeads, top_guesses
+from medusa_jax.heads import NO_HEADS, HeadsConfig, MedusaHeads, top_guesses
 from medusa_jax.sampling import row_keys
 from medusa_jax.tree import Tree
 
@@ -113,7 +114,7 @@ class Decoder:
 
     Attributes:
       config: the backbone's shape.
-      heads: the heads' shape; None for a tree of the root alone.
+      heads: the heads' shape; `NO_HEADS` does for a tree of the root alone.
       tree: the guesses to verify in one pass.
       acceptance: `Greedy()`, `Typical(...)`, `Lossless(...)` or your own.
       capacity: most tokens a row may hold, prompt and text; default: the
@@ -126,7 +127,7 @@ class Decoder:
     """
 
     config: ModelConfig
-    heads: HeadsConfig | None = None
+    heads: HeadsConfig = NO_HEADS
     tree: Tree = Tree()
     acceptance: Acceptance = Greedy()
     capacity: int = 0
@@ -140,7 +141,7 @@ class Decoder:
                 f"capacity {self.capacity} exceeds the model's context of "
                 f"{self.config.context} tokens"
             )
-        self.tree.check(self.heads.num_heads if self.heads else 0, self.config.vocab_size)
+        self.tree.check(self.heads.num_heads, self.config.vocab_size)
 
     @property
     def slots(self) -> int:
@@ -173,7 +174,7 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         for row, (length, new) in enumerate(zip(lengths, max_new_tokens, strict=True)):
             self.check_fit(length, new, f"prompt {row}")
-        tokens = np.zeros((len(prompts), min(bucket(max(lengths)), self.slots)), np.int32)
+        tokens = np.zeros((len(prompts), self.padded_length(max(lengths))), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
@@ -191,6 +192,10 @@ class Decoder:
             jnp.asarray(list(stop_ids) or [-1], jnp.int32),
             keys,
         )
+
+    def padded_length(self, length: int) -> int:
+        """Tokens that a prompt is padded to; prompts padded alike share one compilation."""
+        return min(bucket(length), self.slots)
 
     def check_fit(self, prompt_tokens: int, max_new_tokens: int, name: str = "the prompt") -> None:
         """Raises InputError if a prompt is empty or does not fit with its new tokens."""
@@ -294,19 +299,25 @@ class Decoder:
 
     def outputs(self, state: State) -> list[Output]:
         """Brings a finished state to the host, one `Output` a row."""
-        host = jax.device_get(dataclasses.replace(state, keys=None, guesses=None))
-        outputs = []
-        for row, length in enumerate(host.cache.length):
-            prompt = host.prompt_length[row]
-            outputs.append(
-                Output(
-                    prompt_ids=host.sequence[row, :prompt].tolist(),
-                    token_ids=host.sequence[row, prompt:length].tolist(),
-                    tokens_per_step=host.tokens_per_step[row, : host.steps[row]].tolist(),
-                    finish_reason=FINISH_REASONS[host.finish[row]],
-                )
+        sequence, prompt, length, tokens_per_step, steps, finish = jax.device_get(
+            (
+                state.sequence,
+                state.prompt_length,
+                state.cache.length,
+                state.tokens_per_step,
+                state.steps,
+                state.finish,
             )
-        return outputs
+        )
+        return [
+            Output(
+                prompt_ids=sequence[row, : prompt[row]].tolist(),
+                token_ids=sequence[row, prompt[row] : length[row]].tolist(),
+                tokens_per_step=tokens_per_step[row, : steps[row]].tolist(),
+                finish_reason=FINISH_REASONS[finish[row]],
+            )
+            for row in range(len(length))
+        ]
 
     def _step(self, params: Params, state: State) -> tuple[State, Emitted]:
         tree, length = self.tree, state.cache.length
@@ -318,7 +329,9 @@ class Decoder:
         )
         tokens = candidates[:, tree.candidate_indices(tree.top_k)]
         positions = length[:, None] + tree.depths
-        hidden, block = self._backbone(params, tokens, positions, tree.mask[None], state.cache)
+        hidden, block = self._backbone(
+            params, tokens, positions, jnp.asarray(tree.mask)[None], state.cache
+        )
         logits = self._logits(params, hidden)
 
         # 2. Accept a path; cut it at the first stop token and at the row's limit.
@@ -351,7 +364,7 @@ class Decoder:
         return state, Emitted(path_tokens, count, finish)
 
     def _backbone(self, params: Params, *inputs: Any) -> Any:
-        return Backbone(self.config).apply({"params": params["backbone"]}, *inputs)
+        return _apply(Backbone(self.config), params["backbone"], *inputs)
 
     def _logits(self, params: Params, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
         logits = self._unembed(params, hidden)
@@ -360,19 +373,14 @@ class Decoder:
         return logits
 
     def _unembed(self, params: Params, hidden: Array) -> Array:
-        variables = {"params": params["backbone"]}
-        return Backbone(self.config).apply(variables, hidden, method="unembed")
+        return _apply(Backbone(self.config), params["backbone"], hidden, method="unembed")
 
     def _guesses(self, params: Params, hidden: Float[Array, "B D"]) -> Int[Array, "B M R"]:
         """Top-k tokens of the heads the tree uses, and of no others."""
         if not self.tree.depth:
             return jnp.zeros((hidden.shape[0], 0, 0), jnp.int32)
-        logits = MedusaHeads(self.heads).apply(
-            {"params": params["heads"]},
-            hidden,
-            functools.partial(self._unembed, params),
-            self.tree.depth,
-        )
+        unembed = functools.partial(self._unembed, params)
+        logits = _apply(MedusaHeads(self.heads), params["heads"], hidden, unembed, self.tree.depth)
         return top_guesses(logits, self.tree.top_k)
 
 
@@ -404,6 +412,10 @@ def _append(sequence: Array, tokens: Array, length: Array) -> Array:
     """Writes all path cells after each row's length; cells beyond the count are overwritten."""
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     return jax.vmap(write)(sequence, tokens, length)
+
+
+def _apply(module: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Any:
+    return module.apply({"params": params}, *inputs, method=method)
 
 
 def _dtype(params: Params) -> Any:

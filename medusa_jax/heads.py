@@ -40,6 +40,9 @@ class HeadsConfig:
     shared: bool = False
 
 
+NO_HEADS = HeadsConfig(num_heads=0, num_layers=0, hidden_size=0, vocab_size=0)
+
+
 class Head(nn.Module):
     """One head: residual SiLU blocks, then a vocabulary projection."""
 
@@ -51,7 +54,7 @@ class Head(nn.Module):
         for i in range(config.num_layers):
             # Zero weights and biases make a new head start as the lm_head itself.
             zeros = nn.initializers.zeros
-            block = Linear(config.hidden_size, use_bias=True, init=zeros, name=f"block_{i}")
+            block = Linear(config.hidden_size, use_bias=True, kernel_init=zeros, name=f"block_{i}")
             x = x + nn.silu(block(x))
         if config.shared:
             return unembed(x)

@@ -19,7 +19,7 @@ import numpy as np
 from medusa_jax import tensor_files
 from medusa_jax.config import ModelConfig, from_hf
 from medusa_jax.errors import InputError
-from medusa_jax.heads import HeadsConfig
+from medusa_jax.heads import NO_HEADS, HeadsConfig
 from medusa_jax.tensor_files import Tensors
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -46,17 +46,19 @@ class Model:
     """A loaded model.
 
     Attributes:
-      config, heads: shapes; heads is None where none were found.
+      config, heads: shapes; `NO_HEADS` where there are none.
       params: {"backbone": ..., "heads": ...}.
       stop_ids: end-of-sequence tokens from its generation settings.
       suppress: tokens never to produce, from the same.
+      directory: where the backbone, and so its tokenizer, was found.
     """
 
     config: ModelConfig
-    heads: HeadsConfig | None
+    heads: HeadsConfig
     params: dict[str, Any]
     stop_ids: tuple[int, ...]
     suppress: tuple[int, ...]
+    directory: Path
 
 
 def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = "float32") -> Model:
@@ -88,7 +90,7 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
         head_tensors = open_heads(source)
     elif not merged and (found := _head_file(directory)):
         head_tensors, source = tensor_files.open_file(found), found
-    heads_config = None
+    heads_config = NO_HEADS
     if head_tensors:
         heads_config = heads_config_of(head_tensors, source)
         _check_fit(heads_config, config, source)
@@ -103,6 +105,7 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
         params=params,
         stop_ids=_ids(settings.get("eos_token_id")),
         suppress=_ids(settings.get("suppress_tokens")),
+        directory=directory,
     )
 
 
@@ -147,12 +150,13 @@ def heads_config_of(tensors: Tensors, source: Path) -> HeadsConfig:
     Raises:
       InputError: a name that is no head's, or an incomplete set.
     """
-    unknown = [name for name in tensors if not _HEAD_NAME.fullmatch(name)]
+    matches = {name: _HEAD_NAME.fullmatch(name) for name in tensors}
+    unknown = [name for name, match in matches.items() if match is None]
     if unknown:
         raise InputError(
             f"{source}: not the original's head layout; unknown tensors: {', '.join(unknown)}"
         )
-    parsed = [_HEAD_NAME.fullmatch(name).groups() for name in tensors]
+    parsed = [match.groups() for match in matches.values() if match]
     num_heads = 1 + max(int(head) for head, _, _ in parsed)
     num_layers = max((1 + int(layer) for _, layer, kind in parsed if kind != "weight"), default=0)
     vocab_shapes = {
@@ -201,7 +205,7 @@ def _backbone_places(config: ModelConfig) -> dict[str, Place]:
         "mlp.up_proj": ("mlp", "up", ffn, width, config.mlp_bias),
         "mlp.down_proj": ("mlp", "down", width, ffn, config.mlp_bias),
     }
-    norms = {
+    norms: dict[str, tuple[tuple[str, ...], int]] = {
         "input_layernorm": (("attention_norm",), width),
         "post_attention_layernorm": (("mlp_norm",), width),
     }

@@ -26,19 +26,12 @@ def project(x: Float[Array, "*dims D"], weight: Float[Array, "F D"]) -> Float[Ar
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each rotated pair, float32 [C / 2].
-
-    Llama-3's scaling (Llama 3.1 model card) leaves wavelengths shorter than
-    original_context / high_freq_factor alone, divides those longer than
-    original_context / low_freq_factor by `factor`, and blends between.
-    """
+    """Radians per position of each rotated pair, float32 [C / 2]."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    if scaling.low_freq_factor is None:
-        return frequencies / np.float32(scaling.factor)
     turns = scaling.original_context * frequencies / (2 * np.pi)
     ramp = scaling.high_freq_factor - scaling.low_freq_factor
     keep = np.clip((turns - scaling.low_freq_factor) / ramp, 0.0, 1.0)
@@ -110,12 +103,12 @@ def attend(
         score = score.reshape(batch, kv_heads, group, length, -1)
         scores.append(jnp.where(mask[:, None, None], score, -jnp.inf))
     top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
-    total, mixed = 0.0, 0.0
+    total, mixed = jnp.zeros(()), jnp.zeros(())
     for score, (_, values, _) in zip(scores, parts, strict=True):
         weight = jnp.exp(score - top)
-        total += weight.sum(axis=-1, keepdims=True)
+        total = total + weight.sum(axis=-1, keepdims=True)
         weight = weight.reshape(batch, kv_heads, group * length, -1).astype(values.dtype)
         mix = jnp.einsum("bkqu,bkuc->bkqc", weight, values, preferred_element_type=jnp.float32)
-        mixed += mix.reshape(batch, kv_heads, group, length, width)
+        mixed = mixed + mix.reshape(batch, kv_heads, group, length, width)
     mixed = (mixed / total).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(queries.shape).astype(queries.dtype)

@@ -14,7 +14,7 @@ Slot s of a cache row holds the token at position s of that row.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from beartype import beartype
 from jaxtyping import jaxtyped
@@ -24,4 +24,4 @@ _F = TypeVar("_F", bound=Callable)
 
 def typed(function: _F) -> _F:
     """Checks a function's jaxtyping annotations: under `jax.jit`, at trace time only."""
-    return jaxtyped(function, typechecker=beartype)
+    return cast(_F, jaxtyped(function, typechecker=beartype))

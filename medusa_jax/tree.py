@@ -20,6 +20,7 @@ from medusa_jax.errors import InputError
 
 Node = tuple[int, ...]
 PAD = -1
+CPU_NODES = 8  # products of up to 8 rows cost a 2-core CPU little more than those of 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,21 @@ class Tree:
     def chain(cls, depth: int) -> "Tree":
         """The best guess of each head and nothing else; depth 0 is the root alone."""
         return cls(tuple((0,) * length for length in range(1, depth + 1)))
+
+    @classmethod
+    def default(cls, num_heads: int, accelerated: bool, name: str = "") -> "Tree":
+        """A sound tree where none was tuned: the one published for the model, else `mc_sim_7b_63`.
+
+        A GPU or TPU verifies 64 tokens for little more than one; a CPU pays for
+        each, so there the tree is cut to CPU_NODES.
+        """
+        name = name.lower()
+        fitting = (f"vicuna_{size}_stage2" for size in ("7b", "13b", "33b") if size in name)
+        published = next(fitting, "mc_sim_7b_63") if "vicuna" in name else "mc_sim_7b_63"
+        if "zephyr" in name:
+            published = "zephyr_stage2"
+        tree = cls.published(published).limit_depth(num_heads)
+        return tree if accelerated else tree.cut(CPU_NODES)
 
     def cut(self, size: int) -> "Tree":
         """The first nodes up to `size` tokens, root included.
