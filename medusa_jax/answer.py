@@ -12,14 +12,13 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from medusa_jax.acceptance import Acceptance
-from medusa_jax.decode import Decoder, Output, State
+from medusa_jax.decode import Decoder, Output, State, outputs
 from medusa_jax.errors import InputError
+from medusa_jax.figures import Figures
 from medusa_jax.hf import Model
 from medusa_jax.records import Request
-from medusa_jax.roofline import device_bandwidth, step_bytes
 from medusa_jax.sampling import row_keys
 from medusa_jax.text import Message, Text, TextStream
 from medusa_jax.tree import Tree
@@ -46,45 +45,6 @@ class Limits:
     max_new_tokens: int | None = None
     max_length: int | None = None
     stop_ids: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass
-class Figures:
-    """What decoding cost, summed over batches; compilation is not in it.
-
-    Attributes:
-      tokens: new tokens kept.
-      steps: steps of all rows; made: tokens they made before any cut.
-      passes: forward passes, each over a whole batch.
-      seconds: wall time, prefill included; decode_seconds: without it.
-      bytes: what the passes had to read, for the share of the bandwidth limit.
-    """
-
-    tokens: int = 0
-    steps: int = 0
-    made: int = 0
-    passes: int = 0
-    seconds: float = 0.0
-    decode_seconds: float = 0.0
-    bytes: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
-
-    @property
-    def mean_accepted_length(self) -> float:
-        return self.made / max(self.steps, 1)
-
-    def __str__(self) -> str:
-        line = (
-            f"{self.tokens} tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s, "
-            f"mean accepted length {self.mean_accepted_length:.2f}, {self.steps} steps"
-        )
-        if bandwidth := device_bandwidth():
-            share = self.bytes / max(self.decode_seconds, 1e-9) / bandwidth
-            line += f", {share:.0%} of the memory-bandwidth limit"
-        return line
 
 
 class Answerer:
@@ -181,8 +141,8 @@ class Answerer:
                     log.warning("%s; turn %d and what follows is left out", error, turn + 1)
             if not live:
                 break
-            outputs, seconds = self.run(prompts, [rows[i] for i in live], batch_size)
-            for i, output in zip(live, outputs, strict=True):
+            results, seconds = self.run(prompts, [rows[i] for i in live], batch_size)
+            for i, output in zip(live, results, strict=True):
                 record = self.record(requests[i], rows[i], turn, output, seconds)
                 histories[i].append({"role": "assistant", "content": record["text"].strip()})
                 records[i].append(record)
@@ -209,9 +169,9 @@ class Answerer:
         end = time.perf_counter()
         if piece := pieces.finish():
             yield piece
-        outputs = decoder.outputs(state)
-        self._count(decoder, outputs, end - start, end - prefilled)
-        return outputs[0], end - start
+        done = outputs(state)
+        self.figures.add(decoder, self.model.params, done, end - start, end - prefilled)
+        return done[0], end - start
 
     def run(
         self, prompts: Sequence[list[int]], rows: Sequence[RowName], batch_size: int | None = None
@@ -228,9 +188,9 @@ class Answerer:
         prefilled = time.perf_counter()
         state = jax.block_until_ready(decoder.generate(self.model.params, state))
         end = time.perf_counter()
-        outputs = decoder.outputs(state)[: len(prompts) - padding]
-        self._count(decoder, outputs, end - start, end - prefilled)
-        return outputs, end - start
+        done = outputs(state)[: len(prompts) - padding]
+        self.figures.add(decoder, self.model.params, done, end - start, end - prefilled)
+        return done, end - start
 
     def record(
         self, request: Request, row: RowName, turn: int, output: Output, seconds: float
@@ -295,17 +255,3 @@ class Answerer:
             keys=keys,
         )
         return jax.block_until_ready(state)
-
-    def _count(
-        self, decoder: Decoder, outputs: list[Output], seconds: float, decode_seconds: float
-    ) -> None:
-        figures = self.figures
-        passes = max(len(output.tokens_per_step) for output in outputs)
-        cached = sum(len(output.prompt_ids) + len(output.token_ids) / 2 for output in outputs)
-        figures.tokens += sum(len(output.token_ids) for output in outputs)
-        figures.steps += sum(len(output.tokens_per_step) for output in outputs)
-        figures.made += int(np.sum([sum(output.tokens_per_step) for output in outputs]))
-        figures.passes += passes
-        figures.seconds += seconds
-        figures.decode_seconds += decode_seconds
-        figures.bytes += passes * step_bytes(decoder, self.model.params, cached)

@@ -1,11 +1,10 @@
 """Medusa decoding on token ids: prefill a batch, then step it, on the device, until every row ends.
 
     Decoder         what is compiled: model shape, tree, acceptance, capacity
-    State           what a step advances: cache, text so far, root, guesses
-    prefill         prompts -> State
-    step            State -> State and the tokens it accepted
-    generate        steps until all rows are done, in one device loop
-    stream          the same steps, yielding tokens as they are accepted
+      .prefill      prompts -> State
+      .step         State -> State and the tokens it accepted
+      .generate     steps until all rows are done, in one device loop
+      .stream       the same steps, yielding tokens as they are accepted
     outputs         State -> one `Output` a row
 
 This module knows nothing about text or files. Plain autoregressive decoding is
@@ -30,82 +29,17 @@ from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig, MedusaHeads, top_guesses
 from medusa_jax.sampling import row_keys
+from medusa_jax.state import LENGTH, RUNNING, STOP, Emitted, Output, State, outputs
 from medusa_jax.tree import Tree
 
-Params = dict[str, Any]  # {"backbone": ..., "heads": ...}
+__all__ = ["Decoder", "Emitted", "Output", "Params", "State", "bucket", "outputs"]
 
-RUNNING, STOP, LENGTH = 0, 1, 2
-FINISH_REASONS = ("running", "stop", "length")
+Params = dict[str, Any]  # {"backbone": ..., "heads": ...}
 
 # Prompts longer than this are prefilled in blocks of it, which bounds the memory of attention.
 PREFILL_BLOCK = 512
 SMALLEST_BUCKET = 16
 SLOTS_MULTIPLE = 64
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """A batch in the middle of decoding. `step` donates it: keep no reference to an old one.
-
-    Attributes:
-      cache: keys and values of the tokens of `sequence` up to `cache.length`.
-      sequence: prompt, then text [B, S].
-      root: the next token, chosen but not yet in the cache [B].
-      guesses: the heads' best tokens after the root [B, M, R].
-      keys: one PRNG key a row [B].
-      prompt_length: tokens of the prompt [B].
-      limit: length of `sequence` at which a row ends [B].
-      stop_ids: tokens that end a row, kept as its last token [Q].
-      finish: RUNNING, STOP or LENGTH [B].
-      steps: steps taken while running [B].
-      tokens_per_step: tokens accepted in each, root included, before any cut at
-        a stop token or the limit [B, S].
-    """
-
-    cache: KVCache
-    sequence: Array
-    root: Array
-    guesses: Array
-    keys: Array
-    prompt_length: Array
-    limit: Array
-    stop_ids: Array
-    finish: Array
-    steps: Array
-    tokens_per_step: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Emitted:
-    """What one step added: the first `count` of `tokens` [B, E], and `finish` after it [B]."""
-
-    tokens: Array
-    count: Array
-    finish: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One finished row.
-
-    Attributes:
-      prompt_ids, token_ids: the prompt and what follows it, up to and including
-        a stop token.
-      tokens_per_step: as the decoder made them, before the cut.
-      finish_reason: "stop" or "length".
-    """
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    tokens_per_step: list[int]
-    finish_reason: str
-
-    @property
-    def mean_accepted_length(self) -> float:
-        """Tokens per step, root included; plain decoding has 1."""
-        return sum(self.tokens_per_step) / max(len(self.tokens_per_step), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +56,8 @@ class Decoder:
       suppress: token ids that are never produced.
 
     Raises:
-      InputError: the tree is deeper than the heads, or the capacity exceeds the
-        model's context.
+      InputError: the tree is deeper than the heads, the capacity exceeds the
+        model's context, or a suppressed token is none of the vocabulary's.
     """
 
     config: ModelConfig
@@ -140,6 +74,11 @@ class Decoder:
             raise InputError(
                 f"capacity {self.capacity} exceeds the model's context of "
                 f"{self.config.context} tokens"
+            )
+        if any(not 0 <= token < self.config.vocab_size for token in self.suppress):
+            raise InputError(
+                f"suppress names token ids {list(self.suppress)}, but the vocabulary is "
+                f"0..{self.config.vocab_size - 1}"
             )
         self.tree.check(self.heads.num_heads, self.config.vocab_size)
 
@@ -296,28 +235,6 @@ class Decoder:
             pending = emitted
         yield jax.tree.map(np.asarray, pending)
         return state
-
-    def outputs(self, state: State) -> list[Output]:
-        """Brings a finished state to the host, one `Output` a row."""
-        sequence, prompt, length, tokens_per_step, steps, finish = jax.device_get(
-            (
-                state.sequence,
-                state.prompt_length,
-                state.cache.length,
-                state.tokens_per_step,
-                state.steps,
-                state.finish,
-            )
-        )
-        return [
-            Output(
-                prompt_ids=sequence[row, : prompt[row]].tolist(),
-                token_ids=sequence[row, prompt[row] : length[row]].tolist(),
-                tokens_per_step=tokens_per_step[row, : steps[row]].tolist(),
-                finish_reason=FINISH_REASONS[finish[row]],
-            )
-            for row in range(len(length))
-        ]
 
     def _step(self, params: Params, state: State) -> tuple[State, Emitted]:
         tree, length = self.tree, state.cache.length
