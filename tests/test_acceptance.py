@@ -217,7 +217,7 @@ def test_typical_equals_the_original(tree: Tree, scheme: Typical, spread: float)
 
 
 @pytest.mark.parametrize("scheme", [Lossless(), Lossless(0.8, 10, 0.9)], ids=str)
-@all_trees
+@pytest.mark.parametrize("tree", [TREES[name] for name in ("chain", "uneven", "published")])
 def test_lossless_follows_one_draw_a_node(tree: Tree, scheme: Lossless):
     """The draw at a node is that of its position; a child that equals it is accepted."""
     tokens, logits = random_step(tree, 300, seed=4, spread=1.5, hit=3.0)
