@@ -10,7 +10,7 @@ from medusa_jax.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
 from medusa_jax.answer import Answerer, Limits
 from medusa_jax.errors import InputError
 from medusa_jax.hf import load_model
-from medusa_jax.records import Request, read_requests
+from medusa_jax.records import Request, count_requests, read_requests
 from medusa_jax.text import Text
 from medusa_jax.tree import Tree, published_names
 
@@ -116,7 +116,9 @@ def main(flags: argparse.Namespace) -> None:
     if flags.chat:
         console.chat(answerer)
         return
-    requests = read_requests(flags.prompts) if flags.prompts else map(Request.of_text, flags.prompt)
+    requests, total = map(Request.of_text, flags.prompt or ()), None
+    if flags.prompts:
+        requests, total = read_requests(flags.prompts), count_requests(flags.prompts)
     console.decode(
         answerer,
         requests,
@@ -125,6 +127,7 @@ def main(flags: argparse.Namespace) -> None:
         output=flags.output,
         show=not (flags.prompts and flags.output),
         compare=flags.compare,
+        total=total,
     )
 
 

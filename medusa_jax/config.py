@@ -103,16 +103,24 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if hf.get("hidden_act", "silu") != "silu":
         raise InputError(f"hidden_act {hf['hidden_act']!r} is not supported; expected 'silu'")
 
-    def need(key: str) -> Any:
-        if hf.get(key) is None:
+    def need(key: str) -> int:
+        value = hf.get(key)
+        if value is None:
             raise InputError(f"config.json has no {key!r}, which a {family} model needs")
-        return hf[key]
+        if type(value) is not int or value < 1:
+            raise InputError(f"config.json: {key!r} must be a positive integer, got {value!r}")
+        return value
 
     hidden_size, num_heads, num_layers = (
         need("hidden_size"),
         need("num_attention_heads"),
         need("num_hidden_layers"),
     )
+    # null means one key/value head a query head. Absent, it means that for Llama only.
+    one_each = hf.get("num_key_value_heads") is None and (
+        family == "llama" or "num_key_value_heads" in hf
+    )
+    num_kv_heads = num_heads if one_each else need("num_key_value_heads")
     theta, scaling = _rope(hf)
     attention_bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3")
     default_head_dim = 128 if family == "qwen3" else hidden_size // num_heads
@@ -122,7 +130,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ffn_size=need("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=hf.get("head_dim") or default_head_dim,
         context=need("max_position_embeddings"),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
@@ -140,9 +148,11 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from transformers 5's `rope_parameters` or 4's two separate keys."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise InputError("rope settings of their own for some layers are not supported")
+    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if (rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
         raise InputError("partial_rotary_factor other than 1.0 is not supported")
     if kind == "default":
         return theta, None
@@ -158,6 +168,8 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             )
     except KeyError as missing:
         raise InputError(f"rope type {kind!r} in config.json lacks {missing}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"rope type {kind!r} in config.json: {error}") from None
     raise InputError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
 
 

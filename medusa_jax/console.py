@@ -27,6 +27,7 @@ def decode(
     output: str | Path | None = None,
     show: bool = True,
     compare: bool = False,
+    total: int | None = None,
 ) -> None:
     """Answers all requests, each `num_samples` times.
 
@@ -34,6 +35,7 @@ def decode(
       batch_size: rows decoded together; with 1, shown text is streamed.
       output: JSON Lines file, opened when the first record is ready.
       show: text to stdout; otherwise a progress bar.
+      total: requests to come, for the progress bar.
       compare: also times Medusa and plain decoding on the same rows.
 
     Raises:
@@ -41,10 +43,11 @@ def decode(
         been answered and written by then.
     """
     medusa, plain = answerer.with_tree(answerer.tree), answerer.with_tree(Tree())
+    samples = None if total is None else total * num_samples
     same = count = 0
     file: IO[str] | None = None
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(disable=show, unit=" samples", smoothing=0.1))
+        bar = stack.enter_context(tqdm(total=samples, disable=show, unit=" samples"))
         for batch in _batches(_rows(answerer, requests, num_samples), batch_size):
             batch_requests, names = [row[0] for row in batch], [row[1] for row in batch]
             if show and batch_size == 1:

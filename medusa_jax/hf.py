@@ -76,14 +76,16 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
     """
     directory = resolve(model)
     settings = tensor_files.read_json(directory / "config.json")
-    if "model_type" not in settings and "base_model_name_or_path" in settings:
+    # Heads may carry a model_type of their own, but never a backbone's shape.
+    if "hidden_size" not in settings and "base_model_name_or_path" in settings:
         heads = heads or directory
         directory = _backbone_of(directory, settings["base_model_name_or_path"])
         settings = tensor_files.read_json(directory / "config.json")
     config = from_hf(settings)
     tensors = tensor_files.open_model(directory)
     merged = {name: tensor for name, tensor in tensors.items() if name.startswith("medusa_head.")}
-    params = {"backbone": _fill(_backbone_places(config), tensors, directory, dtype)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in merged}
+    params = {"backbone": _fill(_backbone_places(config), rest, directory, dtype)}
     head_tensors, source = merged, directory
     if heads is not None:
         source = resolve(heads)
@@ -122,7 +124,7 @@ def resolve(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{name} is no local path and could not be had from the hub: {reason}"
         ) from None
@@ -245,14 +247,16 @@ def _fill(places: Mapping[str, Place], tensors: Tensors, source: Path, dtype: st
     wrong = [f"missing {name} {list(p.shape)}" for name, p in places.items() if name not in tensors]
     for name, tensor in tensors.items():
         if name not in places:
-            if not (_ignorable(name) or name.startswith("medusa_head.")):
+            if not _ignorable(name):
                 wrong.append(f"unexpected {name} {list(tensor.shape)}")
         elif tensor.shape != places[name].shape:
             wrong.append(
                 f"misshapen {name}: {list(tensor.shape)}, expected {list(places[name].shape)}"
             )
     if wrong:
-        raise InputError(f"{source} does not fit its config.json:\n  " + "\n  ".join(wrong))
+        raise InputError(
+            f"{source}: tensors do not fit what was expected:\n  " + "\n  ".join(wrong)
+        )
     params: dict = {}
     for name, place in places.items():
         array = tensors[name].read()

@@ -53,21 +53,29 @@ def read_requests(path: str | Path) -> Iterator[Request]:
       InputError: the file cannot be read, or a line is no prompt record; the
         message names file and line. Earlier lines have been yielded by then.
     """
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise InputError(f"{path}: {error}") from None
+    for number, line in _lines(Path(path)):
+        yield _parse(line, f"{path}, line {number}")
+
+
+def count_requests(path: str | Path) -> int:
+    """Records of a prompt file, well-formed or not."""
+    return sum(1 for _ in _lines(Path(path)))
 
 
 def write_record(stream: IO[str], record: dict[str, Any]) -> None:
     """Appends one whole line, so that a file cut short still holds valid records."""
     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
     stream.flush()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            yield from ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _parse(line: str, origin: str) -> Request:

@@ -6,6 +6,7 @@ memory, so a model is never held twice.
 
 import dataclasses
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -56,9 +57,10 @@ def open_model(directory: Path) -> Tensors:
 
 def open_file(file: Path) -> Tensors:
     """Tensors of one `.safetensors`, `.bin` or `.pt` file."""
-    if file.suffix == ".safetensors":
-        return _open_safetensors(file)
-    return _open_pickle(file)
+    opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+    if not opened:
+        raise InputError(f"{file} holds no named tensors")
+    return opened
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -75,7 +77,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _open_shards(index: Path) -> Tensors:
-    placed: dict[str, str] = read_json(index).get("weight_map", {})
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(s, str) for s in placed.values()):
+        raise InputError(f"{index} has no 'weight_map' of tensor names to file names")
     shards = {name: index.parent / name for name in sorted(set(placed.values()))}
     missing = [str(shard) for shard in shards.values() if not shard.is_file()]
     if missing:
@@ -112,17 +116,20 @@ def _open_pickle(file: Path) -> Tensors:
         mappable = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{file} is not a readable PyTorch checkpoint: {first}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own advice is to trust the file
+            reason = "it holds something else than tensors, which is not loaded"
+        raise InputError(f"{file} is not a readable PyTorch checkpoint: {reason}") from None
 
     def read(tensor: torch.Tensor) -> np.ndarray:
-        tensor = tensor.contiguous()
+        # A copy: JAX would keep the mapped file itself, which may be overwritten later.
+        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
         if tensor.dtype == torch.bfloat16:  # NumPy itself knows no bfloat16
             return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
     return {
         name: StoredTensor(file, tuple(tensor.shape), lambda tensor=tensor: read(tensor))
-        for name, tensor in state.items()
-        if isinstance(tensor, torch.Tensor)
+        for name, tensor in (state.items() if isinstance(state, dict) else ())
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }

@@ -1,5 +1,6 @@
 """Text to token ids and back: raw prompts, chat templates, and text as tokens arrive."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ class Text:
         Raises:
           InputError: no tokenizer there, or no such template.
         """
+        # transformers says on every start that it found no PyTorch, which we do not use.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         try:
@@ -61,6 +64,7 @@ class Text:
             raise InputError(f"{directory} holds no readable tokenizer: {reason}") from None
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{directory} holds a slow tokenizer; a tokenizer.json is needed")
+        tokenizer.model_max_length = int(1e9)  # the decoder checks lengths, with better words
         self.tokenizer = tokenizer
         self.raw = raw
         self.template = _template(template, tokenizer, directory)

@@ -67,7 +67,7 @@ def random_model(config: ModelConfig, num_heads: int = 3, seed: int = 0) -> Tiny
     heads = HeadsConfig(num_heads, 1, config.hidden_size, config.vocab_size)
     key_backbone, key_heads = jax.random.split(jax.random.key(seed))
     tokens = jnp.zeros((1, 2), jnp.int32)
-    backbone = Backbone(config).init(key_backbone, tokens, tokens, causal_mask(2))
+    backbone = jax.jit(Backbone(config).init)(key_backbone, tokens, tokens, causal_mask(2))
     hidden = jnp.zeros((1, config.hidden_size))
     medusa = MedusaHeads(heads).init(key_heads, hidden, lambda x: x)
     return TinyModel(

@@ -20,7 +20,7 @@ from medusa_jax.acceptance import (
     walk,
 )
 from medusa_jax.errors import InputError
-from medusa_jax.sampling import draw, row_keys, warp
+from medusa_jax.sampling import draw, warp
 from medusa_jax.tree import PAD, Tree
 
 VOCAB = 16
@@ -34,9 +34,8 @@ TREES = {
 all_trees = pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
 
 
-def context(rows: int, position: int = 0) -> Context:
-    keys = row_keys(0, [(row, 0) for row in range(rows)])
-    return Context(keys, jnp.full(rows, position, jnp.int32))
+def context(rows: int) -> Context:
+    return Context(jax.random.split(jax.random.key(0), rows), jnp.zeros(rows, jnp.int32))
 
 
 def peaks(*tokens: int) -> np.ndarray:
@@ -217,7 +216,7 @@ def test_typical_equals_the_original(tree: Tree, scheme: Typical, spread: float)
 
 
 @pytest.mark.parametrize("scheme", [Lossless(), Lossless(0.8, 10, 0.9)], ids=str)
-@pytest.mark.parametrize("tree", [TREES[name] for name in ("chain", "uneven", "published")])
+@pytest.mark.parametrize("tree", [TREES["chain"], TREES["uneven"]], ids=["chain", "uneven"])
 def test_lossless_follows_one_draw_a_node(tree: Tree, scheme: Lossless):
     """The draw at a node is that of its position; a child that equals it is accepted."""
     tokens, logits = random_step(tree, 300, seed=4, spread=1.5, hit=3.0)
@@ -315,6 +314,18 @@ def test_typical_sampled_root_passes_the_threshold():
     for drawn in (first, np.bincount(root, minlength=VOCAB)):
         assert set(np.flatnonzero(drawn)) == {0, 1, 2, 3}
         assert drawn[0] > drawn[1] > drawn[3]
+
+
+def test_typical_sampled_root_is_drawn_at_its_own_position():
+    """As `root` draws it: from the last accepted node, one position past it."""
+    tree, scheme, rows = CROSS, Typical(sample_root=True), 60
+    tokens, logits = random_step(tree, rows, seed=8, spread=1.5)
+    where = Context(context(rows).keys, jnp.arange(rows) % 7)
+    last, root = run(scheme, tree, tokens, logits, where)
+    assert set(tree.depths[last]) == {0, 1, 2}
+    after = Context(where.keys, where.position + tree.depths[last] + 1)
+    expected = scheme.root(jnp.asarray(logits[np.arange(rows), last]), after)
+    np.testing.assert_array_equal(root, expected)
 
 
 def test_typical_sampled_root_always_has_a_token():
