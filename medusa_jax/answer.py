@@ -105,8 +105,8 @@ class Answerer:
         return self.check(self.text.encode(messages), origin)
 
     def check(self, prompt_ids: Sequence[int], origin: str = "the prompt") -> list[int]:
-        """Raises InputError, naming `origin`, unless the prompt and its new tokens fit."""
-        self._decoder.check_fit(len(prompt_ids), self.limits.max_new_tokens or 1, origin)
+        """The ids; raises InputError, naming `origin`, if the decoder would refuse them."""
+        self._decoder.check_prompt(prompt_ids, self.limits.max_new_tokens or 1, origin)
         return list(prompt_ids)
 
     def answer(
@@ -178,7 +178,7 @@ class Answerer:
     ) -> tuple[list[Output], float]:
         """Decodes one batch of token ids; the outputs and the seconds they took."""
         padding = max((batch_size or 0) - len(prompts), 0)
-        filler = [1 % self.model.config.vocab_size]
+        filler = [0]
         prompts = [*prompts, *[filler] * padding]
         new_tokens = [self._new_tokens(len(prompt)) for prompt in prompts]
         new_tokens[len(prompts) - padding :] = [1] * padding

@@ -105,22 +105,17 @@ class Decoder:
           keys: one PRNG key a row (`sampling.row_keys`); default: seed 0, row number.
 
         Raises:
-          InputError: an empty prompt, or a prompt and its new tokens beyond the
-            capacity; the message names the row.
+          InputError: a prompt is empty, holds ids beyond the vocabulary, or does
+            not fit the capacity with its new tokens; the message names the row.
         """
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(prompts)
+        for row, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+            self.check_prompt(prompt, new, f"prompt {row}")
         lengths = [len(prompt) for prompt in prompts]
-        for row, (length, new) in enumerate(zip(lengths, max_new_tokens, strict=True)):
-            self.check_fit(length, new, f"prompt {row}")
         tokens = np.zeros((len(prompts), self.padded_length(max(lengths))), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise InputError(
-                f"prompt token ids must lie in 0..{self.config.vocab_size - 1} "
-                f"(the model's vocabulary), got {tokens.min()}..{tokens.max()}"
-            )
         if keys is None:
             keys = row_keys(0, [(row, 0) for row in range(len(prompts))])
         return self._prefill(
@@ -136,21 +131,25 @@ class Decoder:
         """Tokens that a prompt is padded to; prompts padded alike share one compilation."""
         return min(bucket(length), self.slots)
 
-    def check_fit(self, prompt_tokens: int, max_new_tokens: int, name: str = "the prompt") -> None:
-        """Raises InputError if a prompt is empty or does not fit with its new tokens."""
-        if not prompt_tokens:
+    def check_prompt(
+        self, prompt: Sequence[int], max_new_tokens: int, name: str = "the prompt"
+    ) -> None:
+        """Raises InputError unless the prompt is one, and fits with its new tokens."""
+        if not len(prompt):
             raise InputError(f"{name} is empty: it needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+            raise InputError(
+                f"{name}: token ids must lie in 0..{self.config.vocab_size - 1}, the model's "
+                f"vocabulary, got {min(prompt)}..{max(prompt)}"
+            )
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if prompt_tokens + max_new_tokens > self.capacity:
-            limit = (
-                f"the model's context of {self.capacity} tokens"
-                if self.capacity == self.config.context
-                else f"the decoder's capacity of {self.capacity} tokens"
-            )
+        total = len(prompt) + max_new_tokens
+        if total > self.capacity:
+            whose = "the model's context" if self.capacity == self.config.context else "a capacity"
             raise InputError(
-                f"{name} has {prompt_tokens} tokens and {max_new_tokens} new ones were asked for: "
-                f"{prompt_tokens + max_new_tokens} exceed {limit}"
+                f"{name} has {len(prompt)} tokens and {max_new_tokens} new ones were asked for: "
+                f"{total} exceed {whose} of {self.capacity} tokens"
             )
 
     @functools.partial(jax.jit, static_argnames="self")

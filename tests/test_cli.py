@@ -163,13 +163,22 @@ def test_a_malformed_line_keeps_what_came_before(run, stories_flags, tmp_path):
     assert [record["prompt"] for record in _records(out_file)] == ["Tom", "Lily"]
 
 
-def test_a_prompt_that_does_not_fit_keeps_what_came_before(run, stories_flags, tmp_path):
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([5] * 500, " has 500 tokens and 20 new ones were asked for: 520 exceed"),
+        ([5, 512], ": token ids must lie in 0..511"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_keeps_what_came_before(
+    run, stories_flags, tmp_path, ids, message
+):
     prompts, out_file = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text('{"prompt": "Tom"}\n' + json.dumps({"prompt_ids": [5] * 500}) + "\n")
+    prompts.write_text('{"prompt": "Tom"}\n' + json.dumps({"prompt_ids": ids}) + "\n")
     flags = [*stories_flags, "--prompts", prompts, "--output", out_file, "--max_new_tokens", 20]
-    code, _, err = run(*flags)
+    code, _, err = run(*flags, "--batch_size", 2)
     assert code == 2
-    assert f"{prompts}, line 2 has 500 tokens and 20 new ones were asked for: 520 exceed" in err
+    assert f"{prompts}, line 2{message}" in err
     assert len(_records(out_file)) == 1
 
 

@@ -332,7 +332,9 @@ def test_step_traces_once(tiny: TinyModel):
 
 def test_capacity_is_checked_before_decoding(tiny: TinyModel):
     decoder = Decoder(tiny.config, tiny.heads, BUSHY, capacity=32)
-    with pytest.raises(InputError, match=r"prompt 1 has 20 tokens and 13 new .* 33 exceed .* 32"):
+    with pytest.raises(
+        InputError, match=r"prompt 1 has 20 tokens and 13 new .* 33 exceed a capacity of 32"
+    ):
         decoder.prefill(tiny.params, [[1], [2] * 20], max_new_tokens=13)
     assert len(_decode(decoder, tiny.params, [[2] * 20], max_new_tokens=12)[0].token_ids) == 12
     context = Decoder(tiny.config)
