@@ -127,7 +127,7 @@ class Typical:
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
-        if self.epsilon < 0 or self.alpha < 0:
+        if not (self.epsilon >= 0 and self.alpha >= 0):
             raise InputError(
                 f"epsilon and alpha must not be negative, got {self.epsilon} and {self.alpha}"
             )
@@ -222,7 +222,8 @@ def longest_path(
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
+    if not 0 < temperature < float("inf"):
         raise InputError(
-            f"temperature must be > 0, got {temperature}; for temperature 0 use greedy acceptance"
+            f"temperature must be > 0 and finite, got {temperature}; "
+            "for temperature 0 use greedy acceptance"
         )

@@ -46,8 +46,9 @@ def row_keys(seed: int, rows: list[tuple[int, int]]) -> Array:
     A row keeps its key whatever batch it is decoded in.
     """
     base = jax.random.key(seed)
-    return jnp.stack(
-        [jax.random.fold_in(jax.random.fold_in(base, prompt), sample) for prompt, sample in rows]
+    prompts, samples = jnp.asarray(rows, jnp.uint32).T
+    return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(
+        prompts, samples
     )
 
 

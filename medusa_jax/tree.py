@@ -56,7 +56,7 @@ class Tree:
     def __post_init__(self) -> None:
         seen = set()
         for node in self.nodes:
-            if not node or any(not isinstance(rank, int) or rank < 0 for rank in node):
+            if not node or any(type(rank) is not int or rank < 0 for rank in node):
                 raise InputError(
                     f"tree node {list(node)} is not a non-empty list of ranks counted from 0"
                 )
@@ -74,6 +74,8 @@ class Tree:
     def from_lists(cls, lists: Iterable[Iterable[int]]) -> "Tree":
         """Builds a tree from JSON-like rank lists, for example `[[0], [1], [0, 0]]`."""
         try:
+            if not isinstance(lists, list | tuple):
+                raise TypeError
             return cls(tuple(tuple(node) for node in lists))
         except TypeError:
             raise InputError(
@@ -121,8 +123,10 @@ class Tree:
 
         Published and tuned trees list their nodes in order of value, so this is
         the best tree of that size. Raises InputError where the order is not
-        parents-first.
+        parents-first, or `size` is no size.
         """
+        if size < 1:
+            raise InputError(f"a tree has at least one token, the root; got size {size}")
         return Tree(self.nodes[: size - 1])
 
     def limit_depth(self, depth: int) -> "Tree":

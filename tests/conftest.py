@@ -55,7 +55,7 @@ TINY = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class TinyModel:
-    """A random model whose heads are its own lm_head plus noise: right now and then."""
+    """A random model whose heads are random too: right now and then."""
 
     config: ModelConfig
     heads: HeadsConfig

@@ -100,6 +100,7 @@ def _hugging_face(directory: Path, prompts, new_tokens, **settings):
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # more only wait for each other at these sizes
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     texts = []
     for prompt in prompts:

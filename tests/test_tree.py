@@ -185,3 +185,15 @@ def test_broken_json_file_is_named(tmp_path: pathlib.Path, content: bytes):
 def test_missing_json_file_is_named(tmp_path: pathlib.Path):
     with pytest.raises(InputError, match="nowhere"):
         Tree.from_json(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_cut_needs_a_size(size: int):
+    with pytest.raises(InputError, match=f"at least one token, the root; got size {size}"):
+        Tree.chain(3).cut(size)
+
+
+@pytest.mark.parametrize("lists", [{}, "", [[True]]])
+def test_what_is_no_list_of_ranks_is_refused(lists):
+    with pytest.raises(InputError, match="list"):
+        Tree.from_lists(lists)
