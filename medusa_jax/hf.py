@@ -85,20 +85,19 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
     tensors = tensor_files.open_model(directory)
     merged = {name: tensor for name, tensor in tensors.items() if name.startswith("medusa_head.")}
     rest = {name: tensor for name, tensor in tensors.items() if name not in merged}
-    params = {"backbone": _fill(_backbone_places(config), rest, directory, dtype)}
     head_tensors, source = merged, directory
     if heads is not None:
         source = resolve(heads)
         head_tensors = open_heads(source)
     elif not merged and (found := _head_file(directory)):
         head_tensors, source = tensor_files.open_file(found), found
-    heads_config = NO_HEADS
-    if head_tensors:
+    heads_config, params = NO_HEADS, {}
+    if head_tensors:  # before the backbone, which takes long to read
         heads_config = heads_config_of(head_tensors, source)
         _check_fit(heads_config, config, source)
-        params["heads"] = _fill(
-            _head_places(heads_config, head_tensors), head_tensors, source, dtype
-        )
+        places = _head_places(heads_config, head_tensors)
+        params["heads"] = _fill(places, head_tensors, source, dtype)
+    params["backbone"] = _fill(_backbone_places(config), rest, directory, dtype)
     generation = directory / "generation_config.json"
     settings |= tensor_files.read_json(generation) if generation.is_file() else {}
     return Model(
