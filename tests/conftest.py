@@ -6,12 +6,16 @@ that need them skip in a bare clone; CI refuses to run without.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import torch
+import transformers
+from checkpoints import LAYERS, VOCAB, WIDTH
 
 from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.config import ModelConfig
@@ -84,3 +88,39 @@ def random_model(config: ModelConfig, num_heads: int = 3, seed: int = 0) -> Tiny
 def tiny() -> TinyModel:
     """A two-layer random model that any clone can make."""
     return random_model(TINY)
+
+
+@pytest.fixture(scope="session")
+def llama() -> transformers.PreTrainedModel:
+    """A random untied Llama with biases, so that all kinds of tensor occur."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def saved(llama: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model as one safetensors file."""
+    directory = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """A copy of `saved` to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
