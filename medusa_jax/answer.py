@@ -127,18 +127,14 @@ class Answerer:
         """
         records: list[list[dict[str, Any]]] = [[] for _ in requests]
         histories = [list(request.history) for request in requests]
-        for turn in range(max(max(len(request.turns), 1) for request in requests)):
+        for turn in range(max(request.num_turns for request in requests)):
             live, prompts = [], []
             for i, request in enumerate(requests):
-                if len(records[i]) < turn or turn >= max(len(request.turns), 1):
-                    continue
-                try:
-                    prompts.append(self.prompt(request, histories[i], turn))
-                    live.append(i)
-                except InputError as error:
-                    if turn == 0:
-                        raise
-                    log.warning("%s; turn %d and what follows is left out", error, turn + 1)
+                if turn < request.num_turns and len(records[i]) == turn:
+                    prompt = self.prompt(request, histories[i], turn)
+                    if prompt is not None:
+                        prompts.append(prompt)
+                        live.append(i)
             if not live:
                 break
             results, seconds = self.run(prompts, [rows[i] for i in live], batch_size)
@@ -211,12 +207,22 @@ class Answerer:
             "sample": row[1],
         }
 
-    def prompt(self, request: Request, history: list[Message], turn: int) -> list[int]:
-        """Prompt ids of a turn, which is appended to the history; raises InputError if unfit."""
+    def prompt(self, request: Request, history: list[Message], turn: int) -> list[int] | None:
+        """Prompt ids of a turn, which is appended to the history.
+
+        None, with a warning, where a later turn does not fit any more; for the
+        first, InputError.
+        """
         if request.prompt_ids:
             return self.check(request.prompt_ids, request.origin)
         history.append({"role": "user", "content": request.turns[turn]})
-        return self.encode(history, request.origin)
+        try:
+            return self.encode(history, request.origin)
+        except InputError as error:
+            if turn == 0:
+                raise
+            log.warning("%s; turn %d and what follows is left out", error, turn + 1)
+            return None
 
     def _new_tokens(self, prompt_tokens: int) -> int:
         room = self._max_length - prompt_tokens

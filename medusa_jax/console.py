@@ -126,8 +126,11 @@ def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 def _stream(answerer: Answerer, request: Request, row: RowName) -> list[dict[str, Any]]:
     """Answers one request, turn after turn, printing its text as it is made."""
     history, records = list(request.history), []
-    for turn in range(max(len(request.turns), 1)):
-        pieces = answerer.stream(answerer.prompt(request, history, turn), row)
+    for turn in range(request.num_turns):
+        prompt = answerer.prompt(request, history, turn)
+        if prompt is None:
+            break
+        pieces = answerer.stream(prompt, row)
         while True:
             try:
                 print(next(pieces), end="", flush=True)

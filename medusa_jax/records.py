@@ -40,6 +40,11 @@ class Request:
     id: Any = None
     origin: str = "the prompt"
 
+    @property
+    def num_turns(self) -> int:
+        """Answers it asks for."""
+        return max(len(self.turns), 1)
+
     @classmethod
     def of_text(cls, text: str) -> "Request":
         """A single user turn."""

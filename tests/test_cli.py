@@ -107,6 +107,21 @@ def test_samples_of_a_file_in_batches(run, models, stories_flags, tmp_path):
     assert second["prompt_ids"] == text.encode([{"content": turn} for turn in conversation])
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_conversation_that_outgrows_the_context_keeps_its_answers(
+    run, stories_flags, tmp_path, size
+):
+    """Streamed or in a batch: the turn that does not fit is left out, with a warning."""
+    prompts, out_file = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"turns": ["Tom", "word " * 400]}) + '\n{"prompt": "Ben"}\n')
+    flags = [*stories_flags, "--prompts", prompts, "--raw", "--max_new_tokens", 8]
+    code, _, _ = run(*flags, "--batch_size", size)
+    assert code == 0
+    code, _, _ = run(*flags, "--batch_size", size, "--output", out_file)
+    assert code == 0
+    assert [record["prompt"] for record in _records(out_file)] == ["Tom", "Ben"]
+
+
 def test_compare_prints_the_ratio(run, stories_flags):
     code, _, err = run(
         *stories_flags, "--prompt", "Tom", "--prompt", "Lily", "--compare", "--max_new_tokens", 20
