@@ -1,14 +1,13 @@
 """Hugging Face directories and Medusa head files to parameters.
 
-One table says, for every tensor name of a checkpoint, where it goes in our
-parameters; shapes are the same on both sides. Dialects read here: Llama-family directories, the
-original's v0.1 heads (`.pt`, `.safetensors`), its version "2" (shared lm_head)
-and v1.0 merged models (`medusa_head.*` beside the backbone's tensors).
+Dialects read here: Llama-family directories, the original's v0.1 heads (`.pt`,
+`.safetensors`), its version "2" (shared lm_head) and v1.0 merged models
+(`medusa_head.*` beside the backbone's tensors). `places.py` has the names.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,15 @@ from medusa_jax import tensor_files
 from medusa_jax.config import ModelConfig, from_hf
 from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig
-from medusa_jax.tensor_files import Tensors
+from medusa_jax.places import MERGED, Place, backbone_places, head_places
+from medusa_jax.tensor_files import StoredTensor, Tensors
 
+# What brings the stored tensor of a parameter, named by its path, to its devices.
+Put = Callable[[str, StoredTensor], jax.Array]
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 _HEAD_NAME = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
 # Buffers that old checkpoints carry and nobody needs.
 _NOISE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a stored tensor goes.
-
-    Attributes:
-      path: keys in the nested parameter dict.
-      shape: the same there and here.
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +50,12 @@ class Model:
     directory: Path
 
 
-def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = "float32") -> Model:
+def load_model(
+    model: str | Path,
+    heads: str | Path | None = None,
+    dtype: str = "float32",
+    put: Put | None = None,
+) -> Model:
     """Loads a backbone and, where there are any, its Medusa heads.
 
     Args:
@@ -69,11 +63,13 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
         model, or of v0.1 heads whose config names their backbone.
       heads: directory, file or hub id of heads; default: those found with the model.
       dtype: of all parameters, "float32" or "bfloat16".
+      put: what brings a tensor to its devices, instead of a plain copy in `dtype`.
 
     Raises:
       InputError: something is missing, unreadable, unsupported or of another
         shape; one message lists everything wrong with the tensors.
     """
+    put = put or (lambda _, tensor: jax.device_put(np.asarray(tensor.read(), jnp.dtype(dtype))))
     directory = resolve(model)
     settings = tensor_files.read_json(directory / "config.json")
     # Heads may carry a model_type of their own, but never a backbone's shape.
@@ -82,9 +78,7 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
         directory = _backbone_of(directory, settings["base_model_name_or_path"])
         settings = tensor_files.read_json(directory / "config.json")
     config = from_hf(settings)
-    tensors = tensor_files.open_model(directory)
-    merged = {name: tensor for name, tensor in tensors.items() if name.startswith("medusa_head.")}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in merged}
+    merged, rest = _divide(tensor_files.open_model(directory))
     head_tensors, source = merged, directory
     if heads is not None:
         source = resolve(heads)
@@ -95,9 +89,9 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
     if head_tensors:  # before the backbone, which takes long to read
         heads_config = heads_config_of(head_tensors, source)
         _check_fit(heads_config, config, source)
-        places = _head_places(heads_config, head_tensors)
-        params["heads"] = _fill(places, head_tensors, source, dtype)
-    params["backbone"] = _fill(_backbone_places(config), rest, directory, dtype)
+        places = _places_of(heads_config, head_tensors)
+        params["heads"] = _fill("heads", places, head_tensors, source, put)
+    params["backbone"] = _fill("backbone", backbone_places(config), rest, directory, put)
     generation = directory / "generation_config.json"
     settings |= tensor_files.read_json(generation) if generation.is_file() else {}
     return Model(
@@ -108,6 +102,23 @@ def load_model(model: str | Path, heads: str | Path | None = None, dtype: str = 
         suppress=_ids(settings.get("suppress_tokens")),
         directory=directory,
     )
+
+
+def read_backbone(model: str | Path, put: Put) -> dict[str, Any]:
+    """Parameters of a backbone alone, whatever heads lie with it. Raises as `load_model`."""
+    directory = resolve(model)
+    config = from_hf(tensor_files.read_json(directory / "config.json"))
+    _, rest = _divide(tensor_files.open_model(directory))
+    return _fill("backbone", backbone_places(config), rest, directory, put)
+
+
+def read_heads(source: Path, expected: HeadsConfig, put: Put) -> dict[str, Any]:
+    """Parameters of heads, which must have the expected shape. Raises as `load_model`."""
+    tensors = open_heads(source)
+    found = heads_config_of(tensors, source)
+    if found != expected:
+        raise InputError(f"{source} holds {found}, expected {expected}")
+    return _fill("heads", _places_of(found, tensors), tensors, source, put)
 
 
 def resolve(name: str | Path) -> Path:
@@ -135,8 +146,7 @@ def open_heads(source: Path) -> Tensors:
         return tensor_files.open_file(source)
     if found := _head_file(source):
         return tensor_files.open_file(found)
-    tensors = tensor_files.open_model(source)
-    heads = {name: tensor for name, tensor in tensors.items() if name.startswith("medusa_head.")}
+    heads, _ = _divide(tensor_files.open_model(source))
     if not heads:
         raise InputError(
             f"{source} holds no Medusa heads: expected {' or '.join(HEAD_FILES)}, or tensors "
@@ -175,6 +185,7 @@ def heads_config_of(tensors: Tensors, source: Path) -> HeadsConfig:
 
 
 def _check_fit(heads: HeadsConfig, config: ModelConfig, source: Path) -> None:
+    """Raises InputError unless heads were made for a backbone of this shape."""
     if heads.hidden_size != config.hidden_size:
         raise InputError(
             f"{source}: these heads were made for hidden size {heads.hidden_size}, "
@@ -187,62 +198,17 @@ def _check_fit(heads: HeadsConfig, config: ModelConfig, source: Path) -> None:
         )
 
 
-def _backbone_places(config: ModelConfig) -> dict[str, Place]:
-    width, ffn = config.hidden_size, config.ffn_size
-    query_width = config.num_heads * config.head_dim
-    kv_width = config.num_kv_heads * config.head_dim
-    places = {
-        "model.embed_tokens.weight": Place(("embed", "embedding"), (config.vocab_size, width)),
-        "model.norm.weight": Place(("final_norm", "scale"), (width,)),
-    }
-    if not config.tied:
-        places["lm_head.weight"] = Place(("lm_head",), (config.vocab_size, width))
-    linears = {
-        "self_attn.q_proj": ("attention", "query", query_width, width, config.qkv_bias),
-        "self_attn.k_proj": ("attention", "key", kv_width, width, config.qkv_bias),
-        "self_attn.v_proj": ("attention", "value", kv_width, width, config.qkv_bias),
-        "self_attn.o_proj": ("attention", "out", width, query_width, config.out_bias),
-        "mlp.gate_proj": ("mlp", "gate", ffn, width, config.mlp_bias),
-        "mlp.up_proj": ("mlp", "up", ffn, width, config.mlp_bias),
-        "mlp.down_proj": ("mlp", "down", width, ffn, config.mlp_bias),
-    }
-    norms: dict[str, tuple[tuple[str, ...], int]] = {
-        "input_layernorm": (("attention_norm",), width),
-        "post_attention_layernorm": (("mlp_norm",), width),
-    }
-    if config.qk_norm:
-        norms["self_attn.q_norm"] = (("attention", "query_norm"), config.head_dim)
-        norms["self_attn.k_norm"] = (("attention", "key_norm"), config.head_dim)
-    for i in range(config.num_layers):
-        stored, layer = f"model.layers.{i}", f"layer_{i}"
-        for name, (group, ours, out, into, bias) in linears.items():
-            path = (layer, group, ours)
-            places[f"{stored}.{name}.weight"] = Place((*path, "weight"), (out, into))
-            if bias:
-                places[f"{stored}.{name}.bias"] = Place((*path, "bias"), (out,))
-        for name, (path, size) in norms.items():
-            places[f"{stored}.{name}.weight"] = Place((layer, *path, "scale"), (size,))
-    return places
+def _fill(
+    root: str, places: Mapping[str, Place], tensors: Tensors, source: Path, put: Put
+) -> dict[str, Any]:
+    """Nested parameters from the placed tensors, read one at a time; checks all of them first.
 
+    Args:
+      root: "backbone" or "heads", the first key of the paths that `put` gets.
 
-def _head_places(config: HeadsConfig, names: Iterable[str]) -> dict[str, Place]:
-    width = config.hidden_size
-    prefix = "medusa_head." if next(iter(names)).startswith("medusa_head.") else ""
-    places = {}
-    for i in range(config.num_heads):
-        stored, head = f"{prefix}{i}", f"head_{i}"
-        for j in range(config.num_layers):
-            linear, path = f"{stored}.{j}.linear", (head, f"block_{j}")
-            places[f"{linear}.weight"] = Place((*path, "weight"), (width, width))
-            places[f"{linear}.bias"] = Place((*path, "bias"), (width,))
-        if not config.shared:
-            shape = (config.vocab_size, width)
-            places[f"{stored}.{config.num_layers}.weight"] = Place((head, "vocab"), shape)
-    return places
-
-
-def _fill(places: Mapping[str, Place], tensors: Tensors, source: Path, dtype: str) -> dict:
-    """Reads every placed tensor, one at a time, cast to `dtype`; checks all of them first."""
+    Raises:
+      InputError: names every tensor of `source` that is missing, unexpected or misshapen.
+    """
     wrong = [f"missing {name} {list(p.shape)}" for name, p in places.items() if name not in tensors]
     for name, tensor in tensors.items():
         if name not in places:
@@ -256,15 +222,23 @@ def _fill(places: Mapping[str, Place], tensors: Tensors, source: Path, dtype: st
         raise InputError(
             f"{source}: tensors do not fit what was expected:\n  " + "\n  ".join(wrong)
         )
-    params: dict = {}
+    params: dict[str, Any] = {}
     for name, place in places.items():
-        array = tensors[name].read()
-        array = np.asarray(array, dtype=jnp.dtype(dtype))
         inner = params
         for key in place.path[:-1]:
             inner = inner.setdefault(key, {})
-        inner[place.path[-1]] = jax.device_put(array)
+        inner[place.path[-1]] = put("/".join((root, *place.path)), tensors[name])
     return params
+
+
+def _divide(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """(heads, everything else) of a merged model."""
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith(MERGED)}
+    return heads, {name: tensor for name, tensor in tensors.items() if name not in heads}
+
+
+def _places_of(heads: HeadsConfig, tensors: Tensors) -> dict[str, Place]:
+    return head_places(heads, MERGED if next(iter(tensors)).startswith(MERGED) else "")
 
 
 def _ignorable(name: str) -> bool:

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from medusa_jax.config import ModelConfig
 from medusa_jax.shapes import typed
 
+QUERY_BLOCK = 512
+
 
 @typed
 def rms_norm(x: Float[Array, "*dims D"], scale: Float[Array, " D"], eps: float) -> Array:
@@ -90,7 +92,29 @@ def attend(
 
     Returns:
       [B, T, H, C] in the queries' dtype; scores and softmax are float32.
+      Scores of long blocks exist for QUERY_BLOCK queries at a time.
     """
+    length = queries.shape[1]
+    if length <= QUERY_BLOCK:
+        return _attend(queries, parts)
+    count = -(-length // QUERY_BLOCK)
+
+    def split(array: Array) -> Array:
+        # Filled up with True: a query that sees nothing would divide by zero.
+        width = ((0, 0), (0, count * QUERY_BLOCK - length), *((0, 0),) * (array.ndim - 2))
+        array = jnp.pad(array, width, constant_values=1)
+        return array.reshape(array.shape[0], count, QUERY_BLOCK, *array.shape[2:]).swapaxes(0, 1)
+
+    def block(piece: tuple[Array, list[Array]]) -> Array:
+        mine, masks = piece
+        return _attend(mine, [(k, v, m) for (k, v, _), m in zip(parts, masks, strict=True)])
+
+    pieces = split(queries), [split(mask) for *_, mask in parts]
+    mixed = jax.lax.map(jax.checkpoint(block), pieces).swapaxes(0, 1)
+    return mixed.reshape(mixed.shape[0], -1, *mixed.shape[3:])[:, :length]
+
+
+def _attend(queries: Array, parts: list[tuple[Array, Array, Array]]) -> Array:
     batch, length, heads, width = queries.shape
     kv_heads = parts[0][0].shape[1]
     group = heads // kv_heads

@@ -19,6 +19,8 @@ from typing import IO, Any
 from medusa_jax.errors import InputError
 from medusa_jax.text import Message
 
+# Keys that hold a conversation, and what its messages call speaker and text.
+CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 
@@ -73,6 +75,19 @@ def write_record(stream: IO[str], record: dict[str, Any]) -> None:
     stream.flush()
 
 
+def conversation(record: dict[str, Any], key: str, origin: str) -> list[Message]:
+    """The messages of a record under one of the keys of `CONVERSATIONS`.
+
+    Raises:
+      InputError: none there, or one without a role or a text; names `origin`.
+    """
+    role, content = CONVERSATIONS[key]
+    return [
+        _message(item, role, content, f"{origin}: {key}[{i}]")
+        for i, item in enumerate(_list_of(record, key, dict, origin))
+    ]
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, with their numbers from 1."""
     opener = gzip.open if path.suffix == ".gz" else open
@@ -101,12 +116,9 @@ def _parse(line: str, origin: str) -> Request:
         return dataclasses.replace(request, turns=(record["prompt"],))
     if "turns" in record:
         return dataclasses.replace(request, turns=tuple(_list_of(record, "turns", str, origin)))
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+    for key in CONVERSATIONS:
         if key in record:
-            messages = [
-                _message(item, role, content, f"{origin}: {key}[{i}]")
-                for i, item in enumerate(_list_of(record, key, dict, origin))
-            ]
+            messages = conversation(record, key, origin)
             while messages and messages[-1]["role"] != "user":
                 messages.pop()  # answers that come with the data are not part of the prompt
             if not messages:

@@ -1,4 +1,4 @@
-"""Named tensors in checkpoint files, read one at a time: safetensors, or pickles with torch.
+"""Named tensors in checkpoint files, one at a time: safetensors, or pickles with torch.
 
 Opening reads names and shapes only; `StoredTensor.read` brings one tensor into
 memory, so a model is never held twice.
@@ -6,17 +6,22 @@ memory, so a model is never held twice.
 
 import dataclasses
 import json
+import math
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from medusa_jax.errors import InputError
+
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +31,12 @@ class StoredTensor:
     Attributes:
       file: where it lies.
       shape: its dimensions as stored.
-      read: loads it as a NumPy array.
+      read: loads it, or the part of it that an index selects, as a NumPy array.
     """
 
     file: Path
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 Tensors = dict[str, StoredTensor]
@@ -98,9 +103,14 @@ def _open_safetensors(file: Path) -> Tensors:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a complete safetensors file: {error}") from None
     return {
-        name: StoredTensor(file, shape, lambda name=name: handle.get_tensor(name))
+        name: StoredTensor(file, shape, lambda index=..., name=name: _slice(handle, name, index))
         for name, shape in shapes.items()
     }
+
+
+def _slice(handle: Any, name: str, index: Any) -> np.ndarray:
+    """A part of a tensor, of which no other byte is read."""
+    return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
 
 
 def _open_pickle(file: Path) -> Tensors:
@@ -121,15 +131,69 @@ def _open_pickle(file: Path) -> Tensors:
             reason = "it holds something else than tensors, which is not loaded"
         raise InputError(f"{file} is not a readable PyTorch checkpoint: {reason}") from None
 
-    def read(tensor: torch.Tensor) -> np.ndarray:
+    def read(tensor: torch.Tensor, index: Any) -> np.ndarray:
         # A copy: JAX would keep the mapped file itself, which may be overwritten later.
-        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+        tensor = tensor.detach()[index].clone(memory_format=torch.contiguous_format)
         if tensor.dtype == torch.bfloat16:  # NumPy itself knows no bfloat16
             return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
     return {
-        name: StoredTensor(file, tuple(tensor.shape), lambda tensor=tensor: read(tensor))
+        name: StoredTensor(
+            file, tuple(tensor.shape), lambda index=..., tensor=tensor: read(tensor, index)
+        )
         for name, tensor in (state.items() if isinstance(state, dict) else ())
         if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
+
+
+def write_model(
+    directory: Path,
+    stem: str,
+    tensors: Sequence[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
+    dtype: str,
+    write: bool = True,
+) -> None:
+    """Writes `stem.safetensors`, or shards of at most SHARD_BYTES with an index.
+
+    Args:
+      tensors: name, shape, and what gives the array: called once each, in
+        order, so that no more than one shard is in memory.
+      dtype: they are cast to.
+      write: off in processes that only take part in giving the arrays.
+    """
+    kind = jnp.dtype(dtype)
+    shards: list[list[int]] = []
+    size = SHARD_BYTES + 1
+    for number, (_, shape, _) in enumerate(tensors):
+        bytes_here = math.prod(shape) * kind.itemsize
+        if size + bytes_here > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(number)
+        size += bytes_here
+    placed, total = {}, 0
+    for i, numbers in enumerate(shards, start=1):
+        suffix = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        held = {}
+        for name, _, give in (tensors[number] for number in numbers):
+            array = give()
+            if write:
+                held[name] = np.ascontiguousarray(array.astype(kind))
+                placed[name] = f"{stem}{suffix}.safetensors"
+                total += held[name].nbytes
+        if write:
+            save_file(held, directory / f"{stem}{suffix}.safetensors", {"format": "pt"})
+    if write and len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_pickle(file: Path) -> None:
+    """The same tensors as a `.pt` beside a safetensors file; nothing where torch is missing."""
+    try:
+        import torch
+        from safetensors.torch import load_file
+    except ImportError:
+        return
+    torch.save(load_file(file), file.with_suffix(".pt"))

@@ -95,12 +95,16 @@ class Text:
                 "the tokenizer has no chat template, which a conversation needs: give a built-in "
                 f"one ({', '.join(TEMPLATES)}) or a Jinja file, or decode it raw"
             )
+        return self._apply(messages, tokenize=True, add_generation_prompt=True)
+
+    def render(self, messages: Sequence[Message], *, answer: bool) -> str:
+        """A conversation as the template writes it; with `answer`, up to where one would begin."""
+        return self._apply(messages, tokenize=False, add_generation_prompt=answer)
+
+    def _apply(self, messages: Sequence[Message], **how: bool) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.template,
-                add_generation_prompt=True,
-                return_dict=False,
+                list(messages), chat_template=self.template, return_dict=False, **how
             )
         except Exception as error:
             raise InputError(f"the chat template refuses this conversation: {error}") from None

@@ -1,0 +1,92 @@
+"""Checkpoints of a run: orbax, written in the background, the last few kept.
+
+A checkpoint is complete or absent: orbax writes it under another name and
+renames it. Frozen weights are not in it; they are read from the model again.
+"""
+
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from medusa_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message names the last good one."""
+
+
+class Checkpoints:
+    """The checkpoints of one working directory."""
+
+    def __init__(self, workdir: str | Path, keep: int = 1) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of its work
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._saved = self._manager.latest_step()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """All steps kept, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing a checkpoint; that of the same step is not written twice.
+
+        Raises:
+          CheckpointError: this or the one before could not be written.
+        """
+        step = int(state.step)
+        if step == self._saved:
+            return
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(_tree(state)))
+        except Exception as error:
+            raise self._failed(error) from error
+        self._saved = step
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk; raises as `save`."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+        """The state at a step (default: the newest), on the devices that `abstract` names."""
+        step = self.latest if step is None else step
+        tree = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(abstract)))
+        return TrainState(tree["step"], tree["trainable"], tree["opt_state"])
+
+    def close(self) -> None:
+        """Waits for the background and lets it go."""
+        self._manager.close()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        complete = [step for step in self.steps if self._complete(step)]
+        last = f"{self.directory / str(complete[-1])}" if complete else "there is none yet"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return CheckpointError(
+            f"a checkpoint could not be written ({reason[:300]}); the last good one: {last}"
+        )
+
+    def _complete(self, step: int) -> bool:
+        return (self.directory / str(step) / "_CHECKPOINT_METADATA").is_file()
+
+
+def _tree(state: TrainState) -> dict:
+    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+
+
+def block(state: TrainState) -> TrainState:
+    """The state once all its arrays are computed."""
+    return jax.block_until_ready(state)

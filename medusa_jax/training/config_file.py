@@ -1,0 +1,54 @@
+"""A config file and the overrides on the command line, as one `Config`."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from medusa_jax.errors import InputError
+from medusa_jax.training.settings import Config
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Runs `get_config()` of a Python file and applies `--config.name=value` flags.
+
+    Raises:
+      InputError: no such file, an unknown field (the nearest name is
+        suggested), or a value of another type.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"--config {path} does not exist; see configs/ for what ships")
+    known = _fields(Config())
+    for one in overrides:
+        match = re.match(r"--config\.([\w.]+)", one)
+        if match and match.group(1) not in known:
+            near = difflib.get_close_matches(match.group(1), known, n=1, cutoff=0)
+            raise InputError(f"unknown setting {match.group(1)!r}; did you mean {near[0]!r}?")
+    values = flags.FlagValues()
+    arguments = ["train.py", f"--config={path}", *overrides]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+    except InputError:
+        raise
+    except (flags.Error, TypeError, ValueError) as error:
+        raise InputError(f"--config {path}: {str(error).strip().splitlines()[0]}") from None
+    config = holder.value
+    if not isinstance(config, Config):
+        raise InputError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
+    return config
+
+
+def _fields(node: Any, prefix: str = "") -> list[str]:
+    """Names of all settings that are values, like "optim.learning_rate"."""
+    names = []
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        name = f"{prefix}{field.name}"
+        names += _fields(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    return names

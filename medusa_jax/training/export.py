@@ -1,0 +1,141 @@
+"""Trained weights to the original's formats: v0.1 heads, or a merged v1.0 directory."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from medusa_jax import hf
+from medusa_jax.heads import HeadsConfig
+from medusa_jax.places import MERGED, backbone_places, head_places
+from medusa_jax.tensor_files import read_json, write_model, write_pickle
+from medusa_jax.training import lora
+from medusa_jax.training.settings import Config
+from medusa_jax.training.tree_paths import flat, joined
+from medusa_jax.training.weights import Weights
+
+# What a Hugging Face directory holds beside weights and config.json.
+_BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+           "chat_template*", "vocab.json", "merges.txt")  # fmt: skip
+Tensors = Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]
+
+
+def export(config: Config, weights: Weights, target: Path, *, write: bool = True) -> list[Path]:
+    """Writes what a run has trained under `target`, one tensor at a time.
+
+    `heads/` gets the heads (v0.1), `model/`, where the backbone has learnt
+    too, backbone and heads as one model (v1.0), adapters folded in.
+
+    Args:
+      write: whether this process writes; all must call, since each holds a part.
+
+    Returns:
+      the directories written.
+    """
+    made = []
+    dtype = config.run.export_dtype or config.model.dtype
+    if config.mode == "medusa1":
+        made.append(_heads(config, weights, target / "heads", dtype, write))
+    else:
+        made.append(_merged(config, weights, target / "model", dtype, write))
+    return made
+
+
+def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> Path:
+    params = flat({"heads": weights.trainable["heads"]})
+    settings = _heads_settings(weights.heads) | {"base_model_name_or_path": config.model.path}
+    tensors = list(_head_tensors(weights.heads, params, ""))
+    with _Replacing(target, write) as directory:
+        write_model(directory, "medusa_lm_head", tensors, dtype, write)
+        if write:
+            write_pickle(directory / "medusa_lm_head.safetensors")
+            _write_json(directory / "config.json", settings)
+    return target
+
+
+def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> Path:
+    params = flat(joined(weights.trainable, weights.frozen))
+    scale = config.lora.alpha / config.lora.rank if config.adapted else 0.0
+    source = hf.resolve(config.model.path)
+    settings = read_json(source / "config.json") | {"torch_dtype": dtype}
+    settings.pop("dtype", None)
+    if weights.heads.num_heads:
+        settings |= _heads_settings(weights.heads)
+    if config.adapted:
+        settings["tie_word_embeddings"] = False  # the adapted lm_head has left the embedding
+    tensors = [*_backbone_tensors(weights, params, scale)]
+    tensors += _head_tensors(weights.heads, params, MERGED)
+    with _Replacing(target, write) as directory:
+        write_model(directory, "model", tensors, dtype, write)
+        if write:
+            for pattern in _BESIDE:
+                for file in source.glob(pattern):
+                    shutil.copyfile(file, directory / file.name)
+            _write_json(directory / "config.json", settings)
+    return target
+
+
+def _heads_settings(heads: HeadsConfig) -> dict[str, Any]:
+    shared = {"version": "2"} if heads.shared else {}
+    return {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers} | shared
+
+
+def _head_tensors(heads: HeadsConfig, params: dict[str, Any], prefix: str) -> Tensors:
+    for name, place in head_places(heads, prefix).items():
+        array = params["/".join(("heads", *place.path))]
+        yield name, place.shape, lambda array=array: _whole(array)
+
+
+def _backbone_tensors(weights: Weights, params: dict[str, Any], scale: float) -> Tensors:
+    adapted = "adapters/lm_head/a" in params
+    for name, place in backbone_places(weights.model).items():
+        path = "/".join(place.path)
+        array = params[f"backbone/{path}"]
+        adapter = f"adapters/{path.removesuffix('/weight')}"
+        yield name, place.shape, _folded(params, array, adapter, scale)
+    if adapted and weights.model.tied:
+        array = params["backbone/embed/embedding"]
+        yield "lm_head.weight", array.shape, _folded(params, array, "adapters/lm_head", scale)
+
+
+def _folded(
+    params: dict[str, Any], array: jax.Array, adapter: str, scale: float
+) -> Callable[[], np.ndarray]:
+    if f"{adapter}/a" not in params:
+        return lambda: _whole(array)
+    factors = {"a": params[f"{adapter}/a"], "b": params[f"{adapter}/b"]}
+    return lambda: _whole(lora.folded(array, factors, scale))
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """The array on this host, wherever its parts lie."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+class _Replacing:
+    """A directory that takes `target`'s place once it is complete."""
+
+    def __init__(self, target: Path, write: bool) -> None:
+        self._target, self._new, self._write = target, target.with_name(f"{target.name}.tmp"), write
+
+    def __enter__(self) -> Path:
+        if self._write:
+            shutil.rmtree(self._new, ignore_errors=True)
+            self._new.mkdir(parents=True)
+        return self._new
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._write and kind is None:
+            shutil.rmtree(self._target, ignore_errors=True)
+            self._new.rename(self._target)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

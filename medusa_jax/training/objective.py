@@ -1,0 +1,234 @@
+"""One batch to the loss of a training mode, and everything that is reported about it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding
+
+from medusa_jax.backbone import Backbone
+from medusa_jax.config import ModelConfig
+from medusa_jax.heads import Head, HeadsConfig
+from medusa_jax.training import lora, settings
+from medusa_jax.training.losses import (
+    TOP,
+    Sums,
+    cross_entropy,
+    kl_divergence,
+    over_chunks,
+    targets_at,
+)
+from medusa_jax.training.tree_paths import joined
+
+Params = dict[str, Any]
+Batch = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What one batch, or the sum of several, says.
+
+    Attributes:
+      lm: of the lm_head, offset 1.
+      kl: KL to the teacher, summed over the lm_head's targets [].
+      heads: of each head.
+    """
+
+    lm: Sums
+    kl: Array
+    heads: tuple[Sums, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Targets in a whole step, which its pieces are weighed by.
+
+    Attributes:
+      lm: float32 [].
+      heads: of each head, float32 [M].
+    """
+
+    lm: Array
+    heads: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss as a function of what learns. Static under `jax.jit`.
+
+    Attributes:
+      model, heads: shapes.
+      mode: of `settings.Config`.
+      decay: head k weighs decay^k.
+      distill: KL to the teacher instead of the backbone's cross-entropy.
+      chunk: positions whose logits exist at a time.
+      dtype: of the computation.
+      remat: recompute each layer in the backward pass.
+      adapter_scale: alpha / R, 0 without adapters.
+      adapter_dropout: of the adapters' inputs.
+      sharding: of hidden states, or None.
+    """
+
+    model: ModelConfig
+    heads: HeadsConfig
+    mode: str = "medusa1"
+    decay: float = 0.8
+    distill: bool = False
+    chunk: int = 0
+    dtype: str = "float32"
+    remat: bool = False
+    adapter_scale: float = 0.0
+    adapter_dropout: float = 0.0
+    sharding: NamedSharding | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: settings.Config,
+        model: ModelConfig,
+        heads: HeadsConfig,
+        sharding: NamedSharding | None = None,
+    ) -> "Objective":
+        """The objective of a run."""
+        return cls(
+            model=model,
+            heads=heads,
+            mode=config.mode,
+            decay=config.loss.decay,
+            distill=config.loss.distill,
+            chunk=config.loss.chunk,
+            dtype=config.model.dtype,
+            remat=config.model.remat and config.mode != "medusa1",
+            adapter_scale=config.lora.alpha / config.lora.rank if config.adapted else 0.0,
+            adapter_dropout=config.lora.dropout if config.adapted else 0.0,
+            sharding=sharding,
+        )
+
+    def counts(self, batch: Batch) -> Counts:
+        """Targets of a step's arrays [A, B, T]."""
+        arrays = [batch[key].reshape(-1, batch[key].shape[-1]) for key in _TARGET_KEYS]
+
+        def count(offset: int) -> Array:
+            return jnp.sum(targets_at(*arrays, offset)[1]).astype(jnp.float32)
+
+        heads = [count(k + 2) for k in range(self.heads.num_heads)]
+        return Counts(count(1), jnp.stack(heads) if heads else jnp.zeros(0))
+
+    def loss(
+        self,
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        counts: Counts,
+        heads_weight: Array | float,
+        key: Array | None = None,
+    ) -> tuple[Array, Terms]:
+        """This batch's part of a step's loss, and its terms.
+
+        Args:
+          trainable, frozen: nested parameters that together make up the model.
+          batch: arrays [B, T] of `packing.row`.
+          counts: targets in the whole step: parts of its loss add up to it.
+          heads_weight: lambda_0 (Medusa-2 only).
+          key: for the adapters' dropout; None for none.
+        """
+        terms = self.terms(trainable, frozen, batch, key)
+        each = jnp.stack([head.loss for head in terms.heads]) if terms.heads else jnp.zeros(0)
+        weights = self.decay ** jnp.arange(1.0, len(terms.heads) + 1.0)
+        heads_loss = jnp.sum(weights * each / jnp.maximum(counts.heads, 1.0))
+        if self.mode == "medusa1":
+            return heads_loss, terms
+        backbone_loss = (terms.kl if self.distill else terms.lm.loss) / jnp.maximum(counts.lm, 1.0)
+        return backbone_loss + heads_weight * heads_loss, terms
+
+    def terms(
+        self, trainable: Params, frozen: Params, batch: Batch, key: Array | None = None
+    ) -> Terms:
+        """Sums over the batch's targets [B, T]."""
+        dtype = jnp.dtype(self.dtype)
+        params = joined(jax.tree.map(lambda leaf: leaf.astype(dtype), trainable), frozen)
+        backbone = Backbone(self.model, self.remat, self.sharding)
+
+        def hidden_of(weights: Params) -> Array:
+            seen = batch["segments"]
+            causal = jnp.arange(seen.shape[1])[:, None] >= jnp.arange(seen.shape[1])
+            mask = (seen[:, :, None] == seen[:, None, :]) & causal
+            inputs = batch["tokens"], batch["positions"], mask
+            return backbone.apply({"params": weights}, *inputs)[0]
+
+        def logits_of(weights: Params, hidden: Array) -> Array:
+            return backbone.apply({"params": weights}, hidden, method="unembed")
+
+        dropout = self.adapter_dropout if key is not None else 0.0
+        adapters = params.get("adapters")
+        with lora.adapted(adapters, self.adapter_scale, dropout, key):
+            hidden = hidden_of(params["backbone"])
+            targets = [targets_at(*(batch[k] for k in _TARGET_KEYS), offset=1)]
+
+            def lm(hidden: Array, targets: Array, counted: Array) -> Sums:
+                return cross_entropy(logits_of(params["backbone"], hidden), targets, counted)
+
+            lm_sums = over_chunks(lm, self.chunk, hidden, *targets[0])
+            heads = tuple(
+                self._head(k, params, hidden, batch, logits_of) for k in range(self.heads.num_heads)
+            )
+        if not self.distill:
+            return Terms(lm_sums, jnp.zeros(()), heads)
+        teacher = params.get("teacher", frozen.get("backbone"))
+        teacher_hidden = jax.lax.stop_gradient(hidden_of(teacher))
+        scale = self.adapter_scale
+
+        def kl(ours: Array, theirs: Array, counted: Array) -> Array:
+            with lora.adapted(adapters, scale, dropout, key):
+                student_logits = logits_of(params["backbone"], ours)
+            return kl_divergence(logits_of(teacher, theirs), student_logits, counted)
+
+        kl_sum = over_chunks(kl, self.chunk, hidden, teacher_hidden, targets[0][1])
+        return Terms(lm_sums, kl_sum, heads)
+
+    def _head(self, k: int, params: Params, hidden: Array, batch: Batch, logits_of: Any) -> Sums:
+        targets, counted = targets_at(*(batch[key] for key in _TARGET_KEYS), offset=k + 2)
+        head, weights = Head(self.heads), {"params": params["heads"][f"head_{k}"]}
+
+        def one(hidden: Array, targets: Array, counted: Array) -> Sums:
+            def unembed(x: Array) -> Array:
+                return logits_of(params["backbone"], x)
+
+            return cross_entropy(head.apply(weights, hidden, unembed), targets, counted)
+
+        return over_chunks(one, self.chunk, hidden, targets, counted)
+
+
+_TARGET_KEYS = ("tokens", "segments", "learnt")
+
+
+def report(terms: Terms, heads_weight: float, objective: Objective) -> dict[str, Any]:
+    """Means of a step's terms, named for `metrics.jsonl`; values are floats or lists of them."""
+
+    def mean(value: Any, count: Any) -> float:
+        return float(value) / max(float(count), 1.0)
+
+    out: dict[str, Any] = {
+        "lm_loss": mean(terms.lm.loss, terms.lm.count),
+        "lm_top1": mean(terms.lm.hits[0], terms.lm.count),
+    }
+    backbone_loss = out["lm_loss"]
+    if objective.distill:
+        out["kl"] = backbone_loss = mean(terms.kl, terms.lm.count)
+    losses = [mean(head.loss, head.count) for head in terms.heads]
+    heads_loss = sum(objective.decay**k * loss for k, loss in enumerate(losses, start=1))
+    if terms.heads:
+        out["head_loss"] = heads_loss
+        out["head_losses"] = losses
+        for place, k in enumerate(TOP):
+            out[f"head_top{k}"] = [mean(head.hits[place], head.count) for head in terms.heads]
+    if objective.mode == "medusa1":
+        out["loss"] = heads_loss
+    else:
+        out["loss"] = backbone_loss + heads_weight * heads_loss
+    out["targets"] = int(terms.lm.count)
+    return out

@@ -1,0 +1,92 @@
+"""Which parameter learns at which rate: one table from paths to groups, one optimizer a group."""
+
+import re
+from collections.abc import Iterable
+
+import jax
+import optax
+
+from medusa_jax.errors import InputError
+from medusa_jax.training.settings import Config, Optim
+from medusa_jax.training.tree_paths import map_with_path
+
+FROZEN = "frozen"
+
+
+def groups(config: Config) -> dict[str, str]:
+    """Regular expression of each group's parameters, which must match whole paths."""
+    learns = config.mode == "pretrain" or (config.mode == "medusa2" and not config.adapted)
+    trained = config.optim.trained if learns else "(?!)"  # which matches nothing
+    return {
+        "heads": "heads/.*",
+        "adapters": "adapters/.*",
+        "backbone": f"backbone/(?:{trained})",
+        FROZEN: f"(?:backbone/(?!(?:{trained})$)|teacher/).*",
+    }
+
+
+def group_of(paths: Iterable[str], table: dict[str, str]) -> dict[str, str]:
+    """The group of every parameter.
+
+    Raises:
+      InputError: one falls in no group, or in several; all such are named.
+    """
+    found, wrong = {}, []
+    for path in paths:
+        names = [name for name, pattern in table.items() if re.fullmatch(pattern, path)]
+        if len(names) == 1:
+            found[path] = names[0]
+        else:
+            wrong.append(f"{path} is in {' and '.join(names) or 'none'}")
+    if wrong:
+        raise InputError(
+            "every parameter must be in exactly one optimizer group:\n  " + "\n  ".join(wrong)
+        )
+    return found
+
+
+def learning_rate(optim: Optim, total_steps: int) -> optax.Schedule:
+    """Rate of multiplier 1 over steps: linear warm-up, then cosine to zero or constant."""
+    warmup = min(optim.warmup_steps, total_steps - 1)
+    if optim.schedule == "constant":
+        rest = optax.constant_schedule(optim.learning_rate)
+    else:
+        rest = optax.cosine_decay_schedule(optim.learning_rate, max(total_steps - warmup, 1))
+    if not warmup:
+        return rest
+    # The first step already learns: a rate of zero would waste its batch.
+    rise = optax.linear_schedule(optim.learning_rate / warmup, optim.learning_rate, warmup - 1)
+    return optax.join_schedules([rise, rest], [warmup])
+
+
+def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW for each group at its multiple of the rate; frozen parameters stay."""
+    optim = config.optim
+    rate = learning_rate(optim, total_steps)
+
+    def adamw(multiplier: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            lambda step: multiplier * rate(step),
+            b1=optim.beta1,
+            b2=optim.beta2,
+            weight_decay=optim.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        )
+
+    table = groups(config)
+
+    def labels(params: dict) -> dict:
+        return map_with_path(lambda path, _: group_of([path], table)[path], params)
+
+    per_group = optax.multi_transform(
+        {
+            "heads": adamw(optim.heads_multiplier),
+            "adapters": adamw(1.0),
+            "backbone": adamw(1.0),
+            FROZEN: optax.set_to_zero(),
+        },
+        labels,
+    )
+    if not optim.clip:
+        return per_group
+    return optax.chain(optax.clip_by_global_norm(optim.clip), per_group)

@@ -1,0 +1,121 @@
+"""Many documents in rows of one length, none of which sees, or is asked about, another."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from medusa_jax.errors import InputError
+from medusa_jax.training.encoding import Encoded
+
+OPEN_ROWS = 256  # rows that may still be filled; more packs tighter, and searches longer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of T tokens, stored as the pieces of documents that they hold.
+
+    Attributes:
+      pieces: documents, cut to at most T tokens.
+      plan: for each row, the pieces in it, in order.
+      length: T.
+    """
+
+    pieces: Sequence[Encoded]
+    plan: Sequence[Sequence[int]]
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all rows, padding aside."""
+        return sum(len(piece.ids) for piece in self.pieces)
+
+    def arrays(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The rows as arrays [B, T]: see `row`. Number -1 is an empty row."""
+        plans = [self.plan[r] if r >= 0 else () for r in rows]
+        made = [row([self.pieces[i] for i in plan], self.length) for plan in plans]
+        return {key: np.stack([one[key] for one in made]) for key in made[0]}
+
+
+def row(pieces: Sequence[Encoded], length: int) -> dict[str, np.ndarray]:
+    """One row [T].
+
+    Pieces (5 6 7) and (8 9) in a row of 6, only 6, 7 and 9 learnt:
+
+        tokens     5 6 7 8 9 0
+        segments   1 1 1 2 2 0     0 is padding
+        positions  0 1 2 0 1 0
+        learnt     0 1 1 0 1 0
+
+    Returns:
+      `tokens`, `segments`, `positions` (int32) and `learnt` (bool): whether the
+      token is a target.
+    """
+    out = {key: np.zeros(length, np.int32) for key in ("tokens", "segments", "positions")}
+    learnt, start = np.zeros(length, bool), 0
+    for number, piece in enumerate(pieces, start=1):
+        stop = start + len(piece.ids)
+        out["tokens"][start:stop] = piece.ids
+        out["segments"][start:stop] = number
+        out["positions"][start:stop] = np.arange(len(piece.ids))
+        learnt[start:stop] = piece.learnt
+        start = stop
+    return out | {"learnt": learnt}
+
+
+def fit(documents: Sequence[Encoded], length: int, sources: str) -> list[Encoded]:
+    """Cuts documents to pieces of at most `length` tokens that have something to learn.
+
+    A text of which everything is learnt goes on in a next piece; a conversation is cut off.
+
+    Raises:
+      InputError: nothing learnt is left; names `sources`.
+    """
+    pieces = []
+    for document in documents:
+        whole = len(document.ids) and document.learnt[1:].all()
+        last = len(document.ids) if whole else min(length, len(document.ids))
+        for start in range(0, last, length):
+            ids, learnt = (
+                array[start : min(start + length, last)]
+                for array in (document.ids, document.learnt)
+            )
+            if learnt[1:].any():  # a first token has nothing before it to be learnt from
+                pieces.append(Encoded(ids, learnt, document.origin))
+    if not pieces:
+        longest = max((len(document.ids) for document in documents), default=0)
+        raise InputError(
+            f"{sources}: of {len(documents)} documents none has an assistant's token left within "
+            f"data.sequence_length {length} (the longest has {longest} tokens)"
+        )
+    return pieces
+
+
+def pack(pieces: Sequence[Encoded], length: int, *, packing: bool, seed: int) -> Rows:
+    """Puts pieces into rows: each into the fullest open row that has room (best fit).
+
+    Deterministic in its arguments. Without `packing`, one piece a row.
+    """
+    order = np.random.default_rng(seed).permutation(len(pieces))
+    if not packing:
+        return Rows(pieces, [[int(i)] for i in order], length)
+    plan: list[list[int]] = []
+    room: dict[int, int] = {}  # open row -> tokens still free
+    for i in map(int, order):
+        size = len(pieces[i].ids)
+        fitting = [(free, number) for number, free in room.items() if free >= size]
+        if fitting:
+            free, number = min(fitting)
+            plan[number].append(i)
+        else:
+            free, number = length, len(plan)
+            plan.append([i])
+        room[number] = free - size
+        if room[number] < 2:
+            del room[number]
+        elif len(room) > OPEN_ROWS:
+            del room[min(room, key=lambda number: (room[number], number))]
+    return Rows(pieces, plan, length)

@@ -1,0 +1,263 @@
+"""What a training run is: mutable dataclasses that `configs/NAME.py` fill in.
+
+Every field can be overridden on the command line: `--config.optim.learning_rate=1e-3`.
+"""
+
+import dataclasses
+from typing import Any
+
+from medusa_jax.errors import InputError
+
+MODES = ("medusa1", "medusa2", "pretrain")
+RAMPS = ("constant", "linear", "sine")
+
+
+@dataclasses.dataclass
+class Backbone:
+    """The model whose hidden states the heads read.
+
+    Attributes:
+      path: Hugging Face directory or hub id.
+      shape: a name of `medusa_jax.presets`, for `--compile_only` and random weights.
+      random: start from random weights; `path`, if given, names the shape and tokenizer only.
+      dtype: of the computation and of frozen weights; what learns is kept in float32.
+      remat: keep one activation a layer and recompute the rest in the backward pass.
+    """
+
+    path: str = ""
+    shape: str = ""
+    random: bool = False
+    dtype: str = "bfloat16"
+    remat: bool = True
+
+
+@dataclasses.dataclass
+class Heads:
+    """The heads to train.
+
+    Attributes:
+      number, layers: M heads of this many residual blocks.
+      shared: predict through the backbone's lm_head instead of a projection each.
+      path: heads to start from: a directory or file of heads, or the working
+        directory of an earlier run. Empty: copies of the lm_head.
+    """
+
+    number: int = 5
+    layers: int = 1
+    shared: bool = False
+    path: str = ""
+
+
+@dataclasses.dataclass
+class Lora:
+    """Low-rank adapters of all backbone projections and the lm_head (Medusa-2).
+
+    Attributes:
+      rank: 0 trains the whole backbone instead.
+      alpha: an adapter's output is scaled by alpha / rank.
+      dropout: of an adapter's input.
+    """
+
+    rank: int = 32
+    alpha: float = 16.0
+    dropout: float = 0.05
+
+
+@dataclasses.dataclass
+class Data:
+    """What is read, and how it becomes rows.
+
+    Attributes:
+      train: files (.json, .jsonl, .parquet, .txt, each also .gz) or hub datasets
+        (`owner/name`, `owner/name:split`).
+      eval: held-out files; empty takes `eval_fraction` of the training documents.
+      eval_fraction: share held out where `eval` is empty.
+      eval_rows: most rows of one evaluation, 0 for all.
+      template: chat template: `vicuna`, `zephyr` or a Jinja file; empty: the tokenizer's own.
+      separator: what divides the documents of a text file.
+      end: token after a document of plain text: a token's text, or empty for none.
+      sequence_length: T, tokens in a row.
+      packing: several documents in a row; off: one each, padded.
+      max_documents: read no more than this many of each source, 0 for all.
+      on_bad: `skip` (and count) or `refuse` what is no conversation.
+    """
+
+    train: tuple[str, ...] = ()
+    eval: tuple[str, ...] = ()
+    eval_fraction: float = 0.01
+    eval_rows: int = 256
+    template: str = ""
+    separator: str = "<|endoftext|>"
+    end: str = ""
+    sequence_length: int = 2048
+    packing: bool = True
+    max_documents: int = 0
+    on_bad: str = "skip"
+
+
+@dataclasses.dataclass
+class Loss:
+    """The loss (paper, sections 2.2 and 2.3).
+
+    Attributes:
+      decay: head k (1-based) weighs decay^k.
+      heads_weight: lambda_0, the weight of the heads' loss beside the backbone's (Medusa-2).
+      ramp: how lambda_0 grows to that: `constant`, `linear` or `sine` (a quarter wave).
+      ramp_fraction: share of the run after which it is reached.
+      distill: KL to the backbone as it was in place of its own cross-entropy.
+      chunk: positions of each row whose logits exist at a time, 0 for all.
+    """
+
+    decay: float = 0.8
+    heads_weight: float = 0.2
+    ramp: str = "constant"
+    ramp_fraction: float = 1.0
+    distill: bool = False
+    chunk: int = 512
+
+
+@dataclasses.dataclass
+class Optim:
+    """AdamW with warm-up.
+
+    Attributes:
+      learning_rate: peak, of backbone and adapters.
+      heads_multiplier: the heads, biases included, learn at this many times that rate.
+      trained: regular expression of the backbone parameters that learn when
+        all of it could (Medusa-2 without LoRA, pretraining); the rest is frozen.
+      batch_size: rows of one step, over all devices.
+      accumulation: a step's rows pass through in this many pieces.
+      epochs, steps: length of the run; `steps`, if not 0, wins.
+      warmup_steps: linear rise.
+      schedule: `cosine` to zero, or `constant`.
+      weight_decay: of matrices; 0 in the paper's recipes.
+      beta1, beta2: of Adam's moments.
+      clip: largest norm of the gradient, 0 for none.
+    """
+
+    learning_rate: float = 5e-4
+    heads_multiplier: float = 4.0
+    trained: str = ".*"
+    batch_size: int = 64
+    accumulation: int = 1
+    epochs: float = 2.0
+    steps: int = 0
+    warmup_steps: int = 40
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip: float = 1.0
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Devices by use; -1, once, stands for all that are left.
+
+    Attributes:
+      data: copies of the model, each with its own rows.
+      fsdp: parts of the weights, each with its own rows.
+      tensor: parts of every matrix product, for the same rows.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run writes, and how often, in steps. May differ when it is resumed.
+
+    Attributes:
+      log_every, eval_every, save_every: 0 only at the end.
+      keep: checkpoints kept.
+      tensorboard: write TensorBoard events.
+      export_dtype: of the exported weights; empty: the backbone's dtype.
+    """
+
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    keep: int = 3
+    tensorboard: bool = True
+    export_dtype: str = ""
+
+
+@dataclasses.dataclass
+class Config:
+    """A run. `mode`: medusa1 (heads alone), medusa2 (with the backbone), pretrain (no heads)."""
+
+    mode: str = "medusa1"
+    seed: int = 0
+    model: Backbone = dataclasses.field(default_factory=Backbone)
+    heads: Heads = dataclasses.field(default_factory=Heads)
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    data: Data = dataclasses.field(default_factory=Data)
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    run: Run = dataclasses.field(default_factory=Run)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the backbone learns through adapters."""
+        return self.mode == "medusa2" and self.lora.rank > 0
+
+
+def check(config: Config) -> None:
+    """Refuses settings that contradict themselves.
+
+    Raises:
+      InputError: names the field, what it is and what it may be.
+    """
+
+    def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}; expected {', '.join(choices)}")
+
+    def at_least(least: float, **values: float) -> None:
+        for name, value in values.items():
+            if value < least:
+                raise InputError(f"{name.replace('__', '.')} is {value}; expected {least} or more")
+
+    choice("mode", config.mode, MODES)
+    choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    choice("loss.ramp", config.loss.ramp, RAMPS)
+    choice("optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    choice("data.on_bad", config.data.on_bad, ("skip", "refuse"))
+    choice("run.export_dtype", config.run.export_dtype, ("", "float32", "bfloat16", "float16"))
+    at_least(1, optim__batch_size=config.optim.batch_size, run__keep=config.run.keep)
+    at_least(1, optim__accumulation=config.optim.accumulation)
+    at_least(2, data__sequence_length=config.data.sequence_length)
+    at_least(0, loss__chunk=config.loss.chunk, lora__rank=config.lora.rank)
+    at_least(0, heads__layers=config.heads.layers, optim__warmup_steps=config.optim.warmup_steps)
+    at_least(0, optim__learning_rate=config.optim.learning_rate, optim__clip=config.optim.clip)
+    if config.mode != "pretrain":
+        at_least(1, heads__number=config.heads.number)
+    if config.optim.batch_size % config.optim.accumulation:
+        raise InputError(
+            f"optim.batch_size {config.optim.batch_size} does not divide into "
+            f"optim.accumulation = {config.optim.accumulation} pieces"
+        )
+    if config.loss.distill and config.mode != "medusa2":
+        raise InputError(
+            f"loss.distill needs mode 'medusa2' (a backbone that learns), got {config.mode!r}"
+        )
+    if config.optim.trained != ".*" and (config.mode == "medusa1" or config.adapted):
+        raise InputError(
+            "optim.trained chooses among backbone parameters, none of which learn "
+            f"in mode {config.mode!r}" + (" with LoRA" if config.adapted else "")
+        )
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `field: old -> new` of two configurations as nested dicts."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,42 @@
+"""Nested parameter dicts addressed by path: "heads/head_0/block_0/weight"."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by path."""
+    leaves = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f"{prefix}{key}/")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *keys, last = path.split("/")
+        inner = tree
+        for key in keys:
+            inner = inner.setdefault(key, {})
+        inner[last] = leaf
+    return tree
+
+
+def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts with different leaves as one."""
+    return nested(flat(one) | flat(other))
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`jax.tree.map` whose function also gets the path, of any pytree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
+        tree,
+    )

@@ -1,0 +1,185 @@
+"""The parameters of a run: which there are, and how they come to their devices, part by part."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from medusa_jax import hf
+from medusa_jax.config import ModelConfig, from_hf
+from medusa_jax.errors import InputError
+from medusa_jax.heads import NO_HEADS, HeadsConfig
+from medusa_jax.places import backbone_places, head_places
+from medusa_jax.presets import PRESETS
+from medusa_jax.tensor_files import StoredTensor, read_json
+from medusa_jax.training import lora
+from medusa_jax.training.optimizer import FROZEN, group_of, groups
+from medusa_jax.training.settings import Config
+from medusa_jax.training.sharding import spec
+from medusa_jax.training.tree_paths import flat, nested
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a run.
+
+    Attributes:
+      shape: its dimensions.
+      dtype: float32 where it learns, else the computation's.
+      group: of the optimizer.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    group: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model to train.
+
+    Attributes:
+      model, heads: shapes.
+      trainable, frozen: nested parameters, on their devices.
+    """
+
+    model: ModelConfig
+    heads: HeadsConfig
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+
+
+def model_shape(config: Config) -> ModelConfig:
+    """The backbone's shape: a preset's, or that of `model.path`."""
+    name = config.model.shape
+    if name and name not in PRESETS:
+        raise InputError(f"model.shape is {name!r}; expected {', '.join(PRESETS)}")
+    if name:
+        return PRESETS[name]
+    if not config.model.path:
+        raise InputError("model.path names no model: give a directory or a hub id")
+    return from_hf(read_json(hf.resolve(config.model.path) / "config.json"))
+
+
+def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
+    """The shape of the heads to train."""
+    if config.mode == "pretrain":
+        return NO_HEADS
+    ours = config.heads
+    vocab = 0 if ours.shared else model.vocab_size
+    return HeadsConfig(ours.number, ours.layers, model.hidden_size, vocab, ours.shared)
+
+
+def layout(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Parameter]:
+    """Every parameter of a run by path; refuses to leave one without an optimizer group."""
+    shapes = {f"backbone/{path}": s for path, s in _shapes(backbone_places(model)).items()}
+    if config.adapted:
+        linears = {
+            f"adapters/{path.removeprefix('backbone/').removesuffix('/weight')}": shape
+            for path, shape in shapes.items()
+            if path.endswith("/weight")
+        }
+        linears["adapters/lm_head"] = (model.vocab_size, model.hidden_size)  # also of tied models
+        adapters = lora.init_shapes(linears, config.lora.rank)
+    else:
+        adapters = {}
+    teacher = {}
+    if config.loss.distill and not config.adapted:
+        teacher = {path.replace("backbone/", "teacher/", 1): s for path, s in shapes.items()}
+    head_shapes = _shapes(head_places(heads)) if heads.num_heads else {}
+    shapes |= teacher | adapters | {f"heads/{path}": shape for path, shape in head_shapes.items()}
+    found = group_of(shapes, groups(config))
+    return {
+        path: Parameter(
+            shape, config.model.dtype if found[path] == FROZEN else "float32", found[path]
+        )
+        for path, shape in shapes.items()
+    }
+
+
+def split(leaves: Mapping[str, Any], table: Mapping[str, Parameter]) -> tuple[dict, dict]:
+    """(trainable, frozen) nested parameters from leaves by path."""
+    learns = {path: leaf for path, leaf in leaves.items() if table[path].group != FROZEN}
+    rest = {path: leaf for path, leaf in leaves.items() if path not in learns}
+    return nested(learns), nested(rest)
+
+
+def load(config: Config, mesh: Mesh) -> Weights:
+    """Loads or makes all parameters, each device its own part.
+
+    Raises:
+      InputError: the model or the heads to start from cannot be had.
+    """
+    model = model_shape(config)
+    heads = heads_shape(config, model)
+    table = layout(config, model, heads)
+
+    def sharding(path: str) -> NamedSharding:
+        return NamedSharding(mesh, spec(path, table[path].shape, mesh))
+
+    def put(path: str, tensor: StoredTensor) -> jax.Array:
+        kind = jnp.dtype(table[path].dtype)
+        return jax.make_array_from_callback(
+            tensor.shape, sharding(path), lambda index: np.asarray(tensor.read(index), kind)
+        )
+
+    def made(path: str, key: jax.Array) -> jax.Array:
+        one = table[path]
+        make = jax.jit(_random, static_argnums=(1, 2), out_shardings=sharding(path))
+        return make(key, path, one.shape).astype(one.dtype)
+
+    def copied(path: str, source: jax.Array) -> jax.Array:
+        copy = jax.jit(
+            lambda x: jnp.copy(x.astype(table[path].dtype)), out_shardings=sharding(path)
+        )
+        return copy(source)
+
+    key = jax.random.key(config.seed)
+    start = _starting_heads(config.heads.path) if heads.num_heads and config.heads.path else None
+    leaves: dict[str, Any] = {}
+    if config.model.random:
+        leaves = {path: made(path, key) for path in table if path.startswith("backbone/")}
+    else:
+        leaves = flat({"backbone": hf.read_backbone(config.model.path, put)})
+    if start is not None:
+        leaves |= flat({"heads": hf.read_heads(start, heads, put)})
+    unembedding = leaves.get("backbone/lm_head", leaves["backbone/embed/embedding"])
+    for path in table.keys() - leaves.keys():
+        if path.startswith("teacher/"):
+            leaves[path] = copied(path, leaves[path.replace("teacher/", "backbone/", 1)])
+        elif path.startswith("heads/") and path.endswith("/vocab"):
+            leaves[path] = copied(path, unembedding)  # a new head starts as the lm_head itself
+        else:
+            leaves[path] = made(path, key)
+    trainable, frozen = split(leaves, table)
+    return Weights(model, heads, trainable, frozen)
+
+
+def _random(key: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
+    """A new parameter, float32."""
+    if path.startswith("adapters/"):
+        return lora.init(path, shape, key)
+    if path.endswith("/scale"):
+        return jnp.ones(shape)
+    if path.startswith("heads/") or path.endswith("/bias"):
+        return jnp.zeros(shape)
+    return 0.02 * jax.random.normal(lora.path_key(key, path), shape)
+
+
+def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {"/".join(place.path): place.shape for place in places.values()}
+
+
+def _starting_heads(path: str) -> Path:
+    """Heads of a directory or file, or those an earlier run exported."""
+    exported = Path(path) / "heads"
+    if (Path(path) / "config.json").is_file() and (Path(path) / "metrics.jsonl").is_file():
+        if not exported.is_dir():
+            raise InputError(f"heads.path {path}: that run has exported no heads (yet)")
+        return exported
+    return hf.resolve(path)
