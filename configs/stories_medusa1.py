@@ -31,8 +31,8 @@ def get_config() -> Config:
         optim=Optim(
             learning_rate=1e-3,
             heads_multiplier=4.0,
-            batch_size=32,
-            epochs=8,
+            batch_size=16,
+            epochs=4,
             warmup_steps=40,
             beta2=0.99,
         ),

@@ -13,49 +13,66 @@ PACKAGE = Path(medusa_jax.__file__).parent
 LEVELS = [
     ["errors", "shapes"],
     ["config", "tree", "cli"],
-    ["layers", "sampling", "cache", "tensor_files"],
+    ["presets", "layers", "sampling", "cache", "tensor_files"],
     ["backbone", "acceptance"],
     ["heads"],
-    ["state", "hf"],
+    ["state", "places", "hf"],
     ["decode", "text"],
     ["figures", "records"],
     ["answer"],
     ["console"],
+    ["training.settings", "training.tree_paths", "training.corpus"],
+    ["training.config_file", "training.encoding", "training.packing", "training.batches"],
+    ["training.lora", "training.losses", "training.objective"],
+    ["training.optimizer", "training.sharding", "training.state", "training.weights"],
+    ["training.export", "training.checkpoints", "training.metrics"],
+    ["training.trainer"],
 ]
 # Third-party packages and the only modules that may import them.
 WALLS = {
-    "flax": {"backbone", "heads", "decode"},
+    "flax": {"backbone", "heads", "decode", "training.lora"},
     "safetensors": {"tensor_files"},
     "torch": {"tensor_files"},
     "transformers": {"text"},
     "huggingface_hub": {"hf"},
-    "tqdm": {"console"},
+    "tqdm": {"console", "training.metrics"},
+    "datasets": {"training.corpus"},
+    "optax": {"training.optimizer", "training.state"},
+    "orbax": {"training.checkpoints"},
+    "tensorboardX": {"training.metrics"},
+    "absl": {"training.config_file"},
+    "ml_collections": {"training.config_file"},
 }
-TRAINING = ["optax", "orbax", "datasets", "chex", "torch"]
+TRAINING = ["optax", "orbax", "datasets", "chex", "torch", "medusa_jax.training"]
 
 
 def _imports(module: str) -> set[str]:
     """Every imported name of a module, also those inside functions."""
     names = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "medusa_jax":
-            names |= {f"medusa_jax.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in (
+            "medusa_jax",
+            "medusa_jax.training",
+        ):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
     return names
 
 
 def test_every_module_has_a_level():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    modules = {".".join(path.parts) for path in paths if path.name != "__init__"}
     assert modules == {module for level in LEVELS for module in level}
 
 
 def test_imports_point_down():
     order = [module for level in LEVELS for module in level]
     for position, module in enumerate(order):
-        ours = {name.split(".")[1] for name in _imports(module) if name.startswith("medusa_jax.")}
+        names = {name for name in _imports(module) if name.startswith("medusa_jax.")}
+        ours = {name.removeprefix("medusa_jax.") for name in names}
         assert ours <= set(order[:position]), f"{module} imports {ours - set(order[:position])}"
 
 

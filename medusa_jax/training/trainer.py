@@ -1,6 +1,8 @@
 """A run from data to exported weights. Read top to bottom; each stage is a module."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -79,10 +81,9 @@ def train(config: Config, workdir: str | Path) -> None:
 
     weights = load(config, mesh)
     rule = optimizer(config, total)
-    make = lambda trainable: init_state(trainable, rule)  # noqa: E731
+    make = functools.partial(init_state, optimizer=rule)
     places = sharding.shardings(jax.eval_shape(make, weights.trainable), mesh)
-    state = jax.jit(make, out_shardings=places)(weights.trainable)
-    state = jax.tree.map(jax.numpy.copy, state)  # donated from now on; the weights may share it
+    state = jax.jit(make, donate_argnums=0, out_shardings=places)(weights.trainable)
     objective = Objective.of(config, model, weights.heads, NamedSharding(mesh, sharding.HIDDEN))
 
     checkpoints = Checkpoints(workdir, config.run.keep)
@@ -222,11 +223,11 @@ class _Run:
             if last or stop or _due(number, run.save_every) or _due(number, run.eval_every):
                 self._report(*behind, clock)  # also makes sure that what is saved is sound
                 behind = None
-                if last or _due(number, run.eval_every):
-                    self._evaluate(number, state)
-                if last or stop or _due(number, run.save_every):
-                    self.checkpoints.save(state)
-                clock.restart()
+                with clock.paused():
+                    if last or _due(number, run.eval_every):
+                        self._evaluate(number, state)
+                    if last or stop or _due(number, run.save_every):
+                        self.checkpoints.save(state)
             if stop and not last:
                 self.checkpoints.wait()
                 raise Interrupted(f"stopped by a signal; step {number} is saved and can be resumed")
@@ -254,6 +255,7 @@ class _Run:
                 values["heads_weight"] = heads_weight
             values["epoch"] = number / self.batches.steps_per_epoch
             self.metrics.write(number, values | {"tokens_per_second": rate})
+            clock.restart()
 
     def _evaluate(self, number: int, state: TrainState) -> None:
         evaluate, total = make_evaluation(self.objective), None
@@ -277,20 +279,27 @@ class _Run:
 
 
 class _Clock:
-    """Tokens per second over the last few steps, evaluation and saving left out."""
+    """Tokens per second since the last logged line, evaluation and saving left out."""
 
     def __init__(self, tokens: int) -> None:
-        self._tokens, self._last, self._rate = tokens, time.perf_counter(), 0.0
-
-    def tick(self) -> float:
-        now = time.perf_counter()
-        rate = self._tokens / (now - self._last)
-        self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-        self._last = now
-        return self._rate
+        self._tokens = tokens
+        self.restart()
 
     def restart(self) -> None:
-        self._last = time.perf_counter()
+        """Begins a new average."""
+        self._start, self._steps, self._paused = time.perf_counter(), 0, 0.0
+
+    def tick(self) -> float:
+        """One more step is done; the average so far."""
+        self._steps += 1
+        return self._tokens * self._steps / (time.perf_counter() - self._start - self._paused)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within does not count."""
+        begun = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begun
 
 
 def _due(number: int, every: int) -> bool:
