@@ -29,10 +29,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(flags: argparse.Namespace) -> None:
     """Trains, or only compiles."""
-    if flags.compile_only:
-        from medusa_jax.training import topology
-
-        topology.prepare(flags.compile_only)  # before JAX looks for devices
     from medusa_jax.training.config_file import read_config
 
     config = read_config(flags.config, flags.overrides)

@@ -37,14 +37,16 @@ class Limits:
     """How far to decode.
 
     Attributes:
-      max_new_tokens: most new tokens; None takes what fits, at most 256.
+      max_new_tokens: most new tokens, which must fit; None takes what fits, up to `at_most`.
       max_length: most tokens of prompt and text together; None: the model's context.
       stop_ids: tokens that end a row; empty to go on past end-of-sequence.
+      at_most: see `max_new_tokens`.
     """
 
     max_new_tokens: int | None = None
     max_length: int | None = None
     stop_ids: tuple[int, ...] = ()
+    at_most: int = DEFAULT_NEW_TOKENS
 
 
 class Answerer:
@@ -226,7 +228,7 @@ class Answerer:
 
     def _new_tokens(self, prompt_tokens: int) -> int:
         room = self._max_length - prompt_tokens
-        return self.limits.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+        return self.limits.max_new_tokens or min(self.limits.at_most, room)
 
     def _ready(
         self, prompts: Sequence[list[int]], rows: Sequence[RowName], *, streaming: bool

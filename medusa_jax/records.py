@@ -9,10 +9,12 @@ A prompt record is one of
 Other keys are left alone; `question_id` or `id` is carried to the answer.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,26 +55,60 @@ class Request:
         return cls(turns=(text,), origin=f"the prompt {text!r}" if text else "the prompt")
 
 
-def read_requests(path: str | Path) -> Iterator[Request]:
+def read_requests(
+    path: str | Path, bad: Callable[[InputError], None] | None = None
+) -> Iterator[Request]:
     """Reads a `.jsonl` or `.jsonl.gz` file lazily, skipping blank lines.
 
+    Args:
+      bad: told of lines that are no prompt records, which are then left out.
+
     Raises:
-      InputError: the file cannot be read, or a line is no prompt record; the
-        message names file and line. Earlier lines have been yielded by then.
+      InputError: the file cannot be read, or, without `bad`, a line is no
+        prompt record; the message names file and line. Earlier lines have been
+        yielded by then.
     """
-    for number, line in _lines(Path(path)):
-        yield _parse(line, f"{path}, line {number}")
+    for number, line in numbered_lines(Path(path)):
+        try:
+            request = _parse(line, f"{path}, line {number}")
+        except InputError as error:
+            if bad is None:
+                raise
+            bad(error)
+        else:
+            yield request
 
 
 def count_requests(path: str | Path) -> int:
     """Records of a prompt file, well-formed or not."""
-    return sum(1 for _ in _lines(Path(path)))
+    return sum(1 for _ in numbered_lines(Path(path)))
 
 
 def write_record(stream: IO[str], record: dict[str, Any]) -> None:
     """Appends one whole line, so that a file cut short still holds valid records."""
     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
     stream.flush()
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """A text file, also compressed (`.gz`), to read.
+
+    Raises:
+      InputError: it is none, or breaks off; names `path`.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:
+            yield stream
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file that are not blank, with their numbers from 1."""
+    with open_text(path) as stream:
+        yield from ((i, line) for i, line in enumerate(stream, start=1) if line.strip())
 
 
 def conversation(record: dict[str, Any], key: str, origin: str) -> list[Message]:
@@ -86,16 +122,6 @@ def conversation(record: dict[str, Any], key: str, origin: str) -> list[Message]
         _message(item, role, content, f"{origin}: {key}[{i}]")
         for i, item in enumerate(_list_of(record, key, dict, origin))
     ]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            yield from ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def _parse(line: str, origin: str) -> Request:

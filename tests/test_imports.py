@@ -20,6 +20,7 @@ LEVELS = [
     ["decode", "text"],
     ["figures", "records"],
     ["answer"],
+    ["choices", "talks"],
     ["console"],
     ["training.settings", "training.tree_paths", "training.corpus"],
     ["training.config_file", "training.encoding", "training.packing", "training.batches"],
@@ -27,6 +28,7 @@ LEVELS = [
     ["training.optimizer", "training.sharding", "training.state", "training.weights"],
     ["training.export", "training.checkpoints", "training.metrics"],
     ["training.trainer"],
+    ["distill"],
 ]
 # Third-party packages and the only modules that may import them.
 WALLS = {
@@ -35,7 +37,7 @@ WALLS = {
     "torch": {"tensor_files"},
     "transformers": {"text"},
     "huggingface_hub": {"hf"},
-    "tqdm": {"console", "training.metrics"},
+    "tqdm": {"console", "distill", "training.metrics"},
     "datasets": {"training.corpus"},
     "optax": {"training.optimizer", "training.state"},
     "orbax": {"training.checkpoints"},

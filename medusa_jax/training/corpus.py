@@ -1,6 +1,6 @@
 """Files and hub datasets to documents: conversations, or plain text.
 
-Read with the `datasets` library. A record is one of
+A record is one of
 
     {"conversations": [{"from", "value"}, ...]}     ShareGPT
     {"messages": [{"role", "content"}, ...]}
@@ -8,6 +8,10 @@ Read with the `datasets` library. A record is one of
 
 and may say `"truncated": true` where its last answer was cut off (as `medusa_jax.distill`
 does): the end of that answer is then not learnt.
+
+Parquet and the hub are read with the `datasets` library; JSON and text are
+not, for it takes the types of a whole file from its first megabytes, and
+refuses or rewrites the later records that differ.
 """
 
 import dataclasses
@@ -18,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax.errors import InputError
-from medusa_jax.records import conversation
+from medusa_jax.records import conversation, numbered_lines, open_text
 from medusa_jax.text import Message
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_FILES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Corpus:
             record is none of the known kinds; names source and record.
         """
         for source in self.sources:
-            found = 0
+            found = number = 0
             for number, record in enumerate(_records(source, self._separator), start=1):
                 if self._limit and found == self._limit:
                     break
@@ -82,6 +86,8 @@ class Corpus:
                     continue
                 found += 1
                 yield document
+            if not number:
+                raise InputError(f"{source} holds no records")
 
     def bad(self, error: InputError) -> None:
         """Leaves a record out, and counts it; with on_bad "refuse", raises."""
@@ -90,54 +96,77 @@ class Corpus:
         self.skipped.append(str(error))
 
 
-def _records(source: str, separator: str) -> Iterator[dict[str, Any]]:
+def _records(source: str, separator: str) -> Iterator[Any]:
+    path = Path(source)
+    if path.is_file() or source.endswith(_FILES):
+        if not path.is_file():
+            raise InputError(f"{source} does not exist")
+        if not source.endswith(_FILES):
+            raise InputError(f"{source}: expected a file {', '.join(_FILES)}")
+        if source.endswith((".json", ".json.gz")):
+            yield from _json(path)
+        elif source.endswith((".jsonl", ".jsonl.gz")):
+            yield from _json_lines(path)
+        elif source.endswith((".txt", ".txt.gz")):
+            yield from _texts(path, separator)
+        else:
+            yield from _table(source, "parquet", data_files=source)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", source) and not source.startswith("."):
+        name, _, split = source.partition(":")
+        yield from _table(source, name, split=split or "train")
+    else:
+        raise InputError(
+            f"{source} does not exist (and is not a hub dataset of the form owner/name[:split])"
+        )
+
+
+def _json(path: Path) -> Iterator[Any]:
+    """Records of one JSON array, or of JSON Lines, which many files of this name hold."""
+    with open_text(path) as stream:
+        whole = stream.read()
+    try:
+        value = json.loads(whole or "[]")
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise InputError(f"{path}: not JSON: {error}") from None
+        yield from _json_lines(path)
+    else:
+        yield from value if isinstance(value, list) else [value]
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    for number, line in numbered_lines(path):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
+
+
+def _texts(path: Path, separator: str) -> Iterator[dict[str, str]]:
+    """Documents between separators, without holding the whole file."""
+    rest = ""
+    with open_text(path) as stream:
+        while chunk := stream.read(max(2**20, len(rest))):
+            *whole, rest = (rest + chunk).split(separator) if separator else [rest + chunk]
+            yield from ({"text": text.strip()} for text in whole if text.strip())
+    if rest.strip():
+        yield {"text": rest.strip()}
+
+
+def _table(source: str, name: str, **how: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(source)
     try:
-        if path.is_file():
-            kind = _FORMATS.get(Path(source.removesuffix(".gz")).suffix)
-            if kind is None:
-                raise InputError(f"{source}: expected a file .json, .jsonl, .parquet or .txt")
-            if path.stat().st_size == 0:
-                raise InputError(f"{source} is empty")
-            whole = {"sample_by": "document"} if kind == "text" else {}
-            table = datasets.load_dataset(kind, data_files=source, split="train", **whole)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", source) and not source.startswith("."):
-            name, _, split = source.partition(":")
-            table = datasets.load_dataset(name, split=split or "train")
-        else:
-            raise InputError(
-                f"{source} does not exist (and is not a hub dataset of the form owner/name[:split])"
-            )
-    except InputError:
-        raise
+        yield from datasets.load_dataset(name, **{"split": "train", **how})
     except Exception as error:
-        raise InputError(_unreadable(path, error)) from None
-    if path.is_file() and kind == "text":
-        for whole in table:
-            for piece in whole["text"].split(separator):
-                if piece.strip():
-                    yield {"text": piece.strip()}
-    else:
-        yield from table
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        raise InputError(f"{source} could not be read: {reason.splitlines()[0]}") from None
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    """What is wrong with a source, with the line where a JSON Lines file breaks."""
-    if path.suffix == ".jsonl":
-        lines = path.read_bytes().splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                json.loads(line or b"{}")
-            except ValueError as reason:
-                return f"{path}, line {number}: not JSON: {reason}"
-    reason = str(error.__cause__ or error).strip() or type(error).__name__
-    return f"{path} could not be read: {reason.splitlines()[0]}"
-
-
-def _document(record: dict[str, Any], origin: str) -> Document:
+def _document(record: Any, origin: str) -> Document:
+    if not isinstance(record, dict):
+        raise InputError(f"{origin}: expected a JSON object, got {type(record).__name__}")
     name = record.get("id")
     for key in ("conversations", "messages"):
         if record.get(key) is not None:

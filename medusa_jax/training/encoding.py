@@ -1,9 +1,10 @@
 """Documents to token ids, and which of them are learnt: the assistant's, or all of a plain text.
 
 A conversation is written with the model's chat template, once, as inference
-writes it. Where an answer begins and ends is found by rendering the
-conversation up to it: the text that the template adds for the answer (its
-end-of-sequence token included) is learnt, everything else is read only.
+writes it. An answer is learnt from where inference would begin it (the
+conversation so far, with the template's generation prompt) to the end of its
+turn, end-of-sequence token included; everything else is read only. Where the
+content ends is found by rendering the conversation with a mark in its place.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from medusa_jax.errors import InputError
-from medusa_jax.text import Text
+from medusa_jax.text import Message, Text
 from medusa_jax.training.corpus import Corpus, Document
 
 
@@ -32,6 +33,7 @@ class Encoded:
 
 
 Span = tuple[int, int]
+MARK = "\ue000answer\ue000"  # private-use characters, which no text has
 
 
 def encode(corpus: Corpus, text: Text, end: str = "", batch: int = 512) -> Iterator[Encoded]:
@@ -51,7 +53,7 @@ def encode(corpus: Corpus, text: Text, end: str = "", batch: int = 512) -> Itera
         try:
             pending.append((document, *written(document, text, end)))
         except InputError as error:
-            corpus.bad(error)
+            corpus.bad(InputError(f"{document.origin}: {error}"))
         if len(pending) == batch:
             yield from _tokenize(pending, text)
             pending = []
@@ -62,44 +64,56 @@ def written(document: Document, text: Text, end: str = "") -> tuple[str, list[Sp
     """The document as text, and the spans of it that are learnt, in characters.
 
     With a template that writes "Q: {user} A: {assistant}</s>", the conversation
-    (hi, hello) becomes "Q: hi A: hello</s>" with one span, over "hello</s>".
+    (hi, hello) becomes "Q: hi A: hello</s>" with one span, over " hello</s>".
+    Plain text has no BOS yet: a template writes it, `encode` adds it otherwise.
     """
-    bos, end = text.tokenizer.bos_token or "", "" if document.truncated else end
+    if document.truncated:
+        end = ""
     if not document.messages:
-        return bos + document.text + end, [(len(bos), len(bos + document.text + end))]
-    messages = list(document.messages)
+        return document.text + end, [(0, len(document.text + end))]
     if text.template is None:
-        return _continued(document, bos, end)
-    spans, whole = [], text.render(messages, answer=False)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+        return _continued(document, end)
+    messages, spans = list(document.messages), []
+    whole = text.render(messages, answer=False)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    _, closing = _around(messages[: answers[0] + 1], answers[0], text)
+    closing = closing.rstrip()  # "</s>" of "</s>\n"
+    for i in answers:
         before = text.render(messages[:i], answer=True)
-        after = text.render(messages[: i + 1], answer=False).rstrip()
-        if not (whole.startswith(before) and whole.startswith(after)):
+        found, after = _around(messages, i, text)
+        stop = len(whole) - len(after)
+        if not (
+            found and whole.startswith(before) and whole.endswith(after) and len(before) <= stop
+        ):
             raise InputError(
-                f"{document.origin}: the chat template rewrites earlier turns, so that answers "
-                "cannot be found in it; give a simpler one (data.template)"
+                "the chat template rewrites earlier turns, so that answers cannot be found in it; "
+                "give a simpler one (data.template)"
             )
         if document.truncated and i == len(messages) - 1:
-            content = message["content"].rstrip()
-            after = whole[: whole.index(content, len(before)) + len(content)]
-            whole = after
-        spans.append((len(before), len(after)))
+            whole = whole[:stop]
+        elif after.startswith(closing):
+            stop += len(closing)
+        spans.append((len(before), stop))
     return whole, spans
 
 
-def _continued(document: Document, bos: str, end: str) -> tuple[str, list[Span]]:
+def _around(messages: list[Message], i: int, text: Text) -> tuple[bool, str]:
+    """Whether the template writes message i at all, and what it writes after its content."""
+    marked = [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]]
+    _, mark, after = text.render(marked, answer=False).rpartition(MARK)
+    return bool(mark), after
+
+
+def _continued(document: Document, end: str) -> tuple[str, list[Span]]:
     """A base model's "conversation": one prompt and the text that continues it."""
     roles = [message["role"] for message in document.messages]
     if roles != ["user", "assistant"]:
         raise InputError(
-            f"{document.origin}: the tokenizer has no chat template, which a conversation of "
-            f"{len(roles)} turns needs: give one (data.template)"
+            f"the tokenizer has no chat template, which a conversation of {len(roles)} turns "
+            "needs: give one (data.template)"
         )
     prompt, answer = (message["content"] for message in document.messages)
-    start = len(bos + prompt)
-    return bos + prompt + answer + end, [(start, start + len(answer + end))]
+    return prompt + answer + end, [(len(prompt), len(prompt + answer + end))]
 
 
 def _tokenize(pending: list[tuple[Document, str, list[Span]]], text: Text) -> Iterator[Encoded]:
@@ -111,6 +125,7 @@ def _tokenize(pending: list[tuple[Document, str, list[Span]]], text: Text) -> It
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
+    bos = text.tokenizer.bos_token_id
     rows = zip(pending, encoding["input_ids"], encoding["offset_mapping"], strict=True)
     for (document, _, spans), ids, offsets in rows:
         places = np.asarray(offsets, np.int64).reshape(-1, 2)
@@ -118,4 +133,6 @@ def _tokenize(pending: list[tuple[Document, str, list[Span]]], text: Text) -> It
         for start, stop in spans:
             # A token belongs where its last character lies: " Hello" to the answer "Hello".
             learnt |= (places[:, 1] > start) & (places[:, 1] <= stop)
+        if bos is not None and not (document.messages and text.template):
+            ids, learnt = [bos, *ids], np.append(False, learnt)
         yield Encoded(np.asarray(ids, np.int32), learnt, document.origin)

@@ -22,7 +22,7 @@ from medusa_jax.layers import project
 Adapters = Mapping[str, Any]
 
 
-def init_shapes(linears: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, int]]:
+def init_shapes(linears: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:
     """Shapes of all adapter parameters, by path, for weights [out, in] by path."""
     shapes = {}
     for path, (out, into) in linears.items():

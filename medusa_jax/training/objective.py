@@ -110,10 +110,10 @@ class Objective:
 
     def counts(self, batch: Batch) -> Counts:
         """Targets of a step's arrays [A, B, T]."""
-        arrays = [batch[key].reshape(-1, batch[key].shape[-1]) for key in _TARGET_KEYS]
+        rows = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), batch)
 
         def count(offset: int) -> Array:
-            return jnp.sum(targets_at(*arrays, offset)[1]).astype(jnp.float32)
+            return jnp.sum(_targets(rows, offset)[1]).astype(jnp.float32)
 
         heads = [count(k + 2) for k in range(self.heads.num_heads)]
         return Counts(count(1), jnp.stack(heads) if heads else jnp.zeros(0))
@@ -160,19 +160,19 @@ class Objective:
             inputs = batch["tokens"], batch["positions"], mask
             return backbone.apply({"params": weights}, *inputs)[0]
 
-        def logits_of(weights: Params, hidden: Array) -> Array:
+        def logits_of(weights: Params, hidden: Array) -> Any:
             return backbone.apply({"params": weights}, hidden, method="unembed")
 
         dropout = self.adapter_dropout if key is not None else 0.0
         adapters = params.get("adapters")
         with lora.adapted(adapters, self.adapter_scale, dropout, key):
             hidden = hidden_of(params["backbone"])
-            targets = [targets_at(*(batch[k] for k in _TARGET_KEYS), offset=1)]
+            targets, counted = _targets(batch, offset=1)
 
             def lm(hidden: Array, targets: Array, counted: Array) -> Sums:
                 return cross_entropy(logits_of(params["backbone"], hidden), targets, counted)
 
-            lm_sums = over_chunks(lm, self.chunk, hidden, *targets[0])
+            lm_sums = over_chunks(lm, self.chunk, hidden, targets, counted)
             heads = tuple(
                 self._head(k, params, hidden, batch, logits_of) for k in range(self.heads.num_heads)
             )
@@ -187,23 +187,25 @@ class Objective:
                 student_logits = logits_of(params["backbone"], ours)
             return kl_divergence(logits_of(teacher, theirs), student_logits, counted)
 
-        kl_sum = over_chunks(kl, self.chunk, hidden, teacher_hidden, targets[0][1])
+        kl_sum = over_chunks(kl, self.chunk, hidden, teacher_hidden, counted)
         return Terms(lm_sums, kl_sum, heads)
 
     def _head(self, k: int, params: Params, hidden: Array, batch: Batch, logits_of: Any) -> Sums:
-        targets, counted = targets_at(*(batch[key] for key in _TARGET_KEYS), offset=k + 2)
+        targets, counted = _targets(batch, offset=k + 2)
         head, weights = Head(self.heads), {"params": params["heads"][f"head_{k}"]}
 
         def one(hidden: Array, targets: Array, counted: Array) -> Sums:
             def unembed(x: Array) -> Array:
                 return logits_of(params["backbone"], x)
 
-            return cross_entropy(head.apply(weights, hidden, unembed), targets, counted)
+            logits: Any = head.apply(weights, hidden, unembed)
+            return cross_entropy(logits, targets, counted)
 
         return over_chunks(one, self.chunk, hidden, targets, counted)
 
 
-_TARGET_KEYS = ("tokens", "segments", "learnt")
+def _targets(batch: Batch, offset: int) -> tuple[Array, Array]:
+    return targets_at(batch["tokens"], batch["segments"], batch["learnt"], offset)
 
 
 def report(terms: Terms, heads_weight: float, objective: Objective) -> dict[str, Any]:

@@ -251,6 +251,27 @@ def check(config: Config) -> None:
         )
 
 
+def from_dict(values: dict[str, Any]) -> Config:
+    """The configuration that `dataclasses.asdict` turned into `values` (a run's config.json).
+
+    Raises:
+      InputError: a field that does not exist.
+    """
+
+    def fill(made: Any, values: dict[str, Any]) -> Any:
+        for name, value in values.items():
+            if not hasattr(made, name):
+                raise InputError(f"unknown setting {name!r}")
+            old = getattr(made, name)
+            if dataclasses.is_dataclass(old):
+                fill(old, value)
+            else:
+                setattr(made, name, tuple(value) if isinstance(old, tuple) else value)
+        return made
+
+    return fill(Config(), values)
+
+
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines `field: old -> new` of two configurations as nested dicts."""
     lines = []

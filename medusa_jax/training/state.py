@@ -96,8 +96,9 @@ def make_step(
       shardings: of the state's arrays; None leaves them to the compiler.
     """
     step = functools.partial(_step, objective, optimizer, ramp, seed)
-    kept = {} if shardings is None else {"out_shardings": (shardings, None)}
-    return jax.jit(step, donate_argnums=0, **kept)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _step(
@@ -117,7 +118,10 @@ def _step(
     def piece(number: Array | int) -> tuple[Params, Terms]:
         part = jax.tree.map(lambda array: array[number], batch)
         noise = jax.random.fold_in(key, number)
-        (_, terms), grads = loss(state.trainable, frozen, part, counts, heads_weight, noise)
+        # Tied to the piece, so that weights split over devices are put together layer by
+        # layer in every piece: before the loop, all of them would have to lie there whole.
+        learns, fixed, part = jax.lax.optimization_barrier((state.trainable, frozen, part))
+        (_, terms), grads = loss(learns, fixed, part, counts, heads_weight, noise)
         return grads, terms
 
     if pieces == 1:
@@ -131,8 +135,8 @@ def _step(
 
         (grads, terms), _ = jax.lax.scan(add, zeros, jnp.arange(pieces))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    result = StepResult(terms, optax.global_norm(grads), heads_weight)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    result = StepResult(terms, optax.tree.norm(grads), heads_weight)
     return TrainState(state.step + 1, trainable, opt_state), result
 
 

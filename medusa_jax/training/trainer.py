@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 from medusa_jax import hf
@@ -27,7 +28,7 @@ from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.corpus import Corpus
 from medusa_jax.training.encoding import Encoded, encode
 from medusa_jax.training.metrics import Metrics
-from medusa_jax.training.objective import Objective, Terms, report
+from medusa_jax.training.objective import Objective, Params, Terms, report
 from medusa_jax.training.optimizer import learning_rate, optimizer
 from medusa_jax.training.packing import Rows, fit, pack
 from medusa_jax.training.settings import Config
@@ -79,31 +80,55 @@ def train(config: Config, workdir: str | Path) -> None:
     )
     total = config.optim.steps or math.ceil(config.optim.epochs * batches.steps_per_epoch)
 
-    weights = load(config, mesh)
-    rule = optimizer(config, total)
-    make = functools.partial(init_state, optimizer=rule)
-    places = sharding.shardings(jax.eval_shape(make, weights.trainable), mesh)
-    state = jax.jit(make, donate_argnums=0, out_shardings=places)(weights.trainable)
-    objective = Objective.of(config, model, weights.heads, NamedSharding(mesh, sharding.HIDDEN))
-
     checkpoints = Checkpoints(workdir, config.run.keep)
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(sharding.abstract(state, mesh))
+    resumed = checkpoints.latest is not None
+    weights = load(config, mesh, resumed=resumed)
+    rule = optimizer(config, total)
+    state, places = starting_state(weights, rule, mesh, donate=not resumed)
+    if resumed:
+        state = checkpoints.restore(state)
     start = int(state.step)
     metrics = Metrics(workdir, start, total, tensorboard=config.run.tensorboard, active=first)
     if start:
         metrics.say(f"resuming at step {start} of {total}")
+    objective = Objective.of(config, model, weights.heads, NamedSharding(mesh, sharding.HIDDEN))
+    ramp = Ramp.of(config.loss, total)
+    step = make_step(objective, rule, ramp, config.seed, places)
     run = _Run(
-        config, weights, objective, mesh, batches, eval_rows, total, checkpoints, metrics, places
+        config=config,
+        frozen=weights.frozen,
+        objective=objective,
+        step=step,
+        evaluate=make_evaluation(objective),
+        batches=batches,
+        eval_rows=eval_rows,
+        total=total,
+        checkpoints=checkpoints,
+        metrics=metrics,
     )
     try:
         state = run.until_the_end(state)
     finally:
         metrics.close()
         checkpoints.close()
-    weights = dataclasses.replace(weights, trainable=state.trainable)
+    weights = weights.with_trained(state.trainable)
     for path in export.export(config, weights, workdir, write=first):
         metrics.say(f"wrote {path}")
+
+
+def starting_state(
+    weights: Weights, rule: optax.GradientTransformation, mesh: Mesh, *, donate: bool
+) -> tuple[TrainState, Any]:
+    """The state before the first step, and its shardings.
+
+    With `donate` off, of weights that are shapes only, it is shapes only.
+    """
+    make = functools.partial(init_state, optimizer=rule)
+    shape = sharding.abstract(jax.eval_shape(make, weights.trainable), mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shape)
+    if not donate:
+        return shape, places
+    return jax.jit(make, donate_argnums=0, out_shardings=places)(weights.trainable), places
 
 
 def check_length(config: Config, model: ModelConfig) -> None:
@@ -190,24 +215,22 @@ def read_rows(config: Config, say: bool) -> tuple[Rows, Rows]:
 @dataclasses.dataclass(frozen=True)
 class _Run:
     config: Config
-    weights: Weights
+    frozen: Params
     objective: Objective
-    mesh: Mesh
+    step: Any
+    evaluate: Any
     batches: Batches
     eval_rows: Rows
     total: int
     checkpoints: Checkpoints
     metrics: Metrics
-    places: Any
 
     def until_the_end(self, state: TrainState) -> TrainState:
         """Steps from where the state stands to the last, reporting each a step late.
 
         So the host never waits for the device before it has given it the next step.
         """
-        run, rule = self.config.run, optimizer(self.config, self.total)
-        ramp = Ramp.of(self.config.loss, self.total)
-        step = make_step(self.objective, rule, ramp, self.config.seed, self.places)
+        run = self.config.run
         stop = _stop_flag()
         behind: tuple[int, StepResult] | None = None
         clock = _Clock(self.config.optim.batch_size * self.config.data.sequence_length)
@@ -215,7 +238,7 @@ class _Run:
             self._evaluate(0, state)
         for number in range(int(state.step) + 1, self.total + 1):
             batch = self.batches(number - 1)
-            state, result = step(state, self.weights.frozen, batch)
+            state, result = self.step(state, self.frozen, batch)
             if behind is not None:
                 self._report(*behind, clock)
             behind = number, result
@@ -249,8 +272,8 @@ class _Run:
             )
         self.metrics.advance(rate, values["loss"])
         if number == self.total or number == 1 or _due(number, self.config.run.log_every):
-            schedule = learning_rate(self.config.optim, self.total)
-            values |= {"grad_norm": norm, "learning_rate": float(schedule(number - 1))}
+            rate_at: Any = learning_rate(self.config.optim, self.total)
+            values |= {"grad_norm": norm, "learning_rate": float(rate_at(number - 1))}
             if self.config.mode == "medusa2":
                 values["heads_weight"] = heads_weight
             values["epoch"] = number / self.batches.steps_per_epoch
@@ -258,10 +281,10 @@ class _Run:
             clock.restart()
 
     def _evaluate(self, number: int, state: TrainState) -> None:
-        evaluate, total = make_evaluation(self.objective), None
-        for batch in self._eval_batches():
-            terms: Terms = evaluate(state.trainable, self.weights.frozen, batch)
-            total = terms if total is None else jax.tree.map(jax.numpy.add, total, terms)
+        every = [
+            self.evaluate(state.trainable, self.frozen, batch) for batch in self._eval_batches()
+        ]
+        total: Terms = jax.tree.map(lambda *terms: sum(terms), *every)
         values = report(total, self.config.loss.heads_weight, self.objective)
         values["perplexity"] = math.exp(min(values["lm_loss"], 700.0))
         self.metrics.write(number, {f"eval_{name}": value for name, value in values.items()})
@@ -273,7 +296,7 @@ class _Run:
 
     def _eval_batches(self) -> Iterator[dict[str, jax.Array]]:
         size = self.config.optim.batch_size // self.config.optim.accumulation
-        place = NamedSharding(self.mesh, sharding.BATCH)
+        place = self.batches.sharding
         for numbers in in_order(self.eval_rows, size, self.config.data.eval_rows):
             yield global_arrays(self.eval_rows, numbers, place)
 

@@ -53,6 +53,10 @@ class Weights:
     trainable: dict[str, Any]
     frozen: dict[str, Any]
 
+    def with_trained(self, trainable: dict[str, Any]) -> "Weights":
+        """The same with other values of what learns."""
+        return dataclasses.replace(self, trainable=trainable)
+
 
 def model_shape(config: Config) -> ModelConfig:
     """The backbone's shape: a preset's, or that of `model.path`."""
@@ -109,8 +113,11 @@ def split(leaves: Mapping[str, Any], table: Mapping[str, Parameter]) -> tuple[di
     return nested(learns), nested(rest)
 
 
-def load(config: Config, mesh: Mesh) -> Weights:
+def load(config: Config, mesh: Mesh, *, resumed: bool = False) -> Weights:
     """Loads or makes all parameters, each device its own part.
+
+    Args:
+      resumed: what learns comes from a checkpoint: only its shapes are made here.
 
     Raises:
       InputError: the model or the heads to start from cannot be had.
@@ -118,6 +125,7 @@ def load(config: Config, mesh: Mesh) -> Weights:
     model = model_shape(config)
     heads = heads_shape(config, model)
     table = layout(config, model, heads)
+    wanted = {path for path, one in table.items() if not resumed or one.group == FROZEN}
 
     def sharding(path: str) -> NamedSharding:
         return NamedSharding(mesh, spec(path, table[path].shape, mesh))
@@ -128,47 +136,49 @@ def load(config: Config, mesh: Mesh) -> Weights:
             tensor.shape, sharding(path), lambda index: np.asarray(tensor.read(index), kind)
         )
 
-    def made(path: str, key: jax.Array) -> jax.Array:
+    def made(path: str) -> jax.Array:
         one = table[path]
-        make = jax.jit(_random, static_argnums=(1, 2), out_shardings=sharding(path))
-        return make(key, path, one.shape).astype(one.dtype)
+        make = jax.jit(_random, static_argnums=(1, 2, 3), out_shardings=sharding(path))
+        return make(jax.random.key(config.seed), path, one.shape, one.dtype)
 
     def copied(path: str, source: jax.Array) -> jax.Array:
-        copy = jax.jit(
-            lambda x: jnp.copy(x.astype(table[path].dtype)), out_shardings=sharding(path)
-        )
-        return copy(source)
+        kind = table[path].dtype
+        return jax.jit(lambda x: jnp.copy(x.astype(kind)), out_shardings=sharding(path))(source)
 
-    key = jax.random.key(config.seed)
-    start = _starting_heads(config.heads.path) if heads.num_heads and config.heads.path else None
     leaves: dict[str, Any] = {}
-    if config.model.random:
-        leaves = {path: made(path, key) for path in table if path.startswith("backbone/")}
-    else:
-        leaves = flat({"backbone": hf.read_backbone(config.model.path, put)})
-    if start is not None:
-        leaves |= flat({"heads": hf.read_heads(start, heads, put)})
-    unembedding = leaves.get("backbone/lm_head", leaves["backbone/embed/embedding"])
-    for path in table.keys() - leaves.keys():
+    if config.heads.path and not resumed and heads.num_heads:  # before what takes long
+        leaves = flat({"heads": hf.read_heads(_starting_heads(config.heads.path), heads, put)})
+    if any(path.startswith(("backbone/", "teacher/")) for path in wanted):
+        if config.model.random:
+            leaves |= {path: made(path) for path in table if path.startswith("backbone/")}
+        else:
+            leaves |= flat({"backbone": hf.read_backbone(config.model.path, put)})
+    unembedding = "backbone/embed/embedding" if model.tied else "backbone/lm_head"
+    for path in sorted(wanted - leaves.keys()):
         if path.startswith("teacher/"):
             leaves[path] = copied(path, leaves[path.replace("teacher/", "backbone/", 1)])
         elif path.startswith("heads/") and path.endswith("/vocab"):
-            leaves[path] = copied(path, unembedding)  # a new head starts as the lm_head itself
+            leaves[path] = copied(path, leaves[unembedding])  # a new head starts as the lm_head
         else:
-            leaves[path] = made(path, key)
+            leaves[path] = made(path)
+    for path in table.keys() - wanted:
+        one = table[path]
+        leaves[path] = jax.ShapeDtypeStruct(
+            one.shape, jnp.dtype(one.dtype), sharding=sharding(path)
+        )
     trainable, frozen = split(leaves, table)
     return Weights(model, heads, trainable, frozen)
 
 
-def _random(key: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
-    """A new parameter, float32."""
+def _random(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """A new parameter."""
     if path.startswith("adapters/"):
-        return lora.init(path, shape, key)
+        return lora.init(path, shape, key).astype(dtype)
     if path.endswith("/scale"):
-        return jnp.ones(shape)
+        return jnp.ones(shape, dtype)
     if path.startswith("heads/") or path.endswith("/bias"):
-        return jnp.zeros(shape)
-    return 0.02 * jax.random.normal(lora.path_key(key, path), shape)
+        return jnp.zeros(shape, dtype)
+    return (0.02 * jax.random.normal(lora.path_key(key, path), shape)).astype(dtype)
 
 
 def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

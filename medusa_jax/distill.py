@@ -1,0 +1,271 @@
+"""Self-distillation data: the model itself answers the prompts of a dataset.
+
+Medusa heads learn what their backbone would say, so they are trained on what it
+says. Of a conversation the user's turns are asked one after another, with the
+model's own answers between them; of a plain text the first words are the
+prompt. The answers are written as ShareGPT records, one line a conversation in
+the order of the inputs, which `training.corpus` reads:
+
+    {"id", "input": number, "conversations": [{"from", "value"}, ...], "truncated": bool}
+
+A conversation ends with an answer cut off by its length (then `truncated`), or
+before a turn that does not fit any more. Run again with the same flags, it goes
+on after the last line of the output, whose settings are kept beside it.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from medusa_jax import choices, cli
+from medusa_jax.errors import InputError
+from medusa_jax.records import CONVERSATIONS, Request, numbered_lines, read_requests, write_record
+from medusa_jax.talks import converse
+from medusa_jax.training.corpus import Corpus, Document
+
+EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.json.gz \\
+      --output answers.jsonl --batch_size 64
+  python -m medusa_jax.distill --model DIR --autoregressive --data stories.txt --words 4-12 \\
+      --temperature 0 --output stories.jsonl"""
+
+# What may differ between a run and the one that continues it.
+_FREE = ("output", "batch_size", "on_bad", "debug")
+_WORDS = "a number of words N, or a range N-M"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; argparse exits with 2 where they are wrong."""
+    parser = cli.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
+    choices.add_flags(parser)
+    parser.set_defaults(acceptance="lossless")
+    add = parser.add_argument
+    add("--data", action="append", required=True, metavar="SOURCE", help="a file .json, .jsonl, "
+        ".parquet or .txt, or a hub dataset owner/name[:split]; may be given again")  # fmt: skip
+    add("--output", required=True, metavar="FILE", help="JSON Lines; continued if it is there")
+    add("--words", metavar="N|N-M", help="plain text: how many first words are the prompt")
+    add("--max_documents", type=int, default=0, help="of each source; 0 for all")
+    add("--separator", default="<|endoftext|>", help="between the documents of a .txt file")
+    add("--unique", action="store_true", help="ask the same prompt once only (greedy decoding "
+        "answers it alike each time)")  # fmt: skip
+    add("--max_new_tokens", type=int, default=2048, help="of an answer, or what fits")
+    add("--batch_size", type=int, default=16, help="conversations decoded together")
+    add("--on_bad", choices=("skip", "refuse"), default="skip", help="what becomes of inputs that "
+        "cannot be read or do not fit")  # fmt: skip
+    add("--shard", default="0/1", metavar="I/N", help="every N-th input, beginning with the I-th")
+    flags = parser.parse_args(arguments)
+    if flags.acceptance == "lossless":
+        flags.temperature = 0.3 if flags.temperature is None else flags.temperature  # paper, 3.2
+        if flags.temperature == 0:
+            flags.acceptance = "greedy"
+    return flags
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Reads the inputs, answers those that the output lacks, and reports."""
+    scheme = choices.acceptance(flags)  # flags first: loading takes long
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(flags, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    shard = _numbers(flags.shard, r"(\d+)/(\d+)")
+    if shard is None or shard[0] >= shard[1]:
+        raise InputError(f"--shard {flags.shard}: expected I/N with 0 <= I < N")
+    choices.check_output(flags.output)
+    skipped = Skipped(flags.on_bad)
+    first = resume(Path(flags.output), settings(flags))
+    inputs = enumerate(read(flags, skipped))
+    inputs = list(unique(inputs) if flags.unique else inputs)[shard[0] :: shard[1]]
+    to_do = [one for one in inputs if one[0] >= first]
+    answerer = choices.build(flags, scheme, at_most=flags.max_new_tokens, need_heads=False)
+    written, early = 0, Skipped("skip")
+    with (
+        tqdm(total=len(inputs), initial=len(inputs) - len(to_do), unit=" inputs") as bar,
+        open(flags.output, "a", encoding="utf-8") as file,
+    ):
+        for talk in converse(answerer, to_do, flags.batch_size):
+            if talk.problem is not None:
+                (early if talk.answers else skipped).add(talk.problem)
+            if talk.answers:
+                write_record(file, talk.record())
+                written += 1
+            bar.set_postfix_str(f"{answerer.figures.tokens_per_second:.0f} tokens/s", False)
+            bar.update()
+    print(f"{written} records added to {flags.output}; skipped: {skipped}", file=sys.stderr)
+    if early.count:
+        print(f"conversations ended before their last turn: {early}", file=sys.stderr)
+    print(answerer.figures, file=sys.stderr)
+
+
+@dataclasses.dataclass
+class Skipped:
+    """What was left out, and why the first of it.
+
+    Attributes:
+      policy: "skip", or "refuse" to raise instead.
+    """
+
+    policy: str
+    count: int = 0
+    reason: str = ""
+
+    def add(self, error: InputError) -> None:
+        """Counts one; with policy "refuse", raises it."""
+        if self.policy == "refuse":
+            raise error
+        self.count += 1
+        self.reason = self.reason or f" (the first: {error})"
+
+    def __str__(self) -> str:
+        return f"{self.count}{self.reason}"
+
+
+# --- what is asked ----------------------------------------------------------------------------
+
+
+def read(flags: argparse.Namespace, skipped: Skipped) -> Iterator[Request]:
+    """The inputs of all sources, in order.
+
+    Raises:
+      InputError: a source cannot be read, or plain text comes without --words.
+    """
+    words, numbers = word_range(flags.words), itertools.count()
+    for source in flags.data:
+        if _holds_prompts(Path(source)):
+            found = read_requests(source, skipped.add)
+            found = itertools.islice(found, flags.max_documents or None)
+        else:
+            corpus = Corpus(
+                [source],
+                separator=flags.separator,
+                max_documents=flags.max_documents,
+                on_bad=flags.on_bad,
+            )
+            found = corpus
+        for document in found:
+            number = next(numbers)
+            if isinstance(document, Document):
+                request = _request(document, words, (flags.seed, number))
+            else:
+                request = document
+            name = f"{Path(source).name}-{number}" if request.id is None else str(request.id)
+            yield dataclasses.replace(request, id=name)
+        if isinstance(found, Corpus):
+            for reason in found.skipped:
+                skipped.add(InputError(reason))
+
+
+def unique(inputs: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Request]]:
+    """Leaves out what asks the same as an earlier input."""
+    seen = set()
+    for number, request in inputs:
+        key = json.dumps([request.history, request.turns])
+        if key not in seen:
+            seen.add(key)
+            yield number, request
+
+
+def word_range(flag: str | None) -> tuple[int, int] | None:
+    """ "7" -> (7, 7), "4-12" -> (4, 12); raises InputError for what is neither."""
+    if flag is None:
+        return None
+    found = _numbers(flag, r"(\d+)-(\d+)") or _numbers(f"{flag} {flag}", r"(\d+) (\d+)")
+    if found is None or not 1 <= found[0] <= found[1]:
+        raise InputError(f"--words {flag}: expected {_WORDS}")
+    return found
+
+
+def first_words(text: str, count: int) -> str:
+    """The text up to the end of its `count`-th word: ("a  b c", 2) -> "a  b"."""
+    words = list(itertools.islice(re.finditer(r"\S+", text), count))
+    return text[: words[-1].end()]
+
+
+def _request(document: Document, words: tuple[int, int] | None, name: tuple[int, int]) -> Request:
+    """What to ask; the number of words depends on `name`, (seed, number of the input), alone."""
+    messages = document.messages
+    if messages:
+        history = messages[:1] if messages[0]["role"] == "system" else ()
+        turns = tuple(one["content"] for one in messages if one["role"] == "user")
+        return Request(turns, history, id=document.id, origin=document.origin)
+    if words is None:
+        raise InputError(f"{document.origin} is plain text: give --words, {_WORDS}")
+    seed, number = name
+    noise = int(np.random.SeedSequence([abs(seed), number]).generate_state(1)[0])
+    prompt = first_words(document.text, words[0] + noise % (words[1] - words[0] + 1))
+    return Request((prompt,), id=document.id, origin=document.origin)
+
+
+def _holds_prompts(path: Path) -> bool:
+    """Whether a file's first record is a prompt of `records`, not a document of `corpus`."""
+    if not path.is_file() or not re.search(r"\.jsonl(\.gz)?$", path.name):
+        return False
+    try:
+        record = json.loads(next((line for _, line in numbered_lines(path)), "0"))
+    except (InputError, ValueError):
+        return False  # the corpus says what is wrong
+    keys = set(record) if isinstance(record, dict) else set()
+    return bool(keys & {"prompt", "turns", "prompt_ids"}) and not keys & {*CONVERSATIONS, "text"}
+
+
+def _numbers(flag: str, form: str) -> tuple[int, int] | None:
+    found = re.fullmatch(form, flag, re.ASCII)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+# --- an output that is continued --------------------------------------------------------------
+
+
+def settings(flags: argparse.Namespace) -> dict[str, Any]:
+    """The flags that records depend on."""
+    chosen = {name: value for name, value in vars(flags).items() if name not in _FREE}
+    return chosen | {"dtype": choices.dtype(flags)}
+
+
+def resume(output: Path, now: dict[str, Any]) -> int:
+    """Prepares the output: the number of the first input that it lacks.
+
+    A half-written last line is cut off.
+
+    Raises:
+      InputError: the output is no such file, or was made with other settings.
+    """
+    beside = output.with_name(output.name + ".settings.json")
+    if not output.exists() or not output.stat().st_size:
+        draft = beside.with_name(beside.name + ".tmp")
+        draft.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, beside)
+        return 0
+    try:
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{output} is there, but {beside} cannot be read: not continued") from None
+    other = [
+        f"--{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if other:
+        raise InputError(f"{output} was made with other settings: {'; '.join(other)}")
+    whole, last = 0, b'{"input": -1}'
+    with open(output, "rb+") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                whole, last = whole + len(line), line
+        file.truncate(whole)
+    try:
+        return json.loads(last)["input"] + 1
+    except (ValueError, LookupError, TypeError):
+        raise InputError(f"{output}: its last line is no record of distillation") from None
+
+
+if __name__ == "__main__":
+    cli.run(main, parse())

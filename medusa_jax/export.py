@@ -1,0 +1,55 @@
+"""Writes the weights of a training run's checkpoint in the original's formats.
+
+    python -m medusa_jax.export --workdir runs/vicuna7b_medusa1 --step 400 --output exported
+
+A run writes its last weights by itself; this is for any checkpoint it still has.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from medusa_jax import cli
+from medusa_jax.errors import InputError
+from medusa_jax.tensor_files import read_json
+from medusa_jax.training import export, settings, sharding
+from medusa_jax.training.checkpoints import Checkpoints
+from medusa_jax.training.optimizer import optimizer
+from medusa_jax.training.trainer import starting_state
+from medusa_jax.training.weights import load
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The flags."""
+    description, example = (__doc__ or "").split("\n\n")[:2]
+    parser = cli.parser(description, example.strip())
+    add = parser.add_argument
+    add("--workdir", required=True, help="of the run")
+    add("--step", type=int, help="of the checkpoint (default: the newest)")
+    add("--output", help="directory to write under (default: the run's own)")
+    add("--dtype", default="", help="float32, bfloat16 or float16 (default: as the run would)")
+    return parser.parse_args(arguments)
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Restores the checkpoint and writes it."""
+    workdir = Path(flags.workdir)
+    config = settings.from_dict(read_json(workdir / "config.json"))
+    config.run.export_dtype = flags.dtype or config.run.export_dtype
+    settings.check(config)
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest if flags.step is None else flags.step
+    if step is None or step not in checkpoints.steps:
+        kept = ", ".join(map(str, checkpoints.steps)) or "none"
+        raise InputError(f"{workdir} has no checkpoint of step {step}; it has {kept}")
+    mesh = sharding.make_mesh(settings.Mesh())
+    weights = load(config, mesh, resumed=True)
+    state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
+    trained = checkpoints.restore(state, step).trainable
+    target = Path(flags.output or workdir)
+    for path in export.export(config, weights.with_trained(trained), target):
+        print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main, parse(sys.argv[1:]))

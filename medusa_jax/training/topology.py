@@ -1,0 +1,49 @@
+"""Machines that are not here: the devices of a TPU slice by name, for the compiler alone."""
+
+import os
+import re
+from typing import Any
+
+import jax
+
+from medusa_jax.errors import InputError
+
+# Memory of one chip in GiB (Google Cloud's documentation of each generation).
+CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+
+
+def devices(name: str) -> list[Any]:
+    """Devices of a topology: "v5e:4x4", "v5p:2x2x2", or "cpu:8" for simulated ones here.
+
+    Must be called before JAX has looked for devices.
+
+    Raises:
+      InputError: no such topology, or the TPU compiler (libtpu) is missing.
+    """
+    match = re.fullmatch(r"(cpu):([1-9]\d*)|(\w+):(\d+(?:x\d+)+)", name)
+    if match is None or (match[3] and match[3] not in CHIP_GIB):
+        raise InputError(
+            f"--compile_only {name!r}: expected cpu:8, or {', '.join(CHIP_GIB)} with a shape, "
+            "like v5e:4x4 or v5p:2x2x2"
+        )
+    jax.config.update("jax_platforms", "cpu")
+    if match[1]:
+        jax.config.update("jax_num_cpu_devices", int(match[2]))
+        return jax.devices()
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(name, "tpu").devices)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"--compile_only {name}: {reason} (the TPU compiler comes with "
+            "`pip install -e '.[tpu]'`)"
+        ) from None
+
+
+def chip_bytes(name: str) -> int | None:
+    """Memory of one device of a topology in bytes; None where it is not known."""
+    chip = name.partition(":")[0]
+    return CHIP_GIB[chip] * 2**30 if chip in CHIP_GIB else None
