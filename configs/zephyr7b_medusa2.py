@@ -2,14 +2,15 @@
 
     python train.py --config configs/zephyr7b_medusa2.py --workdir runs/zephyr7b_medusa2
 
-Purpose: Medusa-2 in one stage on the model's own answers, whose hidden training data we do not have.
-Make them first:
+Purpose: Medusa-2 in one stage on the model's own answers, since the data it was tuned on is not
+public. Make them first:
 
     python -m medusa_jax.distill --model HuggingFaceH4/zephyr-7b-beta \\
         --data Aeala/ShareGPT_Vicuna_unfiltered --output data/zephyr7b.jsonl
-Recipe: the original's (examples/medusa): LoRA 32/16 on an unquantised backbone, backbone 1e-4, heads
-4e-4, lambda_0 rising to 0.01 over the whole run by a sine, 128 rows of 2048 tokens, KL to the
-backbone as it was.
+
+Recipe: the original's (examples/medusa): LoRA 32/16 on an unquantised backbone, backbone 1e-4,
+heads 4e-4, lambda_0 rising to 0.01 over the whole run by a sine, 128 rows of 2048 tokens, KL to
+the backbone as it was.
 Hardware: see docs/memory.md; fits v5e:4x4.
 """
 

@@ -7,9 +7,7 @@ past is a `KVCache`, which it only reads.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.cache import Block, KVCache
@@ -112,23 +110,14 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer.
-
-    Attributes:
-      config: its shape.
-      remat: for training, keep only each layer's input and recompute the rest.
-      sharding: of the hidden states [B, T, D] between layers; None leaves it to the compiler.
-    """
+    """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer."""
 
     config: ModelConfig
-    remat: bool = False
-    sharding: NamedSharding | None = None
 
     def setup(self) -> None:
         config = self.config
         self.embed = nn.Embed(config.vocab_size, config.hidden_size)
-        layer = nn.remat(Layer) if self.remat else Layer
-        self.layers = [layer(config, name=f"layer_{i}") for i in range(config.num_layers)]
+        self.layers = [Layer(config, name=f"layer_{i}") for i in range(config.num_layers)]
         self.final_norm = RMSNorm(config.norm_eps)
         if not config.tied:
             init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
@@ -158,7 +147,7 @@ class Backbone(nn.Module):
           values, per layer [B, K, T, C].
         """
         rope = rope_tables(self.config, positions)
-        x = self._placed(self.embed(tokens))
+        x = self.embed(tokens)
         windows = set(self.config.windows)
         masks = {w: mask & within_window(positions, positions, w) for w in windows}
         past_masks = {}
@@ -172,16 +161,12 @@ class Backbone(nn.Module):
             if cache is not None:
                 past = [(cache.keys[i], cache.values[i], past_masks[window])]
             x, layer_keys, layer_values = layer(x, rope, masks[window], past)
-            x = self._placed(x)
             keys.append(layer_keys)
             values.append(layer_values)
         hidden = self.final_norm(x)
         if not self.config.tied:
             _ = self.lm_head  # so that `init` creates it
         return hidden, (tuple(keys), tuple(values))
-
-    def _placed(self, x: Array) -> Array:
-        return x if self.sharding is None else jax.lax.with_sharding_constraint(x, self.sharding)
 
     def unembed(self, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
         """Next-token logits, float32 [*dims, V]."""

@@ -7,7 +7,7 @@ Dialects read here: Llama-family directories, the original's v0.1 heads (`.pt`,
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig
 from medusa_jax.places import MERGED, Place, backbone_places, head_places
 from medusa_jax.tensor_files import StoredTensor, Tensors
+from medusa_jax.tree_paths import nested
 
-# What brings the stored tensor of a parameter, named by its path, to its devices.
-Put = Callable[[str, StoredTensor], jax.Array]
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 _HEAD_NAME = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
 # Buffers that old checkpoints carry and nobody needs.
@@ -54,7 +53,6 @@ def load_model(
     model: str | Path,
     heads: str | Path | None = None,
     dtype: str = "float32",
-    put: Put | None = None,
 ) -> Model:
     """Loads a backbone and, where there are any, its Medusa heads.
 
@@ -63,13 +61,11 @@ def load_model(
         model, or of v0.1 heads whose config names their backbone.
       heads: directory, file or hub id of heads; default: those found with the model.
       dtype: of all parameters, "float32" or "bfloat16".
-      put: what brings a tensor to its devices, instead of a plain copy in `dtype`.
 
     Raises:
       InputError: something is missing, unreadable, unsupported or of another
         shape; one message lists everything wrong with the tensors.
     """
-    put = put or (lambda _, tensor: jax.device_put(np.asarray(tensor.read(), jnp.dtype(dtype))))
     directory = resolve(model)
     settings = tensor_files.read_json(directory / "config.json")
     # Heads may carry a model_type of their own, but never a backbone's shape.
@@ -79,19 +75,19 @@ def load_model(
         settings = tensor_files.read_json(directory / "config.json")
     config = from_hf(settings)
     merged, rest = _divide(tensor_files.open_model(directory))
-    head_tensors, source = merged, directory
+    tensors, source = merged, directory
     if heads is not None:
         source = resolve(heads)
-        head_tensors = open_heads(source)
+        tensors = open_heads(source)
     elif not merged and (found := _head_file(directory)):
-        head_tensors, source = tensor_files.open_file(found), found
+        tensors, source = tensor_files.open_file(found), found
     heads_config, params = NO_HEADS, {}
-    if head_tensors:  # before the backbone, which takes long to read
-        heads_config = heads_config_of(head_tensors, source)
+    if tensors:  # before the backbone, which takes long to read
+        heads_config = heads_config_of(tensors, source)
         _check_fit(heads_config, config, source)
-        places = _places_of(heads_config, head_tensors)
-        params["heads"] = _fill("heads", places, head_tensors, source, put)
-    params["backbone"] = _fill("backbone", backbone_places(config), rest, directory, put)
+        places = _places_of(heads_config, tensors)
+        params["heads"] = _loaded(_matched(places, tensors, source), dtype)
+    params["backbone"] = _loaded(_matched(backbone_places(config), rest, directory), dtype)
     generation = directory / "generation_config.json"
     settings |= tensor_files.read_json(generation) if generation.is_file() else {}
     return Model(
@@ -104,21 +100,21 @@ def load_model(
     )
 
 
-def read_backbone(model: str | Path, put: Put) -> dict[str, Any]:
-    """Parameters of a backbone alone, whatever heads lie with it. Raises as `load_model`."""
+def backbone_tensors(model: str | Path) -> dict[str, StoredTensor]:
+    """A backbone's tensors by the path of their parameter, unread. Raises as `load_model`."""
     directory = resolve(model)
     config = from_hf(tensor_files.read_json(directory / "config.json"))
     _, rest = _divide(tensor_files.open_model(directory))
-    return _fill("backbone", backbone_places(config), rest, directory, put)
+    return _matched(backbone_places(config), rest, directory)
 
 
-def read_heads(source: Path, expected: HeadsConfig, put: Put) -> dict[str, Any]:
-    """Parameters of heads, which must have the expected shape. Raises as `load_model`."""
+def head_tensors(source: Path, expected: HeadsConfig) -> dict[str, StoredTensor]:
+    """The same of heads, which must have the expected shape."""
     tensors = open_heads(source)
     found = heads_config_of(tensors, source)
     if found != expected:
         raise InputError(f"{source} holds {found}, expected {expected}")
-    return _fill("heads", _places_of(found, tensors), tensors, source, put)
+    return _matched(_places_of(found, tensors), tensors, source)
 
 
 def resolve(name: str | Path) -> Path:
@@ -198,13 +194,8 @@ def _check_fit(heads: HeadsConfig, config: ModelConfig, source: Path) -> None:
         )
 
 
-def _fill(
-    root: str, places: Mapping[str, Place], tensors: Tensors, source: Path, put: Put
-) -> dict[str, Any]:
-    """Nested parameters from the placed tensors, read one at a time; checks all of them first.
-
-    Args:
-      root: "backbone" or "heads", the first key of the paths that `put` gets.
+def _matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Tensors:
+    """The placed tensors by the path of their parameter.
 
     Raises:
       InputError: names every tensor of `source` that is missing, unexpected or misshapen.
@@ -222,13 +213,17 @@ def _fill(
         raise InputError(
             f"{source}: tensors do not fit what was expected:\n  " + "\n  ".join(wrong)
         )
-    params: dict[str, Any] = {}
-    for name, place in places.items():
-        inner = params
-        for key in place.path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[place.path[-1]] = put("/".join((root, *place.path)), tensors[name])
-    return params
+    return {"/".join(place.path): tensors[name] for name, place in places.items()}
+
+
+def _loaded(tensors: Tensors, dtype: str) -> dict[str, Any]:
+    """Nested parameters, read one tensor at a time."""
+    return nested(
+        {
+            path: jax.device_put(np.asarray(tensor.read(), jnp.dtype(dtype)))
+            for path, tensor in tensors.items()
+        }
+    )
 
 
 def _divide(tensors: Tensors) -> tuple[Tensors, Tensors]:

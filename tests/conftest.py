@@ -21,6 +21,8 @@ from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.config import ModelConfig
 from medusa_jax.heads import HeadsConfig, MedusaHeads
 from medusa_jax.hf import Model, load_model
+from medusa_jax.training import stack
+from medusa_jax.tree_paths import flat, nested
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -82,6 +84,19 @@ def random_model(config: ModelConfig, num_heads: int = 3, seed: int = 0) -> Tiny
             "heads": medusa["params"],
         },
     )
+
+
+def stacked(params: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Parameters of a model with the backbone as the trainer holds it: layers stacked."""
+    single = flat(params["backbone"])
+    shapes = stack.shapes({path: leaf.shape for path, leaf in single.items()}, layers)
+    leaves = {
+        path: single[path]
+        if path in single
+        else jnp.stack([single[name] for name in stack.members(path, layers)])
+        for path in shapes
+    }
+    return params | {"backbone": nested(leaves)}
 
 
 @pytest.fixture(scope="session")

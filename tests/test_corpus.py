@@ -237,7 +237,7 @@ def test_unreadable_files(tmp_path):
         "latin.txt": b"caf\xe9 ",
         "no.json.gz": b"no gzip",
         "cut.jsonl.gz": whole[:-9],
-        "torn.jsonl.gz": whole[:12] + bytes(8) + whole[20:],
+        "torn.jsonl.gz": whole[:10] + b"\xff" * 20,
     }
     for name, content in spoilt.items():
         file = tmp_path / name

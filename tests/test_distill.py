@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from medusa_jax.acceptance import Greedy, Lossless
 from medusa_jax.answer import Answerer, Limits
 from medusa_jax.distill import word_range
 from medusa_jax.errors import InputError
+from medusa_jax.hf import load_model
 from medusa_jax.records import Request
 from medusa_jax.text import Text
 from medusa_jax.tree import Tree
 
-MARKED = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 FULL_STOP = 426  # the token "." of stories260K
+LIMITS = Limits(max_length=128, stop_ids=(1, 2, FULL_STOP))
 
 
 @pytest.fixture
@@ -37,16 +39,17 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def model(shared) -> list[object]:
-    models = shared / "models"
-    return ["--model", models / "stories260K", "--heads", models / "stories260K-medusa"]
+    """Flags of most tests, so that few shapes are compiled."""
+    flags = ["--max_length", 128, "--batch_size", 4, "--stop_id", FULL_STOP]
+    return ["--model", shared / "models/stories260K", *flags]
 
 
 @pytest.fixture
 def tales(tmp_path) -> Path:
-    """Seven plain texts; the fifth has a prompt that fits no context of 64 tokens."""
+    """Seven plain texts; the fifth has a prompt that does not fit 128 tokens."""
     names = ["Tom", "Lily", "Ben", "Anna", "Sam", "Mia", "Tim"]
     texts = [f"One day  {name} went out to play and then home again." for name in names]
-    texts[4] = "Pneumonoultramicroscopic" * 8
+    texts[4] = "Pneumonoultramicroscopic" * 20
     file = tmp_path / "tales.txt"
     file.write_text("<|endoftext|>".join(texts))
     return file
@@ -67,6 +70,13 @@ def chats(tmp_path) -> Path:
     return file
 
 
+@pytest.fixture
+def template(tmp_path) -> Path:
+    file = tmp_path / "marked.jinja"
+    file.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}Lily and")
+    return file
+
+
 def _said(text: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": text}, {"from": "gpt", "value": "(the data's own answer)"}]
 
@@ -82,31 +92,29 @@ def _values(record: dict) -> list[str]:
 def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales, tmp_path):
     """Prompts as they stand in the text, answers as greedy decoding continues them."""
     output = tmp_path / "out.jsonl"
-    flags = [*model, "--data", tales, "--words", 4, "--temperature", 0, "--max_length", 64]
-    code, err = run(*flags, "--output", output, "--batch_size", 4)
+    flags = [*model, "--data", tales, "--words", 4, "--temperature", 0]
+    flags += ["--heads", shared / "models/stories260K-medusa", "--tree", "mc_sim_7b_63"]
+    code, err = run(*flags, "--output", output)
     assert code == 0
     assert f"6 records added to {output}; skipped: 1 (the first: {tales}, record 5" in err
     written = _records(output)
     assert [one["input"] for one in written] == [0, 1, 2, 3, 5, 6]
     assert written[1]["id"] == "tales.txt-1"
-    assert [one["truncated"] for one in written] == [True] * 6
     text = Text(shared / "models/stories260K")
-    answerer = Answerer(stories, text, Tree(), Greedy(), Limits(max_length=64))
+    answerer = Answerer(stories, text, Tree(), Greedy(), LIMITS)
     for one in written:
         prompt, story = _values(one)
         assert prompt.startswith("One day  ") and prompt.endswith(" went")
-        ((expected,),) = answerer.answer([Request.of_text(prompt)], [(0, 0)])
+        ((expected,),) = answerer.answer([Request.of_text(prompt)], [(0, 0)], 4)
         assert story == expected["text"] and story.startswith(" ")
-        assert len(expected["prompt_ids"]) + len(expected["token_ids"]) == 64
+        assert one["truncated"] == (expected["finish_reason"] == "length")
 
 
-def test_a_conversation_hears_the_models_own_answers(run, model, stories, shared, chats, tmp_path):
+def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, template, tmp_path):
     """Turn after turn, as `Answerer.answer` holds it; what does not fit ends it early."""
-    template, output = tmp_path / "marked.jinja", tmp_path / "out.jsonl"
-    template.write_text(MARKED)
-    flags = ["--data", chats, "--chat_template", template, "--stop_id", FULL_STOP]
-    flags += ["--max_new_tokens", 100]
-    code, err = run(*model, *flags, "--seed", 3, "--output", output, "--batch_size", 2)
+    output = tmp_path / "out.jsonl"
+    flags = ["--data", chats, "--chat_template", template]
+    code, err = run(*model, *flags, "--seed", 3, "--output", output)
     assert code == 0 and "ended before their last turn: 1 (the first: " in err
     first, second, third = _records(output)
     assert [one["id"] for one in (first, second, third)] == ["c0", "c1", "chats.json-2"]
@@ -114,20 +122,21 @@ def test_a_conversation_hears_the_models_own_answers(run, model, stories, shared
     assert speakers == ["system", *["human", "gpt"] * 3] and not first["truncated"]
     assert len(_values(second)) == 2 and not second["truncated"]
 
-    text = Text(shared / "models/stories260K", template=str(template))
-    limits = Limits(100, stop_ids=(1, 2, FULL_STOP))
-    plain = Answerer(stories, text, Tree(), Lossless(0.3), limits, seed=3)
+    directory = shared / "models/stories260K"
+    text = Text(directory, template=str(template))
+    plain = Answerer(load_model(directory), text, Tree(), Lossless(0.3), LIMITS, seed=3)
     system = {"role": "system", "content": "Be brief."}
     request = Request(tuple(_values(first)[1::2]), (system,))
-    (answers,) = plain.answer([request], [(0, 0)])
+    (answers,) = plain.answer([request], [(0, 0)], 4)
     assert _values(first)[2::2] == [answer["text"].strip() for answer in answers]
-    ((answer,),) = plain.answer([Request.of_text("Lily ran")], [(2, 0)])
+    assert any(answer["text"].startswith(" ") for answer in answers)
+    ((answer,),) = plain.answer([Request.of_text("Lily ran")], [(2, 0)], 4)
     assert _values(third) == ["Lily ran", answer["text"].strip()]
 
 
-def test_an_answer_cut_off_ends_its_conversation(run, model, chats, tmp_path):
+def test_an_answer_cut_off_ends_its_conversation(run, model, chats, template, tmp_path):
     output = tmp_path / "out.jsonl"
-    flags = ["--data", chats, "--chat_template", "zephyr", "--max_new_tokens", 3]
+    flags = ["--data", chats, "--chat_template", template, "--max_new_tokens", 3]
     assert run(*model, *flags, "--output", output)[0] == 0
     written = _records(output)
     assert [one["truncated"] for one in written] == [True] * 3
@@ -138,20 +147,20 @@ def test_an_answer_cut_off_ends_its_conversation(run, model, chats, tmp_path):
 def test_an_interrupted_run_goes_on_byte_for_byte(run, model, tales, tmp_path, kept):
     """Cut inside a line, inside the last line, or not at all; other batches after it."""
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    flags = [*model, "--data", tales, "--words", "2-6", "--max_length", 64]
-    assert run(*flags, "--output", whole, "--batch_size", 4)[0] == 0
+    flags = [*model, "--data", tales, "--words", "2-6"]
+    assert run(*flags, "--output", whole)[0] == 0
     assert len({len(_values(one)[0].split()) for one in _records(whole)}) > 1
-    assert run(*flags, "--output", cut, "--batch_size", 4)[0] == 0
+    shutil.copy(f"{whole}.settings.json", f"{cut}.settings.json")
     cut.write_bytes(whole.read_bytes()[:kept])
     lines = cut.read_bytes().count(b"\n")
-    code, err = run(*flags, "--output", cut, "--batch_size", 3)
+    code, err = run(*flags, "--output", cut, "--batch_size", 2)
     assert code == 0 and f"{6 - lines} records added" in err
     assert cut.read_bytes() == whole.read_bytes()
 
 
 def test_shards_share_the_inputs_out(run, model, tales, tmp_path):
     whole, *parts = (tmp_path / f"{i}.jsonl" for i in range(3))
-    flags = [*model, "--data", tales, "--words", 3, "--max_length", 64]
+    flags = [*model, "--data", tales, "--words", 3]
     assert run(*flags, "--output", whole)[0] == 0
     for i, part in enumerate(parts):
         assert run(*flags, "--output", part, "--shard", f"{i}/2", "--batch_size", 2)[0] == 0
@@ -166,8 +175,8 @@ def test_prompt_records_and_repeated_ones(run, model, tmp_path):
         '{"turns": ["Tom", "Then"], "question_id": 7}\n{"prompt": "Ben"}\nno JSON\n'
         '{"prompt_ids": [1, 403]}\n{"prompt": "Ben"}\n{"prompt": "Mia"}\n'
     )
-    flags = [*model, "--data", prompts, "--output", output, "--unique", "--max_new_tokens", 8]
-    code, err = run(*flags, "--chat_template", "zephyr", "--ignore_eos")
+    flags = [*model, "--data", prompts, "--output", output, "--unique"]
+    code, err = run(*flags, "--chat_template", "zephyr")
     assert code == 0 and "skipped: 2 (the first: " in err and "line 3: not JSON" in err
     written = [(one["id"], one["input"], _values(one)[0]) for one in _records(output)]
     assert written == [
@@ -179,7 +188,7 @@ def test_prompt_records_and_repeated_ones(run, model, tmp_path):
 
 def test_a_refused_input_keeps_what_came_before(run, model, tales, tmp_path):
     output = tmp_path / "out.jsonl"
-    flags = [*model, "--data", tales, "--words", 3, "--max_length", 64, "--output", output]
+    flags = [*model, "--data", tales, "--words", 3, "--output", output]
     code, err = run(*flags, "--on_bad", "refuse")
     assert code == 2 and f"error: {tales}, record 5 has " in err
     assert [one["input"] for one in _records(output)] == [0, 1, 2, 3]
@@ -189,7 +198,7 @@ def test_a_refused_input_keeps_what_came_before(run, model, tales, tmp_path):
 
 def test_other_settings_do_not_continue_an_output(run, model, tales, tmp_path):
     output = tmp_path / "out.jsonl"
-    flags = [*model, "--data", tales, "--words", 3, "--max_length", 64, "--output", output]
+    flags = [*model, "--data", tales, "--words", 3, "--output", output]
     assert run(*flags, "--max_documents", 2)[0] == 0
     before = output.read_bytes()
     code, err = run(*flags, "--max_documents", 2, "--seed", 1, "--temperature", 0.5)

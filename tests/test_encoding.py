@@ -31,6 +31,12 @@ LLAMA2 = (
     "{{ ' ' + m.content + ('' if loop.last else ' </s>') }}"
     "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
 )
+# A prompt that ends in a space, which belongs to the answer's first token; one end for all.
+SPACED = (
+    "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') + m.content }}"
+    "{{ eos_token if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
 # As Qwen3: the last answer alone carries an (empty) thought, earlier ones lose theirs.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -44,6 +50,7 @@ ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
 )
+MEASURING = CHATML.replace("m.content", "m.content ~ m.content | length")
 FORGETFUL = CHATML.replace("m.content", "(m.content if m.role == 'user' else 'yes')")
 
 
@@ -160,11 +167,13 @@ def test_learning_starts_where_decoding_would(make, corpus, template):
 def test_templates_that_write_the_last_answer_otherwise(make, corpus):
     record = _talk("Hi", "Hello", "So?", "<think>w</think>Bye", "Why", ANSWERS[2] + "end")
     runs = {}
-    for name, template in (("llama2", LLAMA2), ("thinking", THINKING)):
+    templates = {"llama2": LLAMA2, "thinking": THINKING, "spaced": SPACED}
+    for name, template in templates.items():
         text = make(template)
         (document,) = encode(corpus(record, on_bad="refuse"), text)
         runs[name] = _runs(text, document)
     assert runs["llama2"][0] == " Hello" and runs["llama2"][2] == " I\n\nsee</think>end"
+    assert runs["spaced"][0] == " Hello" and runs["spaced"][2].endswith("</think>end</s>")
     assert runs["thinking"] == [
         "Hello<|im_end|>",
         "Bye<|im_end|>",
@@ -226,6 +235,7 @@ def test_a_base_model_continues_prompts(make, corpus):
     ("template", "record", "message"),
     [
         (COUNTING, _talk("a", "b", "c", "d"), "the chat template rewrites earlier turns"),
+        (MEASURING, _talk("a", "b"), "answers cannot be found in it"),
         (FORGETFUL, _talk("a", "b"), "answers cannot be found in it"),
         (ALTERNATING, _talk("a", "b", system="s"), "refuses this .*: roles must alternate"),
         ("{{ undefined.content }}", _talk("a", "b"), "the chat template refuses"),
@@ -262,8 +272,12 @@ def test_batches_change_nothing(make, corpus):
 # Sentencepiece tokenizers: a space belongs to the word after it, strange characters are bytes.
 
 
-def test_sentencepiece_answers(shared, corpus):
-    text = Text(shared / "models/stories260K", template="vicuna")
+@pytest.mark.parametrize("template", ["vicuna", SPACED], ids=["vicuna", "spaced"])
+def test_sentencepiece_answers(shared, tmp_path, corpus, template):
+    if template == SPACED:
+        template = str(tmp_path / "spaced.jinja")
+        Path(template).write_text(SPACED)
+    text = Text(shared / "models/stories260K", template=template)
     (document,) = encode(corpus(_talk("Tom", "Once 月😀.")), text)
     tokens = np.array(text.tokenizer.convert_ids_to_tokens(document.ids))
     data = b"".join(

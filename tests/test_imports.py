@@ -11,7 +11,7 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A module may import those of earlier lines, and those before it on its own.
 LEVELS = [
-    ["errors", "shapes"],
+    ["errors", "shapes", "tree_paths"],
     ["config", "tree", "cli"],
     ["presets", "layers", "sampling", "cache", "tensor_files"],
     ["backbone", "acceptance"],
@@ -22,13 +22,13 @@ LEVELS = [
     ["answer"],
     ["choices", "talks"],
     ["console"],
-    ["training.settings", "training.tree_paths", "training.corpus"],
+    ["training.settings", "training.corpus"],
     ["training.config_file", "training.encoding", "training.packing", "training.batches"],
-    ["training.lora", "training.losses", "training.objective"],
+    ["training.lora", "training.stack", "training.losses", "training.objective"],
     ["training.optimizer", "training.sharding", "training.state", "training.weights"],
     ["training.export", "training.checkpoints", "training.metrics"],
-    ["training.trainer"],
-    ["distill"],
+    ["training.trainer", "training.topology", "training.compile_only"],
+    ["export", "distill"],
 ]
 # Third-party packages and the only modules that may import them.
 WALLS = {
@@ -39,7 +39,7 @@ WALLS = {
     "huggingface_hub": {"hf"},
     "tqdm": {"console", "distill", "training.metrics"},
     "datasets": {"training.corpus"},
-    "optax": {"training.optimizer", "training.state"},
+    "optax": {"training.optimizer", "training.state", "training.trainer"},
     "orbax": {"training.checkpoints"},
     "tensorboardX": {"training.metrics"},
     "absl": {"training.config_file"},

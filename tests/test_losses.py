@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import stacked
 
 from medusa_jax.hf import Model
 from medusa_jax.layers import project
@@ -56,7 +57,7 @@ def test_losses_equal_the_reference(
 ):
     batch = batch_of(reference, *LAYOUTS[layout])
     objective = Objective(stories.config, stories.heads, "medusa2", chunk=chunk)
-    terms = jax.jit(objective.terms)(stories.params, {}, batch)
+    terms = jax.jit(objective.terms)(stacked(stories.params, 5), {}, batch)
     found = report(terms, 0.2, objective)
     assert found["lm_loss"] == pytest.approx(reference["lm_ce"], abs=1e-5)
     assert found["head_losses"] == pytest.approx(reference["head_ce"], abs=1e-5)
@@ -70,14 +71,12 @@ def test_losses_equal_the_reference(
 @pytest.mark.parametrize("chunk", [0, 16, 37])
 def test_kl_equals_the_reference(stories: Model, reference: dict[str, Any], chunk: int):
     batch = batch_of(reference, *LAYOUTS["packed"])
-    objective = Objective(stories.config, stories.heads, "medusa2")
     # The reference's student is the teacher with its logits times 1.1, that is, its last norm's.
-    student = jax.tree.map(lambda leaf: leaf, stories.params)
-    student["backbone"] = student["backbone"] | {
-        "final_norm": {"scale": 1.1 * student["backbone"]["final_norm"]["scale"]}
-    }
+    teacher = stacked(stories.params, 5)
+    norm = {"scale": 1.1 * teacher["backbone"]["final_norm"]["scale"]}
+    student = teacher | {"backbone": teacher["backbone"] | {"final_norm": norm}}
     objective = Objective(stories.config, stories.heads, "medusa2", distill=True, chunk=chunk)
-    terms = jax.jit(objective.terms)(student, {"teacher": stories.params["backbone"]}, batch)
+    terms = jax.jit(objective.terms)(student, {"teacher": teacher["backbone"]}, batch)
     assert report(terms, 0.2, objective)["kl"] == pytest.approx(reference["kl_mean"], abs=1e-5)
 
 

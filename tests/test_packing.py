@@ -1,5 +1,6 @@
 """Documents to rows and rows to batches: nothing lost, nothing twice, nothing mixed up."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from medusa_jax.errors import InputError
 from medusa_jax.training.batches import Batches, in_order
 from medusa_jax.training.encoding import Encoded
-from medusa_jax.training.packing import OPEN_ROWS, Rows, fit, pack, row
+from medusa_jax.training.packing import Rows, fit, pack, row
 
 
 def _document(ids: Sequence[int], learnt: Sequence[int], origin: str = "") -> Encoded:
@@ -83,33 +84,36 @@ def test_every_piece_is_in_one_row(packing, seed):
 
 
 def test_full_rows_and_exact_fits():
-    """Pieces of T fill a row each; halves find one another."""
-    rows = pack(_documents([8, 4, 8, 4, 6, 2]), 8, packing=True, seed=0)
-    assert sorted(sum([8, 4, 8, 4, 6, 2][i] for i in plan) for plan in rows.plan) == [8] * 4
+    """Pieces of T fill a row each; others find those that fill up theirs."""
+    lengths = [8, 4, 8, 4, 6, 2]
+    rows = pack(_documents(lengths), 8, packing=True, seed=0)
+    assert [sum(lengths[i] for i in plan) for plan in rows.plan] == [8] * 4
 
 
 def test_best_fit():
-    """The last piece, of 3, goes where exactly 3 are free, not where 5 are."""
-    pieces = _documents([7, 5, 3])
-    seed = next(
-        s for s in range(99) if np.random.default_rng(s).permutation(3).tolist()[2] == 2
-    )  # the order in which pieces are taken
-    assert sorted(map(sorted, pack(pieces, 10, packing=True, seed=seed).plan)) == [[0, 2], [1]]
+    """The piece of 3 goes where exactly 3 are free, not where 5 are."""
+    for seed in range(5):
+        plan = pack(_documents([7, 5, 3]), 8, packing=True, seed=seed).plan
+        assert sorted(map(sorted, plan)) == [[0], [1, 2]]
+        plan = pack(_documents([7, 5, 3]), 10, packing=True, seed=seed).plan
+        assert sorted(map(sorted, plan)) == [[0, 2], [1]]
 
 
-def test_few_rows_stay_open():
-    """More half-full rows than may be open at a time: those that left stay as they are."""
-    rows = pack(_documents([6] * (OPEN_ROWS + 50)), 10, packing=True, seed=0)
-    assert [len(plan) for plan in rows.plan] == [1] * (OPEN_ROWS + 50)
+def test_rows_are_in_random_order():
+    """The first rows, which is what an evaluation takes, are not those of the longest pieces."""
+    lengths = [8] * 50 + [2] * 200
+    plan = pack(_documents(lengths), 8, packing=True, seed=0).plan
+    assert 10 < sum(len(numbers) == 1 for numbers in plan[:50]) < 40
 
 
 def test_rows_of_stories_are_filled():
     """Lengths as of TinyStories (median 200 tokens) in rows of 512, and of chats in 2048."""
     rng = np.random.default_rng(0)
-    for length, median, spread, count in ((512, 200, 0.4, 4000), (2048, 500, 0.9, 4000)):
+    for length, median, spread, count in ((512, 200, 0.4, 4000), (2048, 500, 0.9, 2000)):
         lengths = np.clip(rng.lognormal(np.log(median), spread, count).astype(int), 2, length)
         rows = pack(_documents(lengths), length, packing=True, seed=0)
-        assert rows.num_tokens / (len(rows) * length) > 0.95
+        filled = rows.num_tokens / (len(rows) * length)
+        assert filled > 0.95
 
 
 def test_empty_rows():
@@ -170,15 +174,19 @@ def _batches(count: int = 23, size: int = 6, accumulation: int = 2, seed: int = 
     return Batches(rows, size, accumulation, seed, _one_device())
 
 
+def _flat(lists: list[list]) -> list:
+    return list(itertools.chain.from_iterable(lists))
+
+
 def test_an_epoch_visits_rows_once_in_an_order_of_its_own():
     batches = _batches()
     assert batches.steps_per_epoch == 3
     epochs = [[batches.row_numbers(3 * e + i).tolist() for i in range(3)] for e in range(6)]
     for steps in epochs:
-        seen = sum(steps, [])
+        seen = _flat(steps)
         assert len(set(seen)) == len(seen) == 18 and set(seen) <= set(range(23))
-    assert len({tuple(sum(steps, [])) for steps in epochs}) == 6
-    assert set(sum(sum(epochs, []), [])) == set(range(23))  # those left over come in later
+    assert len({tuple(_flat(steps)) for steps in epochs}) == 6
+    assert set(_flat(_flat(epochs))) == set(range(23))  # those left over come in later
 
 
 def test_batches_depend_on_seed_and_step_alone():

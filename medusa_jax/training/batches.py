@@ -4,6 +4,7 @@ So there is no iterator to save: a run that resumes at step n asks for batch n.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,12 +59,12 @@ class Batches:
 def global_arrays(rows: Rows, numbers: np.ndarray, sharding: NamedSharding) -> dict[str, jax.Array]:
     """Rows `numbers` [A, B] as arrays [A, B, T], made where they are needed."""
     shape = (*numbers.shape, rows.length)
-    here = sharding.addressable_devices_indices_map(shape)
+    here: Any = sharding.addressable_devices_indices_map(shape)
     wanted = sorted({r for index in here.values() for r in numbers[index[:2]].flat})
     place = {r: i for i, r in enumerate(wanted)}
     local = rows.arrays(wanted)
 
-    def part(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    def part(array: np.ndarray, index: Any) -> np.ndarray:
         mine = numbers[index[:2]]
         return array[[place[r] for r in mine.flat]].reshape(*mine.shape, -1)
 

@@ -153,12 +153,12 @@ def _texts(path: Path, separator: str) -> Iterator[dict[str, str]]:
         yield {"text": rest.strip()}
 
 
-def _table(source: str, name: str, **how: str) -> Iterator[dict[str, Any]]:
+def _table(source: str, name: str, split: str = "train", **how: Any) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        yield from datasets.load_dataset(name, **{"split": "train", **how})
+        yield from datasets.load_dataset(name, split=split, **how)
     except Exception as error:
         reason = str(error.__cause__ or error).strip() or type(error).__name__
         raise InputError(f"{source} could not be read: {reason.splitlines()[0]}") from None

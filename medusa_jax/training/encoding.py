@@ -76,15 +76,12 @@ def written(document: Document, text: Text, end: str = "") -> tuple[str, list[Sp
     messages, spans = list(document.messages), []
     whole = text.render(messages, answer=False)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    _, closing = _around(messages[: answers[0] + 1], answers[0], text)
-    closing = closing.rstrip()  # "</s>" of "</s>\n"
+    closing = _after(messages[: answers[0] + 1], answers[0], text).rstrip()  # "</s>" of "</s>\n"
     for i in answers:
         before = text.render(messages[:i], answer=True)
-        found, after = _around(messages, i, text)
+        after = _after(messages, i, text)
         stop = len(whole) - len(after)
-        if not (
-            found and whole.startswith(before) and whole.endswith(after) and len(before) <= stop
-        ):
+        if not (whole.startswith(before) and whole.endswith(after) and len(before) <= stop):
             raise InputError(
                 "the chat template rewrites earlier turns, so that answers cannot be found in it; "
                 "give a simpler one (data.template)"
@@ -97,11 +94,10 @@ def written(document: Document, text: Text, end: str = "") -> tuple[str, list[Sp
     return whole, spans
 
 
-def _around(messages: list[Message], i: int, text: Text) -> tuple[bool, str]:
-    """Whether the template writes message i at all, and what it writes after its content."""
+def _after(messages: list[Message], i: int, text: Text) -> str:
+    """What the template writes after the content of message i; all, where it omits that."""
     marked = [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]]
-    _, mark, after = text.render(marked, answer=False).rpartition(MARK)
-    return bool(mark), after
+    return text.render(marked, answer=False).rpartition(MARK)[2]
 
 
 def _continued(document: Document, end: str) -> tuple[str, list[Span]]:

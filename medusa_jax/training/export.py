@@ -14,10 +14,10 @@ from medusa_jax import hf
 from medusa_jax.heads import HeadsConfig
 from medusa_jax.places import MERGED, backbone_places, head_places
 from medusa_jax.tensor_files import read_json, write_model, write_pickle
-from medusa_jax.training import lora
+from medusa_jax.training import lora, stack
 from medusa_jax.training.settings import Config
-from medusa_jax.training.tree_paths import flat, joined
 from medusa_jax.training.weights import Weights
+from medusa_jax.tree_paths import flat, joined
 
 # What a Hugging Face directory holds beside weights and config.json.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -68,7 +68,7 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
         settings |= _heads_settings(weights.heads)
     if config.adapted:
         settings["tie_word_embeddings"] = False  # the adapted lm_head has left the embedding
-    tensors = [*_backbone_tensors(weights, params, scale)]
+    tensors = list(_backbone_tensors(weights, params, scale))
     tensors += _head_tensors(weights.heads, params, MERGED)
     with _Replacing(target, write) as directory:
         write_model(directory, "model", tensors, dtype, write)
@@ -92,24 +92,30 @@ def _head_tensors(heads: HeadsConfig, params: dict[str, Any], prefix: str) -> Te
 
 
 def _backbone_tensors(weights: Weights, params: dict[str, Any], scale: float) -> Tensors:
-    adapted = "adapters/lm_head/a" in params
-    for name, place in backbone_places(weights.model).items():
-        path = "/".join(place.path)
-        array = params[f"backbone/{path}"]
-        adapter = f"adapters/{path.removesuffix('/weight')}"
-        yield name, place.shape, _folded(params, array, adapter, scale)
-    if adapted and weights.model.tied:
-        array = params["backbone/embed/embedding"]
-        yield "lm_head.weight", array.shape, _folded(params, array, "adapters/lm_head", scale)
+    for name, one in backbone_places(weights.model).items():
+        path, layer = stack.place("/".join(one.path))
+        yield name, one.shape, _folded(params, path, path.removesuffix("/weight"), layer, scale)
+    if "adapters/lm_head/a" in params and weights.model.tied:
+        shape = params["backbone/embed/embedding"].shape
+        yield "lm_head.weight", shape, _folded(params, "embed/embedding", "lm_head", None, scale)
 
 
 def _folded(
-    params: dict[str, Any], array: jax.Array, adapter: str, scale: float
+    params: dict[str, Any], path: str, adapted: str, layer: int | None, scale: float
 ) -> Callable[[], np.ndarray]:
-    if f"{adapter}/a" not in params:
-        return lambda: _whole(array)
-    factors = {"a": params[f"{adapter}/a"], "b": params[f"{adapter}/b"]}
-    return lambda: _whole(lora.folded(array, factors, scale))
+    """What gives a backbone tensor, its adapter, if any, folded in."""
+
+    def single(name: str) -> jax.Array:
+        return params[name] if layer is None else params[name][layer]
+
+    def give() -> np.ndarray:
+        weight = single(f"backbone/{path}")
+        if f"adapters/{adapted}/a" not in params:
+            return _whole(weight)
+        factors = {key: single(f"adapters/{adapted}/{key}") for key in ("a", "b")}
+        return _whole(lora.folded(weight, factors, scale))
+
+    return give
 
 
 def _whole(array: jax.Array) -> np.ndarray:

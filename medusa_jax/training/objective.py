@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
-from medusa_jax.backbone import Backbone
 from medusa_jax.config import ModelConfig
 from medusa_jax.heads import Head, HeadsConfig
-from medusa_jax.training import lora, settings
+from medusa_jax.training import settings, stack
 from medusa_jax.training.losses import (
     TOP,
     Sums,
@@ -20,7 +19,7 @@ from medusa_jax.training.losses import (
     over_chunks,
     targets_at,
 )
-from medusa_jax.training.tree_paths import joined
+from medusa_jax.tree_paths import joined
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
@@ -151,53 +150,57 @@ class Objective:
         """Sums over the batch's targets [B, T]."""
         dtype = jnp.dtype(self.dtype)
         params = joined(jax.tree.map(lambda leaf: leaf.astype(dtype), trainable), frozen)
-        backbone = Backbone(self.model, self.remat, self.sharding)
+        hidden = self._hidden(params["backbone"], batch, params.get("adapters"), key)
 
-        def hidden_of(weights: Params) -> Array:
-            seen = batch["segments"]
-            causal = jnp.arange(seen.shape[1])[:, None] >= jnp.arange(seen.shape[1])
-            mask = (seen[:, :, None] == seen[:, None, :]) & causal
-            inputs = batch["tokens"], batch["positions"], mask
-            return backbone.apply({"params": weights}, *inputs)[0]
+        def logits(hidden: Array) -> Array:
+            ours = params["backbone"], hidden, params.get("adapters"), self.adapter_scale
+            return stack.logits(self.model, *ours)
 
-        def logits_of(weights: Params, hidden: Array) -> Any:
-            return backbone.apply({"params": weights}, hidden, method="unembed")
+        targets, counted = _targets(batch, offset=1)
 
-        dropout = self.adapter_dropout if key is not None else 0.0
-        adapters = params.get("adapters")
-        with lora.adapted(adapters, self.adapter_scale, dropout, key):
-            hidden = hidden_of(params["backbone"])
-            targets, counted = _targets(batch, offset=1)
+        def lm(hidden: Array, targets: Array, counted: Array) -> Sums:
+            return cross_entropy(logits(hidden), targets, counted)
 
-            def lm(hidden: Array, targets: Array, counted: Array) -> Sums:
-                return cross_entropy(logits_of(params["backbone"], hidden), targets, counted)
-
-            lm_sums = over_chunks(lm, self.chunk, hidden, targets, counted)
-            heads = tuple(
-                self._head(k, params, hidden, batch, logits_of) for k in range(self.heads.num_heads)
-            )
+        lm_sums = over_chunks(lm, self.chunk, hidden, targets, counted)
+        heads = tuple(
+            self._head(k, params, hidden, batch, logits) for k in range(self.heads.num_heads)
+        )
         if not self.distill:
             return Terms(lm_sums, jnp.zeros(()), heads)
         teacher = params.get("teacher", frozen.get("backbone"))
-        teacher_hidden = jax.lax.stop_gradient(hidden_of(teacher))
-        scale = self.adapter_scale
+        teacher_hidden = jax.lax.stop_gradient(self._hidden(teacher, batch))
 
         def kl(ours: Array, theirs: Array, counted: Array) -> Array:
-            with lora.adapted(adapters, scale, dropout, key):
-                student_logits = logits_of(params["backbone"], ours)
-            return kl_divergence(logits_of(teacher, theirs), student_logits, counted)
+            return kl_divergence(stack.logits(self.model, teacher, theirs), logits(ours), counted)
 
         kl_sum = over_chunks(kl, self.chunk, hidden, teacher_hidden, counted)
         return Terms(lm_sums, kl_sum, heads)
 
-    def _head(self, k: int, params: Params, hidden: Array, batch: Batch, logits_of: Any) -> Sums:
+    def _hidden(
+        self, weights: Params, batch: Batch, adapters: Any = None, key: Array | None = None
+    ) -> Array:
+        def constrain(x: Array) -> Array:
+            if self.sharding is None:
+                return x
+            return jax.lax.with_sharding_constraint(x, self.sharding)
+
+        return stack.hidden_states(
+            self.model,
+            weights,
+            batch,
+            adapters=adapters,
+            scale=self.adapter_scale,
+            dropout=self.adapter_dropout if key is not None else 0.0,
+            key=key,
+            remat=self.remat,
+            constrain=constrain,
+        )
+
+    def _head(self, k: int, params: Params, hidden: Array, batch: Batch, unembed: Any) -> Sums:
         targets, counted = _targets(batch, offset=k + 2)
         head, weights = Head(self.heads), {"params": params["heads"][f"head_{k}"]}
 
         def one(hidden: Array, targets: Array, counted: Array) -> Sums:
-            def unembed(x: Array) -> Array:
-                return logits_of(params["backbone"], x)
-
             logits: Any = head.apply(weights, hidden, unembed)
             return cross_entropy(logits, targets, counted)
 

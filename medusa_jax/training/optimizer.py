@@ -1,16 +1,17 @@
 """Which parameter learns at which rate: one table from paths to groups, one optimizer a group."""
 
+import functools
 import re
 from collections.abc import Iterable
 
-import jax
 import optax
 
 from medusa_jax.errors import InputError
 from medusa_jax.training.settings import Config, Optim
-from medusa_jax.training.tree_paths import map_with_path
+from medusa_jax.tree_paths import map_with_path
 
 FROZEN = "frozen"
+_PLAIN = re.compile("(scale|bias)$")  # which weight decay leaves alone
 
 
 def groups(config: Config) -> dict[str, str]:
@@ -70,7 +71,7 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
             b1=optim.beta1,
             b2=optim.beta2,
             weight_decay=optim.weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            mask=functools.partial(map_with_path, lambda path, _: not _PLAIN.search(path)),
         )
 
     table = groups(config)

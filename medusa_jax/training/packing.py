@@ -1,5 +1,6 @@
 """Many documents in rows of one length, none of which sees, or is asked about, another."""
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -7,8 +8,6 @@ import numpy as np
 
 from medusa_jax.errors import InputError
 from medusa_jax.training.encoding import Encoded
-
-OPEN_ROWS = 256  # rows that may still be filled; more packs tighter, and searches longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,27 +94,33 @@ def fit(documents: Sequence[Encoded], length: int, sources: str) -> list[Encoded
 
 
 def pack(pieces: Sequence[Encoded], length: int, *, packing: bool, seed: int) -> Rows:
-    """Puts pieces into rows: each into the fullest open row that has room (best fit).
+    """Puts pieces into rows: the longest first, each where it leaves least room (best fit).
 
-    Deterministic in its arguments. Without `packing`, one piece a row.
+    Rows come out in random order, deterministic in the arguments. Without
+    `packing`, one piece a row.
     """
-    order = np.random.default_rng(seed).permutation(len(pieces))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(pieces))
     if not packing:
         return Rows(pieces, [[int(i)] for i in order], length)
+    sizes = np.array([len(piece.ids) for piece in pieces])
     plan: list[list[int]] = []
-    room: dict[int, int] = {}  # open row -> tokens still free
-    for i in map(int, order):
-        size = len(pieces[i].ids)
-        fitting = [(free, number) for number, free in room.items() if free >= size]
-        if fitting:
-            free, number = min(fitting)
+    rooms: list[int] = []  # tokens still free in some row, each number once, ascending
+    rows: dict[int, list[int]] = {}  # those numbers -> rows
+    for i in order[np.argsort(-sizes[order], kind="stable")].tolist():
+        size = int(sizes[i])
+        place = bisect.bisect_left(rooms, size)
+        if place < len(rooms):
+            room = rooms[place]
+            number = rows[room].pop()
+            if not rows[room]:
+                del rooms[place], rows[room]
             plan[number].append(i)
         else:
-            free, number = length, len(plan)
+            room, number = length, len(plan)
             plan.append([i])
-        room[number] = free - size
-        if room[number] < 2:
-            del room[number]
-        elif len(room) > OPEN_ROWS:
-            del room[min(room, key=lambda number: (room[number], number))]
-    return Rows(pieces, plan, length)
+        left = room - size
+        if left not in rows:
+            bisect.insort(rooms, left)
+        rows.setdefault(left, []).append(number)
+    return Rows(pieces, [plan[number] for number in rng.permutation(len(plan))], length)

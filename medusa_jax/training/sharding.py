@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from medusa_jax.errors import InputError
 from medusa_jax.training import settings
-from medusa_jax.training.tree_paths import map_with_path
+from medusa_jax.tree_paths import map_with_path
 
 AXES = ("data", "fsdp", "tensor")
 # Weights are [out, in]. What splits its outputs over `tensor` is followed by
@@ -31,7 +31,7 @@ RULES = (
     (r"(out|down)/a$", P(None, "tensor")),
     (r"(out|down)/b$", P("fsdp", None)),
     (r"block_\d+/weight$", P(None, "fsdp")),
-    (r"(scale|bias|count|step)$", P()),
+    (r"(scale|bias)$", P(None)),
 )
 BATCH = P(None, ("data", "fsdp"), None)  # arrays [A, B, T]
 HIDDEN = P(("data", "fsdp"), None, None)  # arrays [B, T, D]
@@ -90,7 +90,7 @@ def check_batch(mesh: Mesh, optim: settings.Optim) -> None:
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Axes of a parameter; a dimension that its axis does not divide stays whole.
+    """Axes of a parameter; a dimension that its axis does not divide stays whole, a stack's too.
 
     Raises:
       InputError: no rule knows the path.
@@ -99,9 +99,10 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         return P()
     for pattern, axes in RULES:
         if re.search(pattern, path):
+            axes = (*(None,) * (len(shape) - len(axes)), *axes)
             fitting = [
                 axis if axis is None or size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(axes, shape, strict=False)
+                for axis, size in zip(axes, shape, strict=True)
             ]
             return P(*fitting)
     raise InputError(f"no sharding rule for parameter {path} {list(shape)}")

@@ -17,11 +17,11 @@ from medusa_jax.heads import NO_HEADS, HeadsConfig
 from medusa_jax.places import backbone_places, head_places
 from medusa_jax.presets import PRESETS
 from medusa_jax.tensor_files import StoredTensor, read_json
-from medusa_jax.training import lora
+from medusa_jax.training import lora, stack
 from medusa_jax.training.optimizer import FROZEN, group_of, groups
 from medusa_jax.training.settings import Config
 from medusa_jax.training.sharding import spec
-from medusa_jax.training.tree_paths import flat, nested
+from medusa_jax.tree_paths import nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +81,15 @@ def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
 
 def layout(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Parameter]:
     """Every parameter of a run by path; refuses to leave one without an optimizer group."""
-    shapes = {f"backbone/{path}": s for path, s in _shapes(backbone_places(model)).items()}
+    backbone = stack.shapes(_shapes(backbone_places(model)), model.num_layers)
+    shapes = {f"backbone/{path}": shape for path, shape in backbone.items()}
+    adapters, teacher = {}, {}
     if config.adapted:
-        linears = {
-            f"adapters/{path.removeprefix('backbone/').removesuffix('/weight')}": shape
-            for path, shape in shapes.items()
-            if path.endswith("/weight")
-        }
-        linears["adapters/lm_head"] = (model.vocab_size, model.hidden_size)  # also of tied models
-        adapters = lora.init_shapes(linears, config.lora.rank)
-    else:
-        adapters = {}
-    teacher = {}
+        adapted = {path: shape for path, shape in backbone.items() if path.endswith("/weight")}
+        adapted["lm_head"] = (model.vocab_size, model.hidden_size)  # also of tied models
+        for path, shape in adapted.items():
+            name = f"adapters/{path.removesuffix('/weight')}"
+            adapters |= lora.shapes(name, shape, config.lora.rank)
     if config.loss.distill and not config.adapted:
         teacher = {path.replace("backbone/", "teacher/", 1): s for path, s in shapes.items()}
     head_shapes = _shapes(head_places(heads)) if heads.num_heads else {}
@@ -130,11 +127,15 @@ def load(config: Config, mesh: Mesh, *, resumed: bool = False) -> Weights:
     def sharding(path: str) -> NamedSharding:
         return NamedSharding(mesh, spec(path, table[path].shape, mesh))
 
-    def put(path: str, tensor: StoredTensor) -> jax.Array:
+    def put(path: str, tensors: list[StoredTensor]) -> jax.Array:
         kind = jnp.dtype(table[path].dtype)
-        return jax.make_array_from_callback(
-            tensor.shape, sharding(path), lambda index: np.asarray(tensor.read(index), kind)
-        )
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if len(tensors) == 1 and tensors[0].shape == table[path].shape:
+                return np.asarray(tensors[0].read(index), kind)
+            return np.stack([np.asarray(t.read(index[1:]), kind) for t in tensors[index[0]]])
+
+        return jax.make_array_from_callback(table[path].shape, sharding(path), part)
 
     def made(path: str) -> jax.Array:
         one = table[path]
@@ -147,12 +148,16 @@ def load(config: Config, mesh: Mesh, *, resumed: bool = False) -> Weights:
 
     leaves: dict[str, Any] = {}
     if config.heads.path and not resumed and heads.num_heads:  # before what takes long
-        leaves = flat({"heads": hf.read_heads(_starting_heads(config.heads.path), heads, put)})
+        stored = hf.head_tensors(_starting_heads(config.heads.path), heads)
+        leaves = {f"heads/{name}": put(f"heads/{name}", [one]) for name, one in stored.items()}
     if any(path.startswith(("backbone/", "teacher/")) for path in wanted):
         if config.model.random:
             leaves |= {path: made(path) for path in table if path.startswith("backbone/")}
         else:
-            leaves |= flat({"backbone": hf.read_backbone(config.model.path, put)})
+            stored = hf.backbone_tensors(config.model.path)
+            for path in (path for path in table if path.startswith("backbone/")):
+                names = stack.members(path.removeprefix("backbone/"), model.num_layers)
+                leaves[path] = put(path, [stored[name] for name in names])
     unembedding = "backbone/embed/embedding" if model.tied else "backbone/lm_head"
     for path in sorted(wanted - leaves.keys()):
         if path.startswith("teacher/"):
