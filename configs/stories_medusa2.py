@@ -36,7 +36,7 @@ def get_config() -> Config:
     """The run."""
     return Config(
         mode="medusa2",
-        model=Backbone(path=f"{SHARED}/models/stories260K", dtype="float32", remat=False),
+        model=Backbone(path=f"{SHARED}/models/stories260K", dtype="float32"),
         heads=Heads(number=5, layers=1, path="runs/stories_medusa1"),
         lora=Lora(rank=0),
         data=Data(
@@ -51,7 +51,8 @@ def get_config() -> Config:
             learning_rate=5e-4,
             heads_multiplier=4.0,
             batch_size=16,
-            epochs=3,
+            accumulation=4,  # what a piece needs stays in the CPU's cache
+            epochs=1.5,
             warmup_steps=40,
             beta2=0.99,
         ),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from medusa_jax.training import lora, settings, sharding
 from medusa_jax.training.batches import global_arrays
@@ -50,7 +50,7 @@ def weights_of(config: Config, mesh: Any) -> Weights:
     def make(path: str) -> jax.Array:
         shape = table[path].shape
         place = NamedSharding(mesh, sharding.spec(path, shape, mesh))
-        values = 0.3 * jax.random.normal(lora.path_key(jax.random.key(0), path), shape)
+        values = 0.1 * jax.random.normal(lora.path_key(jax.random.key(0), path), shape)
         values = np.asarray(values + (1.0 if path.endswith("scale") else 0.0))
         return jax.make_array_from_callback(shape, place, lambda index: values[index])
 
@@ -80,7 +80,8 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
     state, places = starting_state(weights, rule, mesh, donate=True)
     hidden = NamedSharding(mesh, sharding.HIDDEN)
     objective = Objective.of(config, TINY, weights.heads, hidden)
-    step = make_step(objective, rule, Ramp.of(config.loss, 10), 0, places)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step = make_step(objective, rule, Ramp.of(config.loss, 10), 0, (places, everywhere))
     found: dict[str, Any] = {}
     for number, batch in enumerate(batches):
         state, result = step(state, weights.frozen, batch)

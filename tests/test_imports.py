@@ -27,7 +27,13 @@ LEVELS = [
     ["training.lora", "training.stack", "training.losses", "training.objective"],
     ["training.optimizer", "training.sharding", "training.state", "training.weights"],
     ["training.export", "training.checkpoints", "training.metrics"],
-    ["training.trainer", "training.topology", "training.compile_only"],
+    [
+        "training.rows",
+        "training.loop",
+        "training.trainer",
+        "training.topology",
+        "training.compile_only",
+    ],
     ["export", "distill"],
 ]
 # Third-party packages and the only modules that may import them.

@@ -7,9 +7,9 @@ renames it. Frozen weights are not in it; they are read from the model again.
 import logging
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 
+from medusa_jax.errors import InputError
 from medusa_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class Checkpoints:
     """The checkpoints of one working directory."""
 
     def __init__(self, workdir: str | Path, keep: int = 1) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of its work
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells all it does; we raise
         self.directory = Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -64,7 +64,13 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """The state at a step (default: the newest), on the devices that `abstract` names."""
         step = self.latest if step is None else step
-        tree = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(abstract)))
+        try:
+            tree = self._manager.restore(step, args=ocp.args.StandardRestore(_tree(abstract)))
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(
+                f"{self.directory / str(step)} is not a readable checkpoint of this run: "
+                f"{str(error).strip().splitlines()[0][:300]}"
+            ) from None
         return TrainState(tree["step"], tree["trainable"], tree["opt_state"])
 
     def close(self) -> None:
@@ -85,8 +91,3 @@ class Checkpoints:
 
 def _tree(state: TrainState) -> dict:
     return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
-
-
-def block(state: TrainState) -> TrainState:
-    """The state once all its arrays are computed."""
-    return jax.block_until_ready(state)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.training import settings, sharding
 from medusa_jax.training.objective import Objective
@@ -108,5 +108,8 @@ def lower(config: Config, mesh: Mesh) -> Any:
         )
     }
     objective = Objective.of(config, model, heads, NamedSharding(mesh, sharding.HIDDEN))
-    step = make_step(objective, rule, Ramp.of(config.loss, steps), config.seed, places)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step = make_step(
+        objective, rule, Ramp.of(config.loss, steps), config.seed, (places, everywhere)
+    )
     return step.lower(state, weights.frozen, batch)

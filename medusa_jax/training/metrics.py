@@ -66,8 +66,14 @@ class Metrics:
 
 
 def _cut(file: Path, last_step: int) -> None:
-    """Drops lines of later steps, and a half-written one: they will be written again."""
+    """Drops lines of later steps, and a half-written one: they will be written again.
+
+    From step 0 on everything will be.
+    """
     if not file.is_file():
+        return
+    if last_step == 0:
+        file.unlink()
         return
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():

@@ -68,7 +68,7 @@ class Data:
     """What is read, and how it becomes rows.
 
     Attributes:
-      train: files (.json, .jsonl, .parquet, .txt, each also .gz) or hub datasets
+      train: files (.json, .jsonl and .txt, also .gz, and .parquet) or hub datasets
         (`owner/name`, `owner/name:split`).
       eval: held-out files; empty takes `eval_fraction` of the training documents.
       eval_fraction: share held out where `eval` is empty.

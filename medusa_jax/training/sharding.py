@@ -22,7 +22,9 @@ AXES = ("data", "fsdp", "tensor")
 # Weights are [out, in]. What splits its outputs over `tensor` is followed by
 # what splits its inputs over it, so that one sum a block crosses the devices.
 RULES = (
-    (r"(embedding|lm_head|vocab)$", P("tensor", "fsdp")),
+    # Looked up by rows: parts of a row would have to be put together over all rows of the batch.
+    (r"embedding$", P(("tensor", "fsdp"), None)),
+    (r"(lm_head|vocab)$", P("tensor", "fsdp")),
     (r"(query|key|value|gate|up)/weight$", P("tensor", "fsdp")),
     (r"(query|key|value|gate|up)/bias$", P("tensor")),
     (r"(out|down)/weight$", P("fsdp", "tensor")),
@@ -55,6 +57,10 @@ def start_processes() -> None:
         jax.distributed.initialize()
     except ValueError:  # no cluster: this process is alone
         return
+    except RuntimeError as error:
+        # Whoever has used JAX in this process before has joined others by then, or is alone.
+        if "before any JAX" not in str(error) and "only be called once" not in str(error):
+            raise
 
 
 def make_mesh(mesh: settings.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
@@ -101,11 +107,17 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         if re.search(pattern, path):
             axes = (*(None,) * (len(shape) - len(axes)), *axes)
             fitting = [
-                axis if axis is None or size % mesh.shape[axis] == 0 else None
+                axis if size % _ways(axis, mesh) == 0 else None
                 for axis, size in zip(axes, shape, strict=True)
             ]
             return P(*fitting)
     raise InputError(f"no sharding rule for parameter {path} {list(shape)}")
+
+
+def _ways(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    """Into how many parts a dimension falls."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

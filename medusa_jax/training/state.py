@@ -93,12 +93,12 @@ def make_step(
     gradient of what is frozen. The state is donated.
 
     Args:
-      shardings: of the state's arrays; None leaves them to the compiler.
+      shardings: of the state and of the result; None leaves them to the compiler.
     """
     step = functools.partial(_step, objective, optimizer, ramp, seed)
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
 def _step(
@@ -140,10 +140,10 @@ def _step(
     return TrainState(state.step + 1, trainable, opt_state), result
 
 
-def make_evaluation(objective: Objective) -> Any:
+def make_evaluation(objective: Objective, sharding: Any = None) -> Any:
     """The compiled (trainable, frozen, batch [1, B, T]) -> Terms, without dropout."""
 
     def evaluate(trainable: Params, frozen: Params, batch: Batch) -> Terms:
         return objective.terms(trainable, frozen, jax.tree.map(lambda a: a[0], batch))
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=sharding)

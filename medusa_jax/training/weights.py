@@ -130,7 +130,7 @@ def load(config: Config, mesh: Mesh, *, resumed: bool = False) -> Weights:
     def put(path: str, tensors: list[StoredTensor]) -> jax.Array:
         kind = jnp.dtype(table[path].dtype)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             if len(tensors) == 1 and tensors[0].shape == table[path].shape:
                 return np.asarray(tensors[0].read(index), kind)
             return np.stack([np.asarray(t.read(index[1:]), kind) for t in tensors[index[0]]])
@@ -193,8 +193,14 @@ def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _starting_heads(path: str) -> Path:
     """Heads of a directory or file, or those an earlier run exported."""
     exported = Path(path) / "heads"
-    if (Path(path) / "config.json").is_file() and (Path(path) / "metrics.jsonl").is_file():
+    if (Path(path) / "metrics.jsonl").is_file():
         if not exported.is_dir():
             raise InputError(f"heads.path {path}: that run has exported no heads (yet)")
         return exported
-    return hf.resolve(path)
+    try:
+        return hf.resolve(path)
+    except InputError as error:
+        raise InputError(
+            f"heads.path: {error}; train them first, or start from copies of the lm_head with "
+            "--config.heads.path="
+        ) from None

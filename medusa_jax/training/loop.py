@@ -1,0 +1,167 @@
+"""Step after step, with evaluations, checkpoints and reports between them."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from medusa_jax.training.batches import Batches, global_arrays, in_order
+from medusa_jax.training.checkpoints import Checkpoints
+from medusa_jax.training.metrics import Metrics
+from medusa_jax.training.objective import Objective, Params, Terms, report
+from medusa_jax.training.optimizer import learning_rate
+from medusa_jax.training.packing import Rows
+from medusa_jax.training.settings import Config
+from medusa_jax.training.state import StepResult, TrainState
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no number any more."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop (SIGTERM), saved, and can be resumed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The steps of a run, and what is done between them.
+
+    Attributes:
+      config: of the run.
+      frozen: parameters that do not learn.
+      objective, step, evaluate: what is minimised; the compiled functions.
+      batches, eval_rows: what is learnt from, and what is not.
+      total: steps of the whole run.
+      checkpoints, metrics: where it writes.
+    """
+
+    config: Config
+    frozen: Params
+    objective: Objective
+    step: Any
+    evaluate: Any
+    batches: Batches
+    eval_rows: Rows
+    total: int
+    checkpoints: Checkpoints
+    metrics: Metrics
+
+    def run(self, state: TrainState) -> TrainState:
+        """Steps from where the state stands to the last, reporting each a step late.
+
+        So the host never waits for the device before it has given it the next step.
+        """
+        run = self.config.run
+        stop = _stop_flag()
+        behind: tuple[int, StepResult] | None = None
+        clock = _Clock(self.config.optim.batch_size * self.config.data.sequence_length)
+        if int(state.step) == 0:
+            self._evaluate(0, state)
+        for number in range(int(state.step) + 1, self.total + 1):
+            batch = self.batches(number - 1)
+            state, result = self.step(state, self.frozen, batch)
+            if behind is not None:
+                self._report(*behind, clock)
+            behind = number, result
+            last = number == self.total
+            if last or stop or _due(number, run.save_every) or _due(number, run.eval_every):
+                self._report(*behind, clock)  # also makes sure that what is saved is sound
+                behind = None
+                with clock.paused():
+                    if last or _due(number, run.eval_every):
+                        self._evaluate(number, state)
+                    if last or stop or _due(number, run.save_every):
+                        self.checkpoints.save(state)
+            if stop and not last:
+                self.checkpoints.wait()
+                raise Interrupted(f"stopped by a signal; step {number} is saved and can be resumed")
+        self.checkpoints.save(state)
+        self.checkpoints.wait()
+        return state
+
+    def _report(self, number: int, result: StepResult, clock: "_Clock") -> None:
+        heads_weight, norm = float(result.heads_weight), float(result.grad_norm)
+        values = report(result.terms, heads_weight, self.objective)
+        rate = clock.tick()
+        if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
+            self.checkpoints.wait()
+            last = self.checkpoints.latest
+            where = f"step {last} in {self.checkpoints.directory}" if last else "there is none yet"
+            raise Diverged(
+                f"step {number}: loss {values['loss']}, gradient norm {norm}; stopped. "
+                f"The last good checkpoint: {where}"
+            )
+        self.metrics.advance(rate, values["loss"])
+        if number == self.total or number == 1 or _due(number, self.config.run.log_every):
+            rate_at: Any = learning_rate(self.config.optim, self.total)
+            values |= {"grad_norm": norm, "learning_rate": float(rate_at(number - 1))}
+            if self.config.mode == "medusa2":
+                values["heads_weight"] = heads_weight
+            values["epoch"] = number / self.batches.steps_per_epoch
+            self.metrics.write(number, values | {"tokens_per_second": rate})
+            clock.restart()
+
+    def _evaluate(self, number: int, state: TrainState) -> None:
+        every = [
+            self.evaluate(state.trainable, self.frozen, batch) for batch in self._eval_batches()
+        ]
+        total: Terms = jax.tree.map(lambda *terms: sum(terms), *every)
+        values = report(total, self.config.loss.heads_weight, self.objective)
+        values["perplexity"] = math.exp(min(values["lm_loss"], 700.0))
+        self.metrics.write(number, {f"eval_{name}": value for name, value in values.items()})
+        tops = ", ".join(f"{top:.3f}" for top in values.get("head_top1", ()))
+        self.metrics.say(
+            f"step {number}: held-out loss {values['loss']:.4f}, perplexity "
+            f"{values['perplexity']:.4f}" + (f", heads' top-1 {tops}" if tops else "")
+        )
+
+    def _eval_batches(self) -> Iterator[dict[str, jax.Array]]:
+        size = self.config.optim.batch_size // self.config.optim.accumulation
+        place = self.batches.sharding
+        for numbers in in_order(self.eval_rows, size, self.config.data.eval_rows):
+            yield global_arrays(self.eval_rows, numbers, place)
+
+
+class _Clock:
+    """Tokens per second since the last logged line, evaluation and saving left out."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new average."""
+        self._start, self._steps, self._paused = time.perf_counter(), 0, 0.0
+
+    def tick(self) -> float:
+        """One more step is done; the average so far."""
+        self._steps += 1
+        return self._tokens * self._steps / (time.perf_counter() - self._start - self._paused)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within does not count."""
+        begun = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begun
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _stop_flag() -> list[bool]:
+    """A list that is filled, and so true, once SIGTERM arrives.
+
+    Not with several processes: they would have to stop at the same step.
+    """
+    asked: list[bool] = []
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return asked
