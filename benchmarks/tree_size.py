@@ -26,13 +26,10 @@ from medusa_jax.decode import Decoder, outputs
 from medusa_jax.figures import device_bandwidth, step_bytes
 from medusa_jax.heads import NO_HEADS, HeadsConfig, MedusaHeads
 from medusa_jax.hf import load_model
+from medusa_jax.presets import PRESETS
 from medusa_jax.text import Text
 from medusa_jax.tree import Tree
 
-SHAPES = {
-    "110m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 1024),
-    "llama2-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096),
-}
 SIZES = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 
 
@@ -112,7 +109,7 @@ class HuggingFace:
 def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a tree size, and one for Hugging Face."""
     if flags.random:
-        config = SHAPES[flags.random]
+        config = PRESETS[flags.random]
         params = {"backbone": random_backbone(config, flags.dtype)}
         heads, prompt = NO_HEADS, list(range(1, 17))
     else:
@@ -203,7 +200,7 @@ if __name__ == "__main__":
     parser = cli.parser(__doc__ or "", "python benchmarks/tree_size.py --random 110m")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="directory or hub id")
-    which.add_argument("--random", choices=SHAPES, help="random weights of this shape")
+    which.add_argument("--random", choices=PRESETS, help="random weights of this shape")
     parser.add_argument("--heads")
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -32,7 +32,7 @@ def get_config() -> Config:
             learning_rate=1e-3,
             heads_multiplier=4.0,
             batch_size=16,
-            epochs=4,
+            epochs=3,
             warmup_steps=40,
             beta2=0.99,
         ),

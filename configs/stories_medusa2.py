@@ -5,13 +5,17 @@
 
 Purpose: the second of the paper's two stages (section 2.2.2), from the heads of the first.
 Recipe: the paper's loss; the whole backbone learns, since adapters of rank 32 would be no smaller
-than its 64 x 64 matrices. Rates were chosen for this model. To hold the backbone closer, learn on
-its own stories with KL to what it was:
+than its 64 x 64 matrices. Rates were chosen for this model. To hold the backbone closer, and to
+have heads that know what it says, learn from its own stories, with KL to what it was:
 
-    python -m medusa_jax.distill --model ../shared/models/stories260K --temperature 1 \\
-        --data ../shared/text/tinystories_val.txt --words 1-12 --output data/stories.jsonl
-    python train.py --config configs/stories_medusa2.py --workdir runs/stories_medusa2_kl \\
-        --config.loss.distill=true --config.data.train="('data/stories.jsonl',)"
+    python -m medusa_jax.distill --model ../shared/models/stories260K --autoregressive \\
+        --data ../shared/text/tinystories_val.txt --words 3-16 --unique --batch_size 8 \\
+        --output data/stories.jsonl
+    python train.py --config configs/stories_medusa1.py --workdir runs/stories_self1 \\
+        --config.data.train="('data/stories.jsonl',)" --config.optim.epochs=6
+    python train.py --config configs/stories_medusa2.py --workdir runs/stories_self2 \\
+        --config.data.train="('data/stories.jsonl',)" --config.optim.epochs=5 \\
+        --config.loss.distill=true --config.heads.path=runs/stories_self1
 
 Hardware: 2 CPU cores and 2 GB.
 """

@@ -11,10 +11,13 @@ Modules, in the order in which tokens pass through them:
 
 and around them:
 
-    tensor_files, hf     checkpoints -> parameters
-    text, records        text <-> token ids, JSON Lines
-    answer, figures      prompts -> answers, and what they cost
-    console, cli         for a person at a terminal
+    tensor_files, places, hf    checkpoints -> parameters
+    text, records               text <-> token ids, JSON Lines
+    answer, figures             prompts -> answers, and what they cost
+    console, cli, choices       for a person at a terminal
+    distill, talks              a dataset's prompts -> the model's own answers
+    training, export            heads, and backbones with them
+    presets, tree_paths         known shapes; parameters by path
 """
 
 from medusa_jax.acceptance import Greedy, Lossless, Typical

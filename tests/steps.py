@@ -1,9 +1,9 @@
 """Training steps on a mesh, as a script: several devices, or several processes, need their own.
 
-    python tests/steps.py OUT MODE DATA,FSDP,TENSOR [DATA,FSDP,TENSOR ...]
+    python tests/steps.py OUT MODE:DATA,FSDP,TENSOR [MODE:DATA,FSDP,TENSOR ...]
 
-Writes OUT-<mesh>.npz: loss, gradient norm and all updated parameters after two steps. Devices and
-processes come from the environment (XLA_FLAGS, JAX_COORDINATOR_ADDRESS, ...).
+Writes OUT-<mode>:<mesh>.npz: loss, gradient norm and all updated parameters after two steps.
+Devices and processes come from the environment (XLA_FLAGS, JAX_COORDINATOR_ADDRESS, ...).
 """
 
 import sys
@@ -108,9 +108,10 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    out, mode, *meshes = sys.argv[1:]
+    out, *runs = sys.argv[1:]
     sharding.start_processes()
-    for mesh in meshes:
+    for one in runs:
+        mode, _, mesh = one.partition(":")
         found = run(mode, tuple(map(int, mesh.split(","))))
         if jax.process_index() == 0:
-            np.savez(f"{out}-{mesh}.npz", **found)
+            np.savez(f"{out}-{one}.npz", **found)

@@ -17,9 +17,9 @@ STEPS = Path(__file__).parent / "steps.py"
 MESHES = ("8,1,1", "1,8,1", "2,2,2")
 
 
-def start(out: Path, mode: str, *meshes: str, devices: int, **env: str) -> subprocess.Popen:
+def start(out: Path, *runs: str, devices: int, **env: str) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, str(STEPS), str(out), mode, *meshes]
+    command = [sys.executable, str(STEPS), str(out), *runs]
     return subprocess.Popen(
         command,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | env,
@@ -41,13 +41,13 @@ def assert_same_step(found: Path, expected: Path) -> None:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_a_step_on_eight_devices_equals_one(tmp_path: Path, mode: str):
-    """Gradients of everything there is, with KL to the teacher in one of them."""
-    out = tmp_path / "step"
-    finish(start(out, mode, "1,1,1", *MESHES, devices=8))
-    for mesh in MESHES:
-        assert_same_step(tmp_path / f"step-{mesh}.npz", tmp_path / "step-1,1,1.npz")
+def test_a_step_on_eight_devices_equals_one(tmp_path: Path):
+    """Gradients of everything there is; and of adapters, with KL to the teacher."""
+    runs = [f"full:{mesh}" for mesh in MESHES] + ["lora:2,2,2"]
+    finish(start(tmp_path / "step", "full:1,1,1", "lora:1,1,1", *runs, devices=8))
+    for run in runs:
+        alone = f"step-{run.partition(':')[0]}:1,1,1.npz"
+        assert_same_step(tmp_path / f"step-{run}.npz", tmp_path / alone)
 
 
 def test_two_processes_of_four_devices_equal_one(tmp_path: Path):
@@ -55,16 +55,16 @@ def test_two_processes_of_four_devices_equal_one(tmp_path: Path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    alone = start(tmp_path / "one", "medusa1", "1,1,1", devices=1)
-    finish(alone)
+    runs = [f"medusa1:{mesh}" for mesh in MESHES]
     finish(
+        start(tmp_path / "one", "medusa1:1,1,1", devices=1),
         *(
-            start(tmp_path / "two", "medusa1", *MESHES, devices=4, JAX_PROCESS_ID=str(i), **names)
+            start(tmp_path / "two", *runs, devices=4, JAX_PROCESS_ID=str(i), **names)
             for i in range(2)
-        )
+        ),
     )
-    for mesh in MESHES:
-        assert_same_step(tmp_path / f"two-{mesh}.npz", tmp_path / "one-1,1,1.npz")
+    for run in runs:
+        assert_same_step(tmp_path / f"two-{run}.npz", tmp_path / "one-medusa1:1,1,1.npz")
 
 
 class FakeMesh:
@@ -83,6 +83,8 @@ def test_the_table_of_specs():
     assert of("backbone/layers/mlp_norm/scale", 3, 32) == P(None, None)
     assert of("adapters/layers/mlp/up/b", 3, 64, 8) == P(None, "tensor", None)
     assert of("heads/head_0/vocab", 64, 32) == P("tensor", "fsdp")
+    assert of("backbone/embed/embedding", 64, 32) == P(("tensor", "fsdp"), None)
+    assert of("backbone/embed/embedding", 12, 32) == P(None, None)
     # An optimizer's moments lie with their parameter; a count is everywhere.
     assert of("opt_state/1/inner/mu/heads/head_0/vocab", 64, 32) == P("tensor", "fsdp")
     assert of("opt_state/1/inner/count") == P()
