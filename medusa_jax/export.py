@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
+
 from medusa_jax import cli
 from medusa_jax.errors import InputError
 from medusa_jax.tensor_files import read_json
@@ -37,18 +39,24 @@ def main(flags: argparse.Namespace) -> None:
     config = settings.from_dict(read_json(workdir / "config.json"))
     config.run.export_dtype = flags.dtype or config.run.export_dtype
     settings.check(config)
+    sharding.start_processes()
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest if flags.step is None else flags.step
-    if step is None or step not in checkpoints.steps:
+    if step is None:
+        raise InputError(f"{workdir} has no checkpoint")
+    if step not in checkpoints.steps:
         kept = ", ".join(map(str, checkpoints.steps)) or "none"
         raise InputError(f"{workdir} has no checkpoint of step {step}; it has {kept}")
+    target = Path(flags.output or workdir)
+    made = export.destination(config, target)
+    if flags.output and made.exists():
+        raise InputError(f"{made} exists already; give another --output")
     mesh = sharding.make_mesh(settings.Mesh())
-    weights = load(config, mesh, resumed=True)
+    weights = load(config, mesh, with_learnt=False, with_frozen=config.mode != "medusa1")
     state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
     trained = checkpoints.restore(state, step).trainable
-    target = Path(flags.output or workdir)
-    for path in export.export(config, weights.with_trained(trained), target):
-        print(path)
+    first = jax.process_index() == 0
+    print(export.export(config, weights.with_trained(trained), target, write=first))
 
 
 if __name__ == "__main__":

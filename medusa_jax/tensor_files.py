@@ -153,8 +153,9 @@ def write_model(
     tensors: Sequence[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
     dtype: str,
     write: bool = True,
+    shard_bytes: float = SHARD_BYTES,
 ) -> None:
-    """Writes `stem.safetensors`, or shards of at most SHARD_BYTES with an index.
+    """Writes `stem.safetensors`, or shards of at most `shard_bytes` with an index.
 
     Args:
       tensors: name, shape, and what gives the array: called once each, in
@@ -164,10 +165,10 @@ def write_model(
     """
     kind = jnp.dtype(dtype)
     shards: list[list[int]] = []
-    size = SHARD_BYTES + 1
+    size: float = shard_bytes
     for number, (_, shape, _) in enumerate(tensors):
         bytes_here = math.prod(shape) * kind.itemsize
-        if size + bytes_here > SHARD_BYTES:
+        if not shards or size + bytes_here > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(number)

@@ -22,10 +22,16 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one working directory."""
 
-    def __init__(self, workdir: str | Path, keep: int = 1) -> None:
+    def __init__(self, workdir: str | Path, keep: int | None = None) -> None:
+        """Opens them to write, or, without `keep`, to read only."""
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells all it does; we raise
         self.directory = Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=keep is not None,
+            read_only=keep is None,
+            cleanup_tmp_directories=keep is not None,  # which killed runs leave behind
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._saved = self._manager.latest_step()
 

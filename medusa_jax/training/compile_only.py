@@ -60,7 +60,7 @@ def compile_step(config: Config, topology: str) -> Memory:
     settings.check(config)
     mesh = sharding.make_mesh(config.mesh, devices(topology))
     sharding.check_batch(mesh, config.optim)
-    check_length(config, model_shape(config))
+    check_length(config, model_shape(config, absent=True))
     start = time.perf_counter()
     lowered = lower(config, mesh)
     try:
@@ -86,7 +86,7 @@ def compile_step(config: Config, topology: str) -> Memory:
 
 def lower(config: Config, mesh: Mesh) -> Any:
     """The step of a run, lowered for a mesh from shapes alone."""
-    model = model_shape(config)
+    model = model_shape(config, absent=True)
     heads = heads_shape(config, model)
     table = layout(config, model, heads)
     leaves = {path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for path, p in table.items()}

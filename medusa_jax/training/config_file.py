@@ -33,11 +33,13 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     arguments = ["train.py", f"--config={path}", *overrides]
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        values(arguments)
+        rest = values(arguments)[1:]
     except InputError:
         raise
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"--config {path}: {str(error).strip().splitlines()[0]}") from None
+    if rest:
+        raise InputError(f"not understood: {' '.join(rest)} (settings are --config.name=value)")
     config = holder.value
     if not isinstance(config, Config):
         raise InputError(f"{path}: get_config() returned {type(config).__name__}, not a Config")

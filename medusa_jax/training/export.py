@@ -1,6 +1,7 @@
 """Trained weights to the original's formats: v0.1 heads, or a merged v1.0 directory."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from medusa_jax import hf
+from medusa_jax.errors import InputError
 from medusa_jax.heads import HeadsConfig
 from medusa_jax.places import MERGED, backbone_places, head_places
 from medusa_jax.tensor_files import read_json, write_model, write_pickle
+from medusa_jax.text import Text
 from medusa_jax.training import lora, stack
 from medusa_jax.training.settings import Config
 from medusa_jax.training.weights import Weights
@@ -22,10 +25,10 @@ from medusa_jax.tree_paths import flat, joined
 # What a Hugging Face directory holds beside weights and config.json.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
            "chat_template*", "vocab.json", "merges.txt")  # fmt: skip
-Tensors = Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]
+Named = Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]
 
 
-def export(config: Config, weights: Weights, target: Path, *, write: bool = True) -> list[Path]:
+def export(config: Config, weights: Weights, target: Path, *, write: bool = True) -> Path:
     """Writes what a run has trained under `target`, one tensor at a time.
 
     `heads/` gets the heads (v0.1), `model/`, where the backbone has learnt
@@ -35,30 +38,47 @@ def export(config: Config, weights: Weights, target: Path, *, write: bool = True
       write: whether this process writes; all must call, since each holds a part.
 
     Returns:
-      the directories written.
+      the directory written.
+
+    Raises:
+      InputError: see `destination`.
     """
-    made = []
-    dtype = config.run.export_dtype or config.model.dtype
+    dtype, made = config.run.export_dtype or config.model.dtype, destination(config, target)
     if config.mode == "medusa1":
-        made.append(_heads(config, weights, target / "heads", dtype, write))
+        _heads(config, weights, made, dtype, write)
     else:
-        made.append(_merged(config, weights, target / "model", dtype, write))
+        _merged(config, weights, made, dtype, write)
     return made
 
 
-def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> Path:
+def destination(config: Config, target: Path) -> Path:
+    """The directory that `export` writes, and replaces if it is there.
+
+    Raises:
+      InputError: it is what the run started from.
+    """
+    made = target / ("heads" if config.mode == "medusa1" else "model")
+    for name, source in (("model.path", config.model.path), ("heads.path", config.heads.path)):
+        if source and Path(source).resolve() == made.resolve():
+            raise InputError(f"{name} {source} is where the result goes; give another --workdir")
+    return made
+
+
+def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
     params = flat({"heads": weights.trainable["heads"]})
-    settings = _heads_settings(weights.heads) | {"base_model_name_or_path": config.model.path}
+    base = Path(config.model.path)
+    named = {"base_model_name_or_path": str(base.resolve() if base.exists() else base)}
+    settings = _heads_settings(weights.heads) | named
     tensors = list(_head_tensors(weights.heads, params, ""))
     with _Replacing(target, write) as directory:
-        write_model(directory, "medusa_lm_head", tensors, dtype, write)
+        # One file, however large: no reader of heads knows of shards.
+        write_model(directory, "medusa_lm_head", tensors, dtype, write, math.inf)
         if write:
             write_pickle(directory / "medusa_lm_head.safetensors")
             _write_json(directory / "config.json", settings)
-    return target
 
 
-def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> Path:
+def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
     params = flat(joined(weights.trainable, weights.frozen))
     scale = config.lora.alpha / config.lora.rank if config.adapted else 0.0
     source = hf.resolve(config.model.path)
@@ -74,10 +94,12 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
         write_model(directory, "model", tensors, dtype, write)
         if write:
             for pattern in _BESIDE:
-                for file in source.glob(pattern):
+                for file in filter(Path.is_file, source.glob(pattern)):
                     shutil.copyfile(file, directory / file.name)
+            if config.data.template:  # it was trained with another than its tokenizer's own
+                template = Text(source, template=config.data.template).template
+                (directory / "chat_template.jinja").write_text(template or "", encoding="utf-8")
             _write_json(directory / "config.json", settings)
-    return target
 
 
 def _heads_settings(heads: HeadsConfig) -> dict[str, Any]:
@@ -85,13 +107,13 @@ def _heads_settings(heads: HeadsConfig) -> dict[str, Any]:
     return {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers} | shared
 
 
-def _head_tensors(heads: HeadsConfig, params: dict[str, Any], prefix: str) -> Tensors:
+def _head_tensors(heads: HeadsConfig, params: dict[str, Any], prefix: str) -> Named:
     for name, place in head_places(heads, prefix).items():
         array = params["/".join(("heads", *place.path))]
         yield name, place.shape, lambda array=array: _whole(array)
 
 
-def _backbone_tensors(weights: Weights, params: dict[str, Any], scale: float) -> Tensors:
+def _backbone_tensors(weights: Weights, params: dict[str, Any], scale: float) -> Named:
     for name, one in backbone_places(weights.model).items():
         path, layer = stack.place("/".join(one.path))
         yield name, one.shape, _folded(params, path, path.removesuffix("/weight"), layer, scale)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from medusa_jax.training.batches import Batches, global_arrays, in_order
-from medusa_jax.training.checkpoints import Checkpoints
+from medusa_jax.training.checkpoints import CheckpointError, Checkpoints
 from medusa_jax.training.metrics import Metrics
 from medusa_jax.training.objective import Objective, Params, Terms, report
 from medusa_jax.training.optimizer import learning_rate
@@ -58,7 +59,7 @@ class Loop:
         So the host never waits for the device before it has given it the next step.
         """
         run = self.config.run
-        stop = _stop_flag()
+        stop = _Stop()
         behind: tuple[int, StepResult] | None = None
         clock = _Clock(self.config.optim.batch_size * self.config.data.sequence_length)
         if int(state.step) == 0:
@@ -69,16 +70,16 @@ class Loop:
             if behind is not None:
                 self._report(*behind, clock)
             behind = number, result
-            last = number == self.total
-            if last or stop or _due(number, run.save_every) or _due(number, run.eval_every):
+            last, stopping = number == self.total, stop(number)
+            if last or stopping or _due(number, run.save_every) or _due(number, run.eval_every):
                 self._report(*behind, clock)  # also makes sure that what is saved is sound
                 behind = None
                 with clock.paused():
                     if last or _due(number, run.eval_every):
                         self._evaluate(number, state)
-                    if last or stop or _due(number, run.save_every):
+                    if last or stopping or _due(number, run.save_every):
                         self.checkpoints.save(state)
-            if stop and not last:
+            if stopping and not last:
                 self.checkpoints.wait()
                 raise Interrupted(f"stopped by a signal; step {number} is saved and can be resumed")
         self.checkpoints.save(state)
@@ -90,7 +91,8 @@ class Loop:
         values = report(result.terms, heads_weight, self.objective)
         rate = clock.tick()
         if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
-            self.checkpoints.wait()
+            with contextlib.suppress(CheckpointError):
+                self.checkpoints.wait()
             last = self.checkpoints.latest
             where = f"step {last} in {self.checkpoints.directory}" if last else "there is none yet"
             raise Diverged(
@@ -129,7 +131,7 @@ class Loop:
 
 
 class _Clock:
-    """Tokens per second since the last logged line, evaluation and saving left out."""
+    """Tokens per second, padding included, since the last logged line; pauses do not count."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -156,12 +158,21 @@ def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
 
 
-def _stop_flag() -> list[bool]:
-    """A list that is filled, and so true, once SIGTERM arrives.
+class _Stop:
+    """Whether SIGTERM has asked the run to stop; all processes agree after which step.
 
-    Not with several processes: they would have to stop at the same step.
+    With several processes JAX itself listens for the signal, and settles the step.
     """
-    asked: list[bool] = []
-    if jax.process_count() == 1:
-        signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    return asked
+
+    def __init__(self) -> None:
+        self._asked = False
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def __call__(self, number: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(number)
+        return self._asked

@@ -63,12 +63,18 @@ def adapted(
             return out
         adapter = functools.reduce(operator.getitem, context.module.path, adapters)
         x, path = args[0], "/".join(context.module.path)
-        if dropout and key is not None:
-            kept = jax.random.bernoulli(path_key(key, path), 1 - dropout, x.shape)
-            x = jnp.where(kept, x / (1 - dropout), 0).astype(x.dtype)
+        x = dropped(x, dropout, None if key is None else path_key(key, path))
         return out + (scale * low_rank(x, adapter)).astype(out.dtype)
 
     return nn.intercept_methods(add)
+
+
+def dropped(x: Array, rate: float, key: Array | None) -> Array:
+    """x with a share of its numbers zero and the rest scaled up; x itself without a key."""
+    if key is None or not rate:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def low_rank(x: Array, adapter: Adapters) -> Array:

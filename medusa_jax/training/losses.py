@@ -98,8 +98,10 @@ def over_chunks(function: Callable[..., _Sums], chunk: int, *arrays: Array) -> _
       arrays: [B, T, ...].
     """
     length = arrays[0].shape[1]
-    if chunk == 0 or chunk >= length:
+    if chunk == 0:
         return function(*arrays)
+    if chunk >= length:  # one chunk, which need not be kept for the backward pass either
+        return jax.checkpoint(function)(*arrays)
     count = -(-length // chunk)
 
     def split(array: Array) -> Array:

@@ -153,28 +153,32 @@ class Objective:
         hidden = self._hidden(params["backbone"], batch, params.get("adapters"), key)
 
         def logits(hidden: Array) -> Array:
-            ours = params["backbone"], hidden, params.get("adapters"), self.adapter_scale
-            return stack.logits(self.model, *ours)
+            return stack.logits(
+                self.model,
+                params["backbone"],
+                hidden,
+                params.get("adapters"),
+                self.adapter_scale,
+                self.adapter_dropout,
+                key,
+            )
 
         targets, counted = _targets(batch, offset=1)
+        teacher, theirs = params.get("teacher", frozen.get("backbone")), ()
+        if self.distill:
+            theirs = (jax.lax.stop_gradient(self._hidden(teacher, batch)),)
 
-        def lm(hidden: Array, targets: Array, counted: Array) -> Sums:
-            return cross_entropy(logits(hidden), targets, counted)
+        def lm(hidden: Array, targets: Array, counted: Array, *theirs: Array) -> Any:
+            ours, kl = logits(hidden), jnp.zeros(())
+            for other in theirs:
+                kl = kl_divergence(stack.logits(self.model, teacher, other), ours, counted)
+            return cross_entropy(ours, targets, counted), kl
 
-        lm_sums = over_chunks(lm, self.chunk, hidden, targets, counted)
+        lm_sums, kl = over_chunks(lm, self.chunk, hidden, targets, counted, *theirs)
         heads = tuple(
             self._head(k, params, hidden, batch, logits) for k in range(self.heads.num_heads)
         )
-        if not self.distill:
-            return Terms(lm_sums, jnp.zeros(()), heads)
-        teacher = params.get("teacher", frozen.get("backbone"))
-        teacher_hidden = jax.lax.stop_gradient(self._hidden(teacher, batch))
-
-        def kl(ours: Array, theirs: Array, counted: Array) -> Array:
-            return kl_divergence(stack.logits(self.model, teacher, theirs), logits(ours), counted)
-
-        kl_sum = over_chunks(kl, self.chunk, hidden, teacher_hidden, counted)
-        return Terms(lm_sums, kl_sum, heads)
+        return Terms(lm_sums, kl, heads)
 
     def _hidden(
         self, weights: Params, batch: Batch, adapters: Any = None, key: Array | None = None
@@ -190,7 +194,7 @@ class Objective:
             batch,
             adapters=adapters,
             scale=self.adapter_scale,
-            dropout=self.adapter_dropout if key is not None else 0.0,
+            dropout=self.adapter_dropout,
             key=key,
             remat=self.remat,
             constrain=constrain,

@@ -2,6 +2,8 @@
 
 import bisect
 import dataclasses
+import json
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,10 +29,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.plan)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all rows, padding aside."""
-        return sum(len(piece.ids) for piece in self.pieces)
+    def fingerprint(self) -> int:
+        """A number that other tokens, targets or rows would almost surely change."""
+        found = zlib.crc32(json.dumps([list(map(int, row)) for row in self.plan]).encode())
+        for piece in self.pieces:
+            found = zlib.crc32(piece.learnt.tobytes(), zlib.crc32(piece.ids.tobytes(), found))
+        return found
 
     def arrays(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The rows as arrays [B, T]: see `row`. Number -1 is an empty row."""

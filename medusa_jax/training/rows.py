@@ -25,6 +25,8 @@ def read_rows(config: Config, say: bool) -> tuple[Rows, Rows]:
     data = config.data
     if not data.train:
         raise InputError("data.train names no file and no hub dataset")
+    if not config.model.path:
+        raise InputError("model.path names no model, whose tokenizer the data needs")
     text = Text(hf.resolve(config.model.path), template=data.template or None)
 
     def encoded(sources: tuple[str, ...]) -> list[Encoded]:
@@ -50,6 +52,11 @@ def read_rows(config: Config, say: bool) -> tuple[Rows, Rows]:
     else:
         order = np.random.default_rng(config.seed).permutation(len(train))
         count = min(math.ceil(data.eval_fraction * len(train)), len(train) - 1)
+        if count < 1:
+            raise InputError(
+                f"nothing to hold out: data.eval is empty, data.eval_fraction {data.eval_fraction}"
+                f" of {len(train)} documents"
+            )
         held_out = [train[i] for i in order[:count]]
         train = [train[i] for i in order[count:]]
 

@@ -55,7 +55,7 @@ class Lora:
     Attributes:
       rank: 0 trains the whole backbone instead.
       alpha: an adapter's output is scaled by alpha / rank.
-      dropout: of an adapter's input.
+      dropout: of an adapter's input, drawn anew for each piece and layer.
     """
 
     rank: int = 32
@@ -123,8 +123,9 @@ class Optim:
     Attributes:
       learning_rate: peak, of backbone and adapters.
       heads_multiplier: the heads, biases included, learn at this many times that rate.
-      trained: regular expression of the backbone parameters that learn when
-        all of it could (Medusa-2 without LoRA, pretraining); the rest is frozen.
+      trained: regular expression of the backbone parameters ("layers/mlp/up/weight",
+        "lm_head") that learn when all of it could (Medusa-2 without LoRA,
+        pretraining); the rest is frozen.
       batch_size: rows of one step, over all devices.
       accumulation: a step's rows pass through in this many pieces.
       epochs, steps: length of the run; `steps`, if not 0, wins.
@@ -170,7 +171,7 @@ class Run:
     """What a run writes, and how often, in steps. May differ when it is resumed.
 
     Attributes:
-      log_every, eval_every, save_every: 0 only at the end.
+      log_every, eval_every, save_every: 0 only at the end (and, of the first two, at the start).
       keep: checkpoints kept.
       tensorboard: write TensorBoard events.
       export_dtype: of the exported weights; empty: the backbone's dtype.
@@ -214,7 +215,8 @@ def check(config: Config) -> None:
 
     def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:
-            raise InputError(f"{name} is {value!r}; expected {', '.join(choices)}")
+            expected = ", ".join(one or "'' (empty)" for one in choices)
+            raise InputError(f"{name} is {value!r}; expected {expected}")
 
     def at_least(least: float, **values: float) -> None:
         for name, value in values.items():
@@ -229,6 +231,24 @@ def check(config: Config) -> None:
     choice("run.export_dtype", config.run.export_dtype, ("", "float32", "bfloat16", "float16"))
     at_least(1, optim__batch_size=config.optim.batch_size, run__keep=config.run.keep)
     at_least(1, optim__accumulation=config.optim.accumulation)
+    at_least(0, optim__steps=config.optim.steps, run__save_every=config.run.save_every)
+    at_least(0, run__log_every=config.run.log_every, run__eval_every=config.run.eval_every)
+    at_least(0, data__eval_rows=config.data.eval_rows, loss__decay=config.loss.decay)
+    for name, value in (
+        ("lora.dropout", config.lora.dropout),
+        ("data.eval_fraction", config.data.eval_fraction),
+        ("optim.beta1", config.optim.beta1),
+        ("optim.beta2", config.optim.beta2),
+    ):
+        if not 0 <= value < 1:
+            raise InputError(f"{name} is {value}; expected 0 or more, and less than 1")
+    if not config.optim.steps and config.optim.epochs <= 0:
+        raise InputError(f"optim.epochs is {config.optim.epochs}; expected more than 0")
+    for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if isinstance(sources, str):
+            raise InputError(f"{name} is the text {sources!r}; expected a tuple of such")
+    if config.heads.shared and not config.heads.layers:
+        raise InputError("heads.layers is 0 with heads.shared: such heads would hold nothing")
     at_least(2, data__sequence_length=config.data.sequence_length)
     at_least(0, loss__chunk=config.loss.chunk, lora__rank=config.lora.rank)
     at_least(0, heads__layers=config.heads.layers, optim__warmup_steps=config.optim.warmup_steps)
@@ -261,7 +281,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     def fill(made: Any, values: dict[str, Any]) -> Any:
         for name, value in values.items():
             if not hasattr(made, name):
-                raise InputError(f"unknown setting {name!r}")
+                raise InputError(f"config.json: unknown setting {name!r}")
             old = getattr(made, name)
             if dataclasses.is_dataclass(old):
                 fill(old, value)

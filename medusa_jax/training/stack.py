@@ -20,7 +20,7 @@ from jax import Array
 from medusa_jax.backbone import Layer
 from medusa_jax.config import ModelConfig
 from medusa_jax.layers import project, rms_norm, rope_tables, within_window
-from medusa_jax.training.lora import Adapters, adapted, low_rank
+from medusa_jax.training.lora import Adapters, adapted, dropped, low_rank, path_key
 
 _LAYER = re.compile(r"layer_(\d+)/")
 
@@ -104,9 +104,15 @@ def logits(
     hidden: Array,
     adapters: Adapters | None = None,
     scale: float = 0.0,
+    dropout: float = 0.0,
+    key: Array | None = None,
 ) -> Array:
-    """Next-token logits, float32 [..., V], as `Backbone.unembed` gives them."""
+    """Next-token logits, float32 [..., V], as `Backbone.unembed` gives them.
+
+    Adapters as in `hidden_states`.
+    """
     out = project(hidden, params["embed"]["embedding"] if config.tied else params["lm_head"])
     if adapters is None:
         return out
-    return out + scale * low_rank(hidden, adapters["lm_head"])
+    noise = None if key is None else path_key(key, "lm_head")
+    return out + scale * low_rank(dropped(hidden, dropout, noise), adapters["lm_head"])

@@ -22,12 +22,14 @@ from medusa_jax.training.loop import Loop
 from medusa_jax.training.metrics import Metrics
 from medusa_jax.training.objective import Objective
 from medusa_jax.training.optimizer import optimizer
+from medusa_jax.training.packing import Rows
 from medusa_jax.training.rows import read_rows
 from medusa_jax.training.settings import Config
 from medusa_jax.training.state import Ramp, TrainState, init_state, make_evaluation, make_step
 from medusa_jax.training.weights import Weights, load, model_shape
 
-CONFIG = "config.json"  # in the working directory
+# In the working directory: the settings as they are run, and which data they found.
+CONFIG, DATA = "config.json", "data.json"
 
 
 def train(config: Config, workdir: str | Path) -> None:
@@ -38,7 +40,9 @@ def train(config: Config, workdir: str | Path) -> None:
       Diverged, Interrupted, CheckpointError: the run stopped; the message says where it stands.
     """
     workdir = Path(workdir)
+    config = settings.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
     settings.check(config)
+    export.destination(config, workdir)
     sharding.start_processes()
     first = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
@@ -59,13 +63,16 @@ def train(config: Config, workdir: str | Path) -> None:
 
     checkpoints = Checkpoints(workdir, config.run.keep)
     resumed = checkpoints.latest is not None
-    weights = load(config, mesh, resumed=resumed)
+    if resumed:
+        check_data(workdir, train_rows)
+    weights = load(config, mesh, with_learnt=not resumed)
     rule = optimizer(config, total)
     state, places = starting_state(weights, rule, mesh, donate=not resumed)
     if resumed:
         state = checkpoints.restore(state)
     if first:
-        write_config(workdir, config)
+        write_json(workdir / CONFIG, dataclasses.asdict(config))
+        write_json(workdir / DATA, {"fingerprint": train_rows.fingerprint()})
     start = int(state.step)
     metrics = Metrics(workdir, start, total, tensorboard=config.run.tensorboard, active=first)
     if start:
@@ -92,8 +99,7 @@ def train(config: Config, workdir: str | Path) -> None:
         metrics.close()
         checkpoints.close()
     weights = weights.with_trained(state.trainable)
-    for path in export.export(config, weights, workdir, write=first):
-        metrics.say(f"wrote {path}")
+    metrics.say(f"wrote {export.export(config, weights, workdir, write=first)}")
 
 
 def starting_state(
@@ -130,6 +136,8 @@ def check_directory(workdir: Path, config: Config) -> None:
     """
     file = workdir / CONFIG
     if not file.is_file():
+        if any(workdir.glob("checkpoints/*")):
+            raise InputError(f"{workdir} holds checkpoints, but no {CONFIG} to say of which run")
         return
     theirs = dataclasses.asdict(settings.from_dict(read_json(file)))
     lines = [
@@ -144,8 +152,17 @@ def check_directory(workdir: Path, config: Config) -> None:
         )
 
 
-def write_config(workdir: Path, config: Config) -> None:
-    """Writes the settings as they are run."""
-    whole = workdir / f"{CONFIG}.tmp"
-    whole.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, workdir / CONFIG)
+def check_data(workdir: Path, rows: Rows) -> None:
+    """Raises InputError unless the rows are those that the run in `workdir` began with."""
+    if read_json(workdir / DATA).get("fingerprint") != rows.fingerprint():
+        raise InputError(
+            f"{workdir}: the training data has changed since this run began, so it cannot be "
+            "resumed exactly; restore the data, or give another --workdir"
+        )
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes a file whole or not at all."""
+    whole = file.with_suffix(".tmp")
+    whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(whole, file)

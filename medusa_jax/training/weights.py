@@ -58,14 +58,14 @@ class Weights:
         return dataclasses.replace(self, trainable=trainable)
 
 
-def model_shape(config: Config) -> ModelConfig:
-    """The backbone's shape: a preset's, or that of `model.path`."""
-    name = config.model.shape
+def model_shape(config: Config, *, absent: bool = False) -> ModelConfig:
+    """The backbone's shape: that of `model.path`, or a preset's where it is empty or `absent`."""
+    name, path = config.model.shape, config.model.path
     if name and name not in PRESETS:
         raise InputError(f"model.shape is {name!r}; expected {', '.join(PRESETS)}")
-    if name:
+    if name and (absent or not path):
         return PRESETS[name]
-    if not config.model.path:
+    if not path:
         raise InputError("model.path names no model: give a directory or a hub id")
     return from_hf(read_json(hf.resolve(config.model.path) / "config.json"))
 
@@ -110,11 +110,14 @@ def split(leaves: Mapping[str, Any], table: Mapping[str, Parameter]) -> tuple[di
     return nested(learns), nested(rest)
 
 
-def load(config: Config, mesh: Mesh, *, resumed: bool = False) -> Weights:
-    """Loads or makes all parameters, each device its own part.
+def load(
+    config: Config, mesh: Mesh, *, with_learnt: bool = True, with_frozen: bool = True
+) -> Weights:
+    """Loads or makes parameters, each device its own part.
 
     Args:
-      resumed: what learns comes from a checkpoint: only its shapes are made here.
+      with_learnt, with_frozen: whether to bring what learns, and what does not; off,
+        their shapes only.
 
     Raises:
       InputError: the model or the heads to start from cannot be had.
@@ -122,20 +125,35 @@ def load(config: Config, mesh: Mesh, *, resumed: bool = False) -> Weights:
     model = model_shape(config)
     heads = heads_shape(config, model)
     table = layout(config, model, heads)
-    wanted = {path for path, one in table.items() if not resumed or one.group == FROZEN}
+    wanted = {
+        path for path, one in table.items() if (with_frozen if one.group == FROZEN else with_learnt)
+    }
 
     def sharding(path: str) -> NamedSharding:
         return NamedSharding(mesh, spec(path, table[path].shape, mesh))
 
     def put(path: str, tensors: list[StoredTensor]) -> jax.Array:
-        kind = jnp.dtype(table[path].dtype)
+        shape, kind = table[path].shape, jnp.dtype(table[path].dtype)
+        parts: dict[str, np.ndarray] = {}  # devices with the same part share what was read
 
         def part(index: Any) -> np.ndarray:
-            if len(tensors) == 1 and tensors[0].shape == table[path].shape:
+            if tensors[0].shape == shape:
                 return np.asarray(tensors[0].read(index), kind)
-            return np.stack([np.asarray(t.read(index[1:]), kind) for t in tensors[index[0]]])
+            layers, inner = tensors[index[0]], index[1:]
+            first = np.asarray(layers[0].read(inner), kind)
+            stacked = np.empty((len(layers), *first.shape), kind)
+            stacked[0] = first
+            for number, tensor in enumerate(layers[1:], start=1):
+                stacked[number] = tensor.read(inner)
+            return stacked
 
-        return jax.make_array_from_callback(table[path].shape, sharding(path), part)
+        def shared(index: Any) -> np.ndarray:
+            key = str(index)
+            if key not in parts:
+                parts[key] = part(index)
+            return parts[key]
+
+        return jax.make_array_from_callback(shape, sharding(path), shared)
 
     def made(path: str) -> jax.Array:
         one = table[path]
@@ -147,7 +165,7 @@ def load(config: Config, mesh: Mesh, *, resumed: bool = False) -> Weights:
         return jax.jit(lambda x: jnp.copy(x.astype(kind)), out_shardings=sharding(path))(source)
 
     leaves: dict[str, Any] = {}
-    if config.heads.path and not resumed and heads.num_heads:  # before what takes long
+    if config.heads.path and with_learnt and heads.num_heads:  # before what takes long
         stored = hf.head_tensors(_starting_heads(config.heads.path), heads)
         leaves = {f"heads/{name}": put(f"heads/{name}", [one]) for name, one in stored.items()}
     if any(path.startswith(("backbone/", "teacher/")) for path in wanted):
@@ -192,11 +210,11 @@ def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _starting_heads(path: str) -> Path:
     """Heads of a directory or file, or those an earlier run exported."""
-    exported = Path(path) / "heads"
     if (Path(path) / "metrics.jsonl").is_file():
-        if not exported.is_dir():
-            raise InputError(f"heads.path {path}: that run has exported no heads (yet)")
-        return exported
+        for exported in (Path(path) / "heads", Path(path) / "model"):
+            if exported.is_dir():
+                return exported
+        raise InputError(f"heads.path {path}: that run has exported nothing (yet)")
     try:
         return hf.resolve(path)
     except InputError as error:
