@@ -83,12 +83,17 @@ class Checkpoints:
         """Waits for the background and lets it go."""
         self._manager.close()
 
-    def _failed(self, error: Exception) -> CheckpointError:
+    @property
+    def last_good(self) -> str:
+        """Where the newest complete checkpoint lies, in words."""
         complete = [step for step in self.steps if self._complete(step)]
-        last = f"{self.directory / str(complete[-1])}" if complete else "there is none yet"
+        return str(self.directory / str(complete[-1])) if complete else "there is none yet"
+
+    def _failed(self, error: Exception) -> CheckpointError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return CheckpointError(
-            f"a checkpoint could not be written ({reason[:300]}); the last good one: {last}"
+            f"a checkpoint could not be written ({reason[:300]}); the last good one: "
+            f"{self.last_good}"
         )
 
     def _complete(self, step: int) -> bool:

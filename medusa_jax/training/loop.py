@@ -93,11 +93,9 @@ class Loop:
         if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
             with contextlib.suppress(CheckpointError):
                 self.checkpoints.wait()
-            last = self.checkpoints.latest
-            where = f"step {last} in {self.checkpoints.directory}" if last else "there is none yet"
             raise Diverged(
                 f"step {number}: loss {values['loss']}, gradient norm {norm}; stopped. "
-                f"The last good checkpoint: {where}"
+                f"The last good checkpoint: {self.checkpoints.last_good}"
             )
         self.metrics.advance(rate, values["loss"])
         if number == self.total or number == 1 or _due(number, self.config.run.log_every):

@@ -95,6 +95,10 @@ def train(config: Config, workdir: str | Path) -> None:
     )
     try:
         state = loop.run(state)
+    except OSError as error:
+        raise RuntimeError(
+            f"{workdir}: {error}; the last good checkpoint: {checkpoints.last_good}"
+        ) from error
     finally:
         metrics.close()
         checkpoints.close()
