@@ -8,14 +8,18 @@ Recipe: the paper's loss; the whole backbone learns, since adapters of rank 32 w
 than its 64 x 64 matrices. Rates were chosen for this model. To hold the backbone closer, and to
 have heads that know what it says, learn from its own stories, with KL to what it was:
 
-    python -m medusa_jax.distill --model ../shared/models/stories260K --autoregressive \\
-        --data ../shared/text/tinystories_val.txt --words 3-16 --unique --batch_size 8 \\
-        --output data/stories.jsonl
+    for t in 0.3 1; do
+      python -m medusa_jax.distill --model ../shared/models/stories260K --autoregressive \\
+          --data ../shared/text/tinystories_val.txt --words 3-16 --unique --batch_size 8 \\
+          --temperature $t --output data/stories_$t.jsonl
+    done
     python train.py --config configs/stories_medusa1.py --workdir runs/stories_self1 \\
-        --config.data.train="('data/stories.jsonl',)" --config.optim.epochs=6
+        --config.data.train="('data/stories_0.3.jsonl',)" --config.optim.epochs=6
     python train.py --config configs/stories_medusa2.py --workdir runs/stories_self2 \\
-        --config.data.train="('data/stories.jsonl',)" --config.optim.epochs=5 \\
-        --config.loss.distill=true --config.heads.path=runs/stories_self1
+        --config.data.train="('data/stories_0.3.jsonl', 'data/stories_1.jsonl')" \\
+        --config.heads.path=runs/stories_self1 --config.loss.distill=true \\
+        --config.loss.heads_weight=0.01 --config.optim.learning_rate=1e-4 \\
+        --config.optim.heads_multiplier=20 --config.optim.epochs=3
 
 Hardware: 2 CPU cores and 2 GB.
 """
