@@ -1,6 +1,7 @@
 """Reading files: pickles are not trusted, and nothing is held twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from checkpoints import VOCAB, WIDTH, assert_same, by_name, error_of, random_hea
 from safetensors.numpy import save_file
 
 from medusa_jax.hf import load_model
+from medusa_jax.tensor_files import open_file, open_model, write_model
 
 # Pickles
 
@@ -96,6 +98,7 @@ import re, sys
 from pathlib import Path
 import jax
 from medusa_jax.hf import load_model
+from medusa_jax.tensor_files import open_file, open_model, write_model
 
 def status(key):
     found = re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())
@@ -158,3 +161,20 @@ def test_loading_never_holds_the_weights_twice(tmp_path: Path):
     assert size > 90e6
     # 1.5 is right; with the file's tensors held all at once it is 2.0, with a float32 copy 2.3.
     assert size < growth < 1.75 * size
+
+
+def test_models_are_written_in_shards_and_heads_in_one_file(tmp_path):
+    arrays = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(5)}
+    given = [(name, array.shape, lambda array=array: array) for name, array in arrays.items()]
+    write_model(tmp_path, "model", given, "float32", shard_bytes=200)  # two of 80 bytes each
+    names = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    read = {name: tensor.read() for name, tensor in open_model(tmp_path).items()}
+    assert read.keys() == arrays.keys()
+    assert all(np.array_equal(read[name], array) for name, array in arrays.items())
+    part = open_model(tmp_path)["t3"].read((slice(1, 3), slice(None)))
+    assert part.shape == (2, 5)
+    write_model(tmp_path, "heads", given, "bfloat16", shard_bytes=math.inf)
+    assert {t.read().dtype.name for t in open_file(tmp_path / "heads.safetensors").values()} == {
+        "bfloat16"
+    }
