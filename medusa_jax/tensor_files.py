@@ -7,6 +7,7 @@ memory, so a model is never held twice.
 import dataclasses
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
@@ -79,6 +80,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object whole or not at all."""
+    whole = file.with_suffix(".tmp")
+    whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(whole, file)
 
 
 def _open_shards(index: Path) -> Tensors:
@@ -187,7 +195,7 @@ def write_model(
             save_file(held, directory / f"{stem}{suffix}.safetensors", {"format": "pt"})
     if write and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": placed}
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
 def write_pickle(file: Path) -> None:

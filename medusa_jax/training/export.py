@@ -1,6 +1,5 @@
 """Trained weights to the original's formats: v0.1 heads, or a merged v1.0 directory."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from medusa_jax import hf
 from medusa_jax.errors import InputError
 from medusa_jax.heads import HeadsConfig
 from medusa_jax.places import MERGED, backbone_places, head_places
-from medusa_jax.tensor_files import read_json, write_model, write_pickle
+from medusa_jax.tensor_files import read_json, write_json, write_model, write_pickle
 from medusa_jax.text import Text
 from medusa_jax.training import lora, stack
 from medusa_jax.training.settings import Config
@@ -75,7 +74,7 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
         write_model(directory, "medusa_lm_head", tensors, dtype, write, math.inf)
         if write:
             write_pickle(directory / "medusa_lm_head.safetensors")
-            _write_json(directory / "config.json", settings)
+            write_json(directory / "config.json", settings)
 
 
 def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
@@ -99,7 +98,7 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
             if config.data.template:  # it was trained with another than its tokenizer's own
                 template = Text(source, template=config.data.template).template
                 (directory / "chat_template.jinja").write_text(template or "", encoding="utf-8")
-            _write_json(directory / "config.json", settings)
+            write_json(directory / "config.json", settings)
 
 
 def _heads_settings(heads: HeadsConfig) -> dict[str, Any]:
@@ -163,7 +162,3 @@ class _Replacing:
         if self._write and kind is None:
             shutil.rmtree(self._target, ignore_errors=True)
             self._new.rename(self._target)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

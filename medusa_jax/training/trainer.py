@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
-from medusa_jax.tensor_files import read_json
+from medusa_jax.tensor_files import read_json, write_json
 from medusa_jax.training import export, settings, sharding
 from medusa_jax.training.batches import Batches
 from medusa_jax.training.checkpoints import Checkpoints
@@ -163,10 +162,3 @@ def check_data(workdir: Path, rows: Rows) -> None:
             f"{workdir}: the training data has changed since this run began, so it cannot be "
             "resumed exactly; restore the data, or give another --workdir"
         )
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    whole = file.with_suffix(".tmp")
-    whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, file)
