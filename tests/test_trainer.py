@@ -363,6 +363,18 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     np.testing.assert_allclose(after, before, atol=1e-4)
 
 
+def test_pretraining_begins_with_random_weights_and_writes_a_model(place: Path, tmp_path: Path):
+    flags = ["--config.mode=pretrain", "--config.model.random=true"]
+    code, err = train(place, tmp_path / "run", *flags)
+    assert code == 0, err
+    held_out = [line["eval_lm_loss"] for line in lines(tmp_path / "run") if "eval_lm_loss" in line]
+    assert held_out[0] == pytest.approx(np.log(len(WORDS)), abs=0.1)  # knows nothing yet
+    assert held_out[-1] < held_out[0] - 0.2
+    model = load_model(tmp_path / "run/model")
+    assert model.heads.num_heads == 0
+    assert "medusa" not in (tmp_path / "run/model/config.json").read_text()
+
+
 def trained_logits(workdir: Path, tokens: Any) -> Any:
     """Logits of the checkpoint itself, adapters beside the weights, as the trainer has them."""
     config = settings.from_dict(json.loads((workdir / "config.json").read_text()))
