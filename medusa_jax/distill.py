@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from medusa_jax import choices, cli
 from medusa_jax.errors import InputError
 from medusa_jax.records import CONVERSATIONS, Request, numbered_lines, read_requests, write_record
 from medusa_jax.talks import converse
+from medusa_jax.tensor_files import write_json
 from medusa_jax.training.corpus import Corpus, Document
 
 EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.json.gz \\
@@ -240,9 +240,7 @@ def resume(output: Path, now: dict[str, Any]) -> int:
     """
     beside = output.with_name(output.name + ".settings.json")
     if not output.exists() or not output.stat().st_size:
-        draft = beside.with_name(beside.name + ".tmp")
-        draft.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, beside)
+        write_json(beside, now)
         return 0
     try:
         before = json.loads(beside.read_text(encoding="utf-8"))
