@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.errors import InputError
+from medusa_jax.grow import Branches
 from medusa_jax.sampling import draw, warp
 from medusa_jax.shapes import typed
 from medusa_jax.tree import Tree
@@ -61,7 +62,9 @@ class Acceptance(Protocol):
         """First root [B] from the logits after the prompt [B, V]."""
         ...
 
-    def accept(self, tree: Tree, tokens: Array, logits: Array, context: Context) -> Accepted:
+    def accept(
+        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
+    ) -> Accepted:
         """Decides on tree tokens [B, N] with logits [B, N, V]."""
         ...
 
@@ -73,7 +76,9 @@ class Greedy:
     def root(self, logits: Array, context: Context) -> Array:
         return argmax(logits)
 
-    def accept(self, tree: Tree, tokens: Array, logits: Array, context: Context) -> Accepted:
+    def accept(
+        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
+    ) -> Accepted:
         return walk(tree, tokens, logits, lambda row, _: argmax(row))
 
 
@@ -101,7 +106,9 @@ class Lossless:
         target = warp(logits, self.temperature, self.top_k, self.top_p)
         return draw(context.keys, context.position, target)
 
-    def accept(self, tree: Tree, tokens: Array, logits: Array, context: Context) -> Accepted:
+    def accept(
+        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
+    ) -> Accepted:
         def choose(row: Array, depth: int) -> Array:
             after = dataclasses.replace(context, position=context.position + depth + 1)
             return self.root(row, after)
@@ -141,17 +148,21 @@ class Typical:
         passes = jnp.exp(log_p) >= threshold
         return draw(context.keys, context.position, jnp.where(passes, log_p, -jnp.inf))
 
-    def accept(self, tree: Tree, tokens: Array, logits: Array, context: Context) -> Accepted:
+    def accept(
+        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
+    ) -> Accepted:
         last = jnp.zeros(tokens.shape[0], jnp.int32)
         if tree.depth:
             # Only nodes with children are asked for their distribution.
-            inner, parent = np.unique(tree.parents[1:], return_inverse=True)
+            inner = np.array(tree.inner)
             log_p, threshold = self._threshold(logits[:, inner])
-            log_p = log_p[jnp.arange(tokens.shape[0])[:, None], parent, tokens[:, 1:]]
-            passes = jnp.exp(log_p) > threshold[:, parent, 0]
+            rows = jnp.arange(tokens.shape[0])[:, None]
+            parent = jnp.searchsorted(inner, tree.parents[..., 1:])
+            log_p = log_p[rows, parent, tokens[:, 1:]]
+            passes = jnp.exp(log_p) > threshold[rows, parent, 0]
             last = longest_path(tree, passes, log_p)
         next_logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-        position = context.position + jnp.asarray(tree.depths)[last] + 1
+        position = context.position + tree.depth_of(last) + 1
         return Accepted(last, self.root(next_logits, Context(context.keys, position)))
 
     def _threshold(self, logits: Array) -> tuple[Array, Array]:
@@ -173,7 +184,7 @@ def argmax(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
 
 @typed
 def walk(
-    tree: Tree,
+    tree: Tree | Branches,
     tokens: Int[Array, "B N"],
     logits: Float[Array, "B N V"],
     choose: Callable[[Array, int], Array],
@@ -203,7 +214,7 @@ def walk(
 
 @typed
 def longest_path(
-    tree: Tree, passes: Bool[Array, "B n"], log_p: Float[Array, "B n"]
+    tree: Tree | Branches, passes: Bool[Array, "B n"], log_p: Float[Array, "B n"]
 ) -> Int[Array, " B"]:
     """Slot of the deepest node reached through passing nodes only; 0 if none passes.
 
@@ -213,9 +224,10 @@ def longest_path(
       passes, log_p: for every node but the root, n = N - 1.
     """
     padded = tree.ancestors < 1  # the root and unused cells pass for nothing
-    cells = np.where(padded, 0, tree.ancestors - 1)
-    reached = (passes[:, cells] | padded).all(axis=-1)
-    score = jnp.where(padded, 0.0, log_p[:, cells]).sum(axis=-1)
+    rows = jnp.arange(passes.shape[0])[:, None, None]
+    cells = (rows, jnp.where(padded, 0, tree.ancestors - 1))
+    reached = (passes[cells] | padded).all(axis=-1)
+    score = jnp.where(padded, 0.0, log_p[cells]).sum(axis=-1)
     depth = jnp.where(reached, tree.depths, -1)
     deepest = depth == depth.max(axis=1, keepdims=True)
     return jnp.where(deepest, score, -jnp.inf).argmax(axis=1).astype(jnp.int32)

@@ -17,6 +17,7 @@ from medusa_jax.acceptance import Acceptance
 from medusa_jax.decode import Decoder, Output, State, outputs
 from medusa_jax.errors import InputError
 from medusa_jax.figures import Figures
+from medusa_jax.grow import Grown
 from medusa_jax.hf import Model
 from medusa_jax.records import Request
 from medusa_jax.sampling import row_keys
@@ -56,7 +57,7 @@ class Answerer:
         self,
         model: Model,
         text: Text,
-        tree: Tree,
+        tree: Tree | Grown,
         acceptance: Acceptance,
         limits: Limits,
         *,
@@ -79,19 +80,28 @@ class Answerer:
         self._compiled: set[Any] = set()
 
     @property
-    def tree(self) -> Tree:
+    def tree(self) -> Tree | Grown:
         """The tree in use."""
         return self._decoder.tree
 
-    def with_tree(self, tree: Tree) -> "Answerer":
-        """The same with another tree, and figures of its own; `Tree()` decodes plainly."""
+    @property
+    def acceptance(self) -> Acceptance:
+        """The acceptance scheme in use."""
+        return self._decoder.acceptance
+
+    def with_tree(self, tree: Tree | Grown, *, stops: bool = True) -> "Answerer":
+        """The same with another tree, and figures of its own; `Tree()` decodes plainly.
+
+        Without `stops`, texts go on past end-of-sequence.
+        """
         decoder = self._decoder
+        limits = self.limits if stops else dataclasses.replace(self.limits, stop_ids=())
         return Answerer(
             self.model,
             self.text,
             tree,
             decoder.acceptance,
-            self.limits,
+            limits,
             seed=self.seed,
             suppress=decoder.suppress,
         )

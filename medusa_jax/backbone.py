@@ -12,17 +12,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.cache import Block, KVCache
 from medusa_jax.config import ModelConfig
-from medusa_jax.layers import attend, project, rms_norm, rope_tables, rotate, within_window
+from medusa_jax.layers import attend, rms_norm, rope_tables, rotate, within_window
+from medusa_jax.layout import multiply, project
 from medusa_jax.shapes import typed
 
 Parts = list[tuple[Array, Array, Array]]
 
 
 class Linear(nn.Module):
-    """x W^T + b with W [out, in]: the layout of Hugging Face files, so nothing is transposed.
-
-    XLA's CPU products also read it faster than [in, out] for the 4 to 64 rows of a tree.
-    """
+    """x W^T + b with W [out, in], or with its transpose where `layout` has made one."""
 
     features: int
     use_bias: bool = False
@@ -30,8 +28,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", self.kernel_init, (self.features, x.shape[-1]))
-        y = project(x, weight).astype(x.dtype)
+        if self.has_variable("params", "kernel"):
+            y = multiply(x, self.get_variable("params", "kernel"))
+        else:
+            shape = (self.features, x.shape[-1])
+            y = project(x, self.param("weight", self.kernel_init, shape))
+        y = y.astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))
         return y
@@ -119,7 +121,7 @@ class Backbone(nn.Module):
         self.embed = nn.Embed(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, name=f"layer_{i}") for i in range(config.num_layers)]
         self.final_norm = RMSNorm(config.norm_eps)
-        if not config.tied:
+        if not config.tied and not self.has_variable("params", "lm_head_kernel"):
             init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
             shape = (config.vocab_size, config.hidden_size)
             self.lm_head = self.param("lm_head", init, shape)
@@ -164,12 +166,14 @@ class Backbone(nn.Module):
             keys.append(layer_keys)
             values.append(layer_values)
         hidden = self.final_norm(x)
-        if not self.config.tied:
-            _ = self.lm_head  # so that `init` creates it
+        if self.is_initializing() and not self.config.tied:
+            _ = self.lm_head  # so that it is created
         return hidden, (tuple(keys), tuple(values))
 
     def unembed(self, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
         """Next-token logits, float32 [*dims, V]."""
+        if self.has_variable("params", "lm_head_kernel"):
+            return multiply(hidden, self.get_variable("params", "lm_head_kernel"))
         return project(hidden, self.embed.embedding if self.config.tied else self.lm_head)
 
 

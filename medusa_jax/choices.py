@@ -5,27 +5,38 @@
 
 import argparse
 import logging
+import re
 from pathlib import Path
 
 import jax
 
+from medusa_jax import tuned
 from medusa_jax.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
 from medusa_jax.answer import DEFAULT_NEW_TOKENS, Answerer, Limits
 from medusa_jax.errors import InputError
-from medusa_jax.hf import load_model
+from medusa_jax.grow import Grown
+from medusa_jax.hf import Model, load_model
 from medusa_jax.text import Text
 from medusa_jax.tree import Tree, published_names
 
 log = logging.getLogger(__name__)
 
+GROWN_RANKS = 10  # guesses of each head that a grown tree chooses from
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `acceptance`, `build` and `choose_tree` read."""
     add = parser.add_argument
-    add("--model", required=True, help="Hugging Face directory or hub id, heads inside or not")
+    add("--model", default=str(shipped("")), help="Hugging Face directory or hub id, heads inside "
+        "or not (default: the small model that comes with the project)")  # fmt: skip
     add("--heads", help="directory, file or hub id of Medusa heads (default: the model's own)")
     add("--chat_template", help="vicuna, zephyr or a Jinja file (default: the tokenizer's)")
-    add("--tree", default="auto", help="a published name, a JSON file, or auto")
+    add(
+        "--tree",
+        default="auto",
+        help="auto: the one tuned for this model "
+        "and device; a published name; a JSON file; grow:SIZE: grown anew at every step",
+    )
     add("--acceptance", default="greedy", help=" | ".join(SCHEMES))
     add("--temperature", type=float, help="default: 1.0 lossless, 0.7 typical")
     add("--top_k", type=int, default=0, help="lossless: tokens kept, 0 for all")
@@ -79,7 +90,7 @@ def build(
     limits = Limits(max_new_tokens, flags.max_length, stop_ids, at_most)
     suppress = tuple(sorted({*model.suppress, *flags.suppress_tokens}))
     if need_heads or model.heads.num_heads:
-        tree = choose_tree(flags, model.heads.num_heads)
+        tree = choose_tree(flags, model, scheme)
     else:
         tree = Tree()
         if not flags.autoregressive:
@@ -87,13 +98,19 @@ def build(
     return Answerer(model, text, tree, scheme, limits, seed=flags.seed, suppress=suppress)
 
 
+def shipped(name: str) -> Path:
+    """A file of the model that comes with the project, or, for "", its directory."""
+    return Path(__file__).parent / "shipped" / name
+
+
 def dtype(flags: argparse.Namespace) -> str:
     """The precision that the flags name, or what suits this machine."""
     return flags.dtype or ("bfloat16" if _accelerated() else "float32")
 
 
-def choose_tree(flags: argparse.Namespace, num_heads: int) -> Tree:
+def choose_tree(flags: argparse.Namespace, model: Model, scheme: Acceptance) -> Tree | Grown:
     """The tree that the flags name."""
+    num_heads = model.heads.num_heads
     if flags.autoregressive:
         return Tree()
     if not num_heads:
@@ -101,13 +118,16 @@ def choose_tree(flags: argparse.Namespace, num_heads: int) -> Tree:
             f"no Medusa heads were found with {flags.model}: give --heads, or --autoregressive"
         )
     if flags.tree == "auto":
-        return Tree.default(num_heads, _accelerated(), flags.model)
+        found = tuned.find(model, scheme, getattr(flags, "batch_size", 1), dtype(flags))
+        return found or Tree.default(num_heads, _accelerated(), str(flags.model))
+    if grown := re.fullmatch(r"grow:(\d+)", flags.tree):
+        return Grown(int(grown[1]), num_heads, min(GROWN_RANKS, model.config.vocab_size))
     if flags.tree in published_names():
         return Tree.published(flags.tree)
     if Path(flags.tree).is_file():
         return Tree.from_json(flags.tree)
     raise InputError(
-        f"--tree {flags.tree}: neither auto, nor a JSON file, nor one of "
+        f"--tree {flags.tree}: neither auto, nor grow:SIZE, nor a JSON file, nor one of "
         f"{', '.join(published_names())}"
     )
 

@@ -27,6 +27,7 @@ from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.cache import KVCache, commit, init_cache, write_block
 from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
+from medusa_jax.grow import Grown
 from medusa_jax.heads import NO_HEADS, HeadsConfig, MedusaHeads, top_guesses
 from medusa_jax.sampling import row_keys
 from medusa_jax.state import LENGTH, RUNNING, STOP, Emitted, Output, State, outputs
@@ -49,7 +50,7 @@ class Decoder:
     Attributes:
       config: the backbone's shape.
       heads: the heads' shape; `NO_HEADS` does for a tree of the root alone.
-      tree: the guesses to verify in one pass.
+      tree: the guesses to verify in one pass, always the same or `Grown` at every step.
       acceptance: `Greedy()`, `Typical(...)`, `Lossless(...)` or your own.
       capacity: most tokens a row may hold, prompt and text; default: the
         model's context, at most 4096.
@@ -62,7 +63,7 @@ class Decoder:
 
     config: ModelConfig
     heads: HeadsConfig = NO_HEADS
-    tree: Tree = Tree()
+    tree: Tree | Grown = Tree()
     acceptance: Acceptance = Greedy()
     capacity: int = 0
     suppress: tuple[int, ...] = ()
@@ -193,11 +194,13 @@ class Decoder:
             (cache, last_hidden), _ = jax.lax.scan(run_block, (cache, last_hidden), starts)
 
         logits = self._logits(params, last_hidden)
+        guesses, scores = self._guesses(params, last_hidden)
         return State(
             cache=dataclasses.replace(cache, length=lengths),
             sequence=jnp.zeros((batch, self.slots), jnp.int32).at[:, :padded].set(tokens),
             root=self.acceptance.root(logits, Context(keys, lengths)),
-            guesses=self._guesses(params, last_hidden),
+            guesses=guesses,
+            scores=scores,
             keys=keys,
             prompt_length=lengths,
             limit=limit,
@@ -236,18 +239,18 @@ class Decoder:
         return state
 
     def _step(self, params: Params, state: State) -> tuple[State, Emitted]:
-        tree, length = self.tree, state.cache.length
+        length = state.cache.length
+        tree = self.tree.branches(state.scores) if isinstance(self.tree, Grown) else self.tree
         rows = jnp.arange(length.shape[0])
 
         # 1. Assemble the tree's tokens and verify them in one pass.
         candidates = jnp.concatenate(
             (state.root[:, None], state.guesses.reshape(len(rows), -1)), axis=1
         )
-        tokens = candidates[:, tree.candidate_indices(tree.top_k)]
+        cells = jnp.broadcast_to(tree.cells, (len(rows), self.tree.size))
+        tokens = jnp.take_along_axis(candidates, cells, axis=1)
         positions = length[:, None] + tree.depths
-        hidden, block = self._backbone(
-            params, tokens, positions, jnp.asarray(tree.mask)[None], state.cache
-        )
+        hidden, block = self._backbone(params, tokens, positions, _rowwise(tree.mask), state.cache)
         logits = self._logits(params, hidden)
 
         # 2. Accept a path; cut it at the first stop token and at the row's limit.
@@ -256,8 +259,8 @@ class Decoder:
         # constant (the root alone), so XLA sees the cache read before it is written and makes
         # no copy of it.
         never = (accepted.root < 0).astype(jnp.int32)
-        path = jnp.maximum(jnp.asarray(tree.ancestors)[accepted.last], never[:, None])
-        made = jnp.asarray(tree.depths)[accepted.last] + 1
+        path = jnp.maximum(tree.path_of(accepted.last), never[:, None])
+        made = tree.depth_of(accepted.last) + 1
         path_tokens = jnp.take_along_axis(tokens, path, axis=1)
         running = state.finish == RUNNING
         count, finish = _cut(path_tokens, made, state.limit - length, state.stop_ids)
@@ -265,12 +268,14 @@ class Decoder:
         finish = jnp.where(running, finish, state.finish)
 
         # 3. Commit it, and guess again from the last accepted node alone.
+        guesses, scores = self._guesses(params, hidden[rows, accepted.last])
         state = dataclasses.replace(
             state,
             cache=commit(state.cache, block, path, count),
             sequence=_append(state.sequence, path_tokens, length),
             root=accepted.root,
-            guesses=self._guesses(params, hidden[rows, accepted.last]),
+            guesses=guesses,
+            scores=scores,
             finish=finish,
             steps=state.steps + running,
             tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(
@@ -291,13 +296,20 @@ class Decoder:
     def _unembed(self, params: Params, hidden: Array) -> Array:
         return _apply(Backbone(self.config), params["backbone"], hidden, method="unembed")
 
-    def _guesses(self, params: Params, hidden: Float[Array, "B D"]) -> Int[Array, "B M R"]:
-        """Top-k tokens of the heads the tree uses, and of no others."""
+    def _guesses(
+        self, params: Params, hidden: Float[Array, "B D"]
+    ) -> tuple[Int[Array, "B M R"], Float[Array, "B _ _"]]:
+        """Top-k tokens of the heads the tree uses, no others; for grown trees, how likely."""
+        nothing = jnp.zeros((hidden.shape[0], 0, 0))
         if not self.tree.depth:
-            return jnp.zeros((hidden.shape[0], 0, 0), jnp.int32)
+            return nothing.astype(jnp.int32), nothing
         unembed = functools.partial(self._unembed, params)
         logits = _apply(MedusaHeads(self.heads), params["heads"], hidden, unembed, self.tree.depth)
-        return top_guesses(logits, self.tree.top_k)
+        guesses, values = top_guesses(logits, self.tree.top_k)
+        if not isinstance(self.tree, Grown):
+            return guesses, nothing
+        total = jax.nn.logsumexp(jnp.stack(logits, axis=1), axis=-1, keepdims=True)
+        return guesses, values - total
 
 
 def bucket(length: int) -> int:
@@ -322,6 +334,12 @@ def _cut(tokens: Array, made: Array, room: Array, stop_ids: Array) -> tuple[Arra
     stopped = stops.any(axis=1)
     finish = jnp.where(stopped, STOP, jnp.where(kept >= room, LENGTH, RUNNING))
     return jnp.where(stopped, stops.argmax(axis=1) + 1, kept).astype(jnp.int32), finish
+
+
+def _rowwise(mask: Array | np.ndarray) -> Array:
+    """A tree's mask [N, N] for all rows [1, N, N]; one of each row as it is."""
+    mask = jnp.asarray(mask)
+    return mask if mask.ndim == 3 else mask[None]
 
 
 def _append(sequence: Array, tokens: Array, length: Array) -> Array:

@@ -66,6 +66,11 @@ class Figures:
             line += f", {share:.0%} of the memory-bandwidth limit"
         return line
 
+    def since(self, before: "Figures") -> "Figures":
+        """What came on top of an earlier copy (`dataclasses.replace`) of these figures."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Figures(**{name: getattr(self, name) - getattr(before, name) for name in names})
+
     def add(
         self,
         decoder: Decoder,
@@ -99,7 +104,7 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
       cached_tokens: tokens in the cache, summed over the rows of the batch.
     """
     config, backbone = decoder.config, dict(params["backbone"])
-    if not config.tied:
+    if not config.tied or "lm_head_kernel" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
     heads = {f"head_{i}": params["heads"][f"head_{i}"] for i in range(decoder.tree.depth)}
     leaves = jax.tree.leaves((backbone, heads))

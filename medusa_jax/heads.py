@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.backbone import Linear
-from medusa_jax.layers import project
+from medusa_jax.layout import multiply, project
 from medusa_jax.shapes import typed
 
 
@@ -48,19 +48,35 @@ class Head(nn.Module):
 
     config: HeadsConfig
 
-    @nn.compact
-    def __call__(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
+    def setup(self) -> None:
         config = self.config
-        for i in range(config.num_layers):
-            # Zero weights and biases make a new head start as the lm_head itself.
-            zeros = nn.initializers.zeros
-            block = Linear(config.hidden_size, use_bias=True, kernel_init=zeros, name=f"block_{i}")
+        # Zero weights and biases make a new head start as the lm_head itself.
+        zeros = nn.initializers.zeros
+        self.blocks = [
+            Linear(config.hidden_size, use_bias=True, kernel_init=zeros, name=f"block_{i}")
+            for i in range(config.num_layers)
+        ]
+        if not config.shared and not self.has_variable("params", "vocab_kernel"):
+            init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+            self.vocab = self.param("vocab", init, (config.vocab_size, config.hidden_size))
+
+    def __call__(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
+        """Logits, float32 [*dims, V], from hidden states [*dims, D]."""
+        return self.project(self.features(x), unembed)
+
+    def features(self, x: Array) -> Array:
+        """What the vocabulary projection reads [*dims, D]."""
+        for block in self.blocks:
             x = x + nn.silu(block(x))
-        if config.shared:
+        return x
+
+    def project(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
+        """Logits of features."""
+        if self.config.shared:
             return unembed(x)
-        init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
-        vocab = self.param("vocab", init, (config.vocab_size, config.hidden_size))
-        return project(x, vocab)
+        if self.has_variable("params", "vocab_kernel"):
+            return multiply(x, self.get_variable("params", "vocab_kernel"))
+        return project(x, self.vocab)
 
 
 class MedusaHeads(nn.Module):
@@ -78,14 +94,21 @@ class MedusaHeads(nn.Module):
           hidden: the backbone's hidden states after its final norm [*dims, D].
           unembed: the backbone's own projection, for shared heads.
         """
-        heads = range(self.config.num_heads if count is None else count)
-        return [Head(self.config, name=f"head_{i}")(hidden, unembed) for i in heads]
+        numbers = range(self.config.num_heads if count is None else count)
+        heads = [Head(self.config, name=f"head_{i}") for i in numbers]
+        if not self.config.shared or self.is_initializing():
+            return [head(hidden, unembed) for head in heads]
+        # One product reads the shared projection once, not once a head.
+        features = jnp.stack([head.features(hidden) for head in heads], axis=-2)
+        return list(jnp.moveaxis(unembed(features), -2, 0))
 
 
 @typed
-def top_guesses(logits: list[Float[Array, "B V"]], top_k: int) -> Int[Array, "B M R"]:
-    """Best `top_k` token ids of each head, best first."""
-    ranked = [jax.lax.top_k(head, top_k)[1] for head in logits]
+def top_guesses(
+    logits: list[Float[Array, "B V"]], top_k: int
+) -> tuple[Int[Array, "B M R"], Float[Array, "B M R"]]:
+    """Best `top_k` token ids of each head, best first, and their logits."""
+    values, ranked = zip(*(jax.lax.top_k(head, top_k) for head in logits), strict=True)
     # XLA knows top_k by its pattern; a later slice that folds into it would turn it
     # back into a sort of the whole vocabulary.
-    return jax.lax.optimization_barrier(jnp.stack(ranked, axis=1))
+    return jax.lax.optimization_barrier((jnp.stack(ranked, axis=1), jnp.stack(values, axis=1)))

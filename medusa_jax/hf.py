@@ -6,6 +6,7 @@ Dialects read here: Llama-family directories, the original's v0.1 heads (`.pt`,
 """
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from medusa_jax import tensor_files
 from medusa_jax.config import ModelConfig, from_hf
 from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig
+from medusa_jax.layout import placed
 from medusa_jax.places import MERGED, Place, backbone_places, head_places
 from medusa_jax.tensor_files import StoredTensor, Tensors
 from medusa_jax.tree_paths import nested
@@ -35,10 +37,11 @@ class Model:
 
     Attributes:
       config, heads: shapes; `NO_HEADS` where there are none.
-      params: {"backbone": ..., "heads": ...}.
+      params: {"backbone": ..., "heads": ...}, laid out for decoding (`layout.py`).
       stop_ids: end-of-sequence tokens from its generation settings.
       suppress: tokens never to produce, from the same.
       directory: where the backbone, and so its tokenizer, was found.
+      fingerprint: a short name that other weights, shapes or heads would not have.
     """
 
     config: ModelConfig
@@ -47,6 +50,7 @@ class Model:
     stop_ids: tuple[int, ...]
     suppress: tuple[int, ...]
     directory: Path
+    fingerprint: str = ""
 
 
 def load_model(
@@ -81,13 +85,14 @@ def load_model(
         tensors = open_heads(source)
     elif not merged and (found := _head_file(directory)):
         tensors, source = tensor_files.open_file(found), found
-    heads_config, params = NO_HEADS, {}
+    heads_config, params, digest = NO_HEADS, {}, hashlib.sha256(repr(config).encode())
     if tensors:  # before the backbone, which takes long to read
         heads_config = heads_config_of(tensors, source)
         _check_fit(heads_config, config, source)
         places = _places_of(heads_config, tensors)
-        params["heads"] = _loaded(_matched(places, tensors, source), dtype)
-    params["backbone"] = _loaded(_matched(backbone_places(config), rest, directory), dtype)
+        params["heads"] = _loaded(_matched(places, tensors, source), dtype, digest)
+    wanted = _matched(backbone_places(config), rest, directory)
+    params["backbone"] = _loaded(wanted, dtype, digest, tied=config.tied)
     generation = directory / "generation_config.json"
     settings |= tensor_files.read_json(generation) if generation.is_file() else {}
     return Model(
@@ -97,6 +102,7 @@ def load_model(
         stop_ids=_ids(settings.get("eos_token_id")),
         suppress=_ids(settings.get("suppress_tokens")),
         directory=directory,
+        fingerprint=digest.hexdigest()[:16],
     )
 
 
@@ -216,14 +222,18 @@ def _matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Ten
     return {"/".join(place.path): tensors[name] for name, place in places.items()}
 
 
-def _loaded(tensors: Tensors, dtype: str) -> dict[str, Any]:
-    """Nested parameters, read one tensor at a time."""
-    return nested(
-        {
-            path: jax.device_put(np.asarray(tensor.read(), jnp.dtype(dtype)))
-            for path, tensor in tensors.items()
-        }
-    )
+def _loaded(tensors: Tensors, dtype: str, digest: Any, *, tied: bool = False) -> dict[str, Any]:
+    """Nested parameters in the layout for decoding, read one tensor at a time.
+
+    Of each, the digest gets the name, the shape and the first numbers.
+    """
+    leaves = {}
+    for path, tensor in tensors.items():
+        array = np.asarray(tensor.read(), jnp.dtype(dtype))
+        digest.update(f"{path} {array.shape}".encode() + array.reshape(-1)[:64].tobytes())
+        for where, one in placed(path, array, tied=tied).items():
+            leaves[where] = jax.device_put(np.ascontiguousarray(one))
+    return nested(leaves)
 
 
 def _divide(tensors: Tensors) -> tuple[Tensors, Tensors]:

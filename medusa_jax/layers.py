@@ -21,12 +21,6 @@ def rms_norm(x: Float[Array, "*dims D"], scale: Float[Array, " D"], eps: float) 
     return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
-@typed
-def project(x: Float[Array, "*dims D"], weight: Float[Array, "F D"]) -> Float[Array, "*dims F"]:
-    """x W^T, accumulated and returned in float32."""
-    return jnp.einsum("...d,fd->...f", x, weight, preferred_element_type=jnp.float32)
-
-
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each rotated pair, float32 [C / 2]."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)

@@ -6,7 +6,8 @@ A prompt record is one of
     {"messages": [{"role", "content"}, ...]}            the last user turn is answered
     {"conversations": [{"from", "value"}, ...]}         the same, ShareGPT's names
     {"prompt_ids": [id, ...]}                           token ids as they are
-Other keys are left alone; `question_id` or `id` is carried to the answer.
+Other keys are left alone; `question_id` or `id` is carried to the answer, and
+`category` tells `bench` which prompts belong together.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ class Request:
       history: the conversation before the first of them.
       prompt_ids: token ids instead of texts.
       id: the record's own name, or None.
+      category: which prompts it belongs to, or "".
       origin: where it stands, for messages to the user.
     """
 
@@ -42,6 +44,7 @@ class Request:
     history: tuple[Message, ...] = ()
     prompt_ids: tuple[int, ...] = ()
     id: Any = None
+    category: str = ""
     origin: str = "the prompt"
 
     @property
@@ -132,7 +135,7 @@ def _parse(line: str, origin: str) -> Request:
     if not isinstance(record, dict):
         raise InputError(f"{origin}: expected a JSON object, got {type(record).__name__}")
     name = record.get("question_id", record.get("id"))
-    request = Request(id=name, origin=origin)
+    request = Request(id=name, category=str(record.get("category") or ""), origin=origin)
     if "prompt_ids" in record:
         ids = _list_of(record, "prompt_ids", int, origin)
         return dataclasses.replace(request, prompt_ids=tuple(ids))

@@ -21,6 +21,7 @@ class State:
       sequence: prompt, then text [B, S].
       root: the next token, chosen but not yet in the cache [B].
       guesses: the heads' best tokens after the root [B, M, R].
+      scores: their log-probabilities [B, M, R], for trees grown from them; else none, [B, 0, 0].
       keys: one PRNG key a row [B].
       prompt_length: tokens of the prompt [B].
       limit: length of `sequence` at which a row ends [B].
@@ -35,6 +36,7 @@ class State:
     sequence: Array
     root: Array
     guesses: Array
+    scores: Array
     keys: Array
     prompt_length: Array
     limit: Array

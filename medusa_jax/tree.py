@@ -14,7 +14,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from medusa_jax.errors import InputError
 
@@ -210,6 +212,24 @@ class Tree:
         """
         indices = 1 + (self.depths - 1) * top_k + self.ranks
         return np.where(self.depths == 0, 0, indices)
+
+    @property
+    def cells(self) -> np.ndarray:
+        """`candidate_indices` where each head gives just the ranks that the tree needs [N]."""
+        return self.candidate_indices(self.top_k)
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Slots with children, ascending."""
+        return tuple(np.unique(self.parents[1:]).tolist())
+
+    def depth_of(self, slots: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Depth of one node a row."""
+        return jnp.asarray(self.depths)[slots]
+
+    def path_of(self, slots: Int[Array, " B"]) -> Int[Array, "B E"]:
+        """Slots from the root to one node a row, then PAD."""
+        return jnp.asarray(self.ancestors)[slots]
 
     @property
     def leaf_paths(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from medusa_jax.errors import InputError
 from medusa_jax.hf import load_model
+from medusa_jax.tree_paths import flat, nested
 
 WIDTH, VOCAB, LAYERS = 16, 24, 2
 NPZ = dict[str, np.ndarray]
@@ -79,9 +80,20 @@ def heads_file(directory: Path, tensors: NPZ) -> Path:
     return file
 
 
+def stored(params: dict[str, Any]) -> dict[str, Any]:
+    """Nested parameters [out, in], as in files, of those that are laid out for decoding."""
+    names = {"kernel": "weight", "lm_head_kernel": "lm_head", "vocab_kernel": "vocab"}
+    leaves = {}
+    for path, leaf in flat(params).items():
+        *inner, name = path.split("/")
+        there = "/".join([*inner, names.get(name, name)])
+        leaves[there] = np.asarray(leaf).T if name in names else np.asarray(leaf)
+    return nested(leaves)
+
+
 def by_name(params: dict[str, Any]) -> NPZ:
     """Head parameters under the names of the original's files."""
-    tensors = {}
+    tensors, params = {}, stored(params)
     for i in range(len(params)):
         head = params[f"head_{i}"]
         blocks = [name for name in head if name.startswith("block_")]

@@ -13,7 +13,7 @@ import pytest
 from conftest import stacked
 
 from medusa_jax.hf import Model
-from medusa_jax.layers import project
+from medusa_jax.layout import project
 from medusa_jax.training.encoding import Encoded
 from medusa_jax.training.losses import (
     TOP,

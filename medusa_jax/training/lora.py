@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from medusa_jax.backbone import Linear
-from medusa_jax.layers import project
+from medusa_jax.layout import project
 
 # One adapter: {"a": A, "b": B}; all of them, by the path of what they adapt.
 Adapters = Mapping[str, Any]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 
 import optax
+from optax import contrib
 
 from medusa_jax.errors import InputError
 from medusa_jax.training.settings import Config, Optim
@@ -12,6 +13,7 @@ from medusa_jax.tree_paths import map_with_path
 
 FROZEN = "frozen"
 _PLAIN = re.compile("(scale|bias)$")  # which weight decay leaves alone
+_RMS = 0.2  # of Muon's updates, as AdamW's have: one rate does for both (arXiv 2502.16982, 2.2)
 
 
 def groups(config: Config) -> dict[str, str]:
@@ -61,7 +63,10 @@ def learning_rate(optim: Optim, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW for each group at its multiple of the rate; frozen parameters stay."""
+    """Clipping, then each group at its multiple of the rate; frozen parameters stay.
+
+    AdamW for all, or, for the matrices of the backbone's layers, Muon.
+    """
     optim = config.optim
     rate = learning_rate(optim, total_steps)
 
@@ -74,6 +79,19 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
             mask=functools.partial(map_with_path, lambda path, _: not _PLAIN.search(path)),
         )
 
+    def muon() -> optax.GradientTransformation:
+        return contrib.muon(
+            rate,
+            weight_decay=optim.weight_decay,
+            weight_decay_mask=functools.partial(
+                map_with_path, lambda path, _: not _PLAIN.search(path)
+            ),
+            adam_b1=optim.beta1,
+            adam_b2=optim.beta2,
+            muon_weight_dimension_numbers=functools.partial(map_with_path, _matrix),
+            consistent_rms=_RMS,
+        )
+
     table = groups(config)
 
     def labels(params: dict) -> dict:
@@ -83,7 +101,7 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
         {
             "heads": adamw(optim.heads_multiplier),
             "adapters": adamw(1.0),
-            "backbone": adamw(1.0),
+            "backbone": muon() if optim.kind == "muon" else adamw(1.0),
             FROZEN: optax.set_to_zero(),
         },
         labels,
@@ -91,3 +109,10 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     if not optim.clip:
         return per_group
     return optax.chain(optax.clip_by_global_norm(optim.clip), per_group)
+
+
+def _matrix(path: str, _: object) -> contrib.MuonDimensionNumbers | None:
+    """Which axes of a parameter are a matrix for Muon: of the stacked layers' [L, out, in]."""
+    if re.fullmatch("backbone/layers/.*/weight", path):
+        return contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    return None

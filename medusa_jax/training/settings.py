@@ -118,9 +118,10 @@ class Loss:
 
 @dataclasses.dataclass
 class Optim:
-    """AdamW with warm-up.
+    """The optimizer, with warm-up.
 
     Attributes:
+      kind: `adamw`, or `muon` for the matrices of a backbone that learns (AdamW for the rest).
       learning_rate: peak, of backbone and adapters.
       heads_multiplier: the heads, biases included, learn at this many times that rate.
       trained: regular expression of the backbone parameters ("layers/mlp/up/weight",
@@ -136,6 +137,7 @@ class Optim:
       clip: largest norm of the gradient, 0 for none.
     """
 
+    kind: str = "adamw"
     learning_rate: float = 5e-4
     heads_multiplier: float = 4.0
     trained: str = ".*"
@@ -226,6 +228,7 @@ def check(config: Config) -> None:
     choice("mode", config.mode, MODES)
     choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     choice("loss.ramp", config.loss.ramp, RAMPS)
+    choice("optim.kind", config.optim.kind, ("adamw", "muon"))
     choice("optim.schedule", config.optim.schedule, ("cosine", "constant"))
     choice("data.on_bad", config.data.on_bad, ("skip", "refuse"))
     choice("run.export_dtype", config.run.export_dtype, ("", "float32", "bfloat16", "float16"))

@@ -22,6 +22,7 @@ AXES = ("data", "fsdp", "tensor")
 # Weights are [out, in]. What splits its outputs over `tensor` is followed by
 # what splits its inputs over it, so that one sum a block crosses the devices.
 RULES = (
+    (r"/ns_coeffs$", (None,)),  # constants that Muon keeps in its state
     # Looked up by rows: parts of a row would have to be put together over all rows of the batch.
     (r"embedding$", P(("tensor", "fsdp"), None)),
     (r"(lm_head|vocab)$", P("tensor", "fsdp")),

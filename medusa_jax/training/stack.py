@@ -19,7 +19,8 @@ from jax import Array
 
 from medusa_jax.backbone import Layer
 from medusa_jax.config import ModelConfig
-from medusa_jax.layers import project, rms_norm, rope_tables, within_window
+from medusa_jax.layers import rms_norm, rope_tables, within_window
+from medusa_jax.layout import project
 from medusa_jax.training.lora import Adapters, adapted, dropped, low_rank, path_key
 
 _LAYER = re.compile(r"layer_(\d+)/")

@@ -1,0 +1,93 @@
+"""The tuned tree beside every published one, each cut to its best size, on held-out prompts.
+
+    python -m medusa_jax.tune --prompts calibration.jsonl
+    python benchmarks/trees.py --prompts held_out.jsonl
+
+Every cut of every published tree is replayed on the model's texts to the held-out prompts
+(`calibration.py`), which gives its exact mean accepted length; steps are timed by size. The best
+cut of each tree, `mc_sim_7b_63` whole, the tuned tree and a grown one of its size then take turns
+decoding the prompts. Printed are the predictions and what was measured.
+"""
+
+import argparse
+import dataclasses
+import statistics
+
+import numpy as np
+from tqdm import tqdm
+
+from medusa_jax import calibration, choices, cli, tune, tuned
+from medusa_jax.errors import InputError
+from medusa_jax.grow import Grown
+from medusa_jax.tree import Tree, published_names
+
+
+def candidates(
+    ranks: list[calibration.Ranks], heads: int, seconds: dict[int, float]
+) -> dict[str, Tree]:
+    """The fastest cut of every published tree by replayed length and time of its size."""
+    sizes, times = zip(*sorted(seconds.items()), strict=True)
+    best: dict[str, tuple[float, Tree]] = {}
+    for name in tqdm(published_names(), desc="replay", unit=" trees"):
+        whole = Tree.published(name).limit_depth(heads)
+        for size in range(2, min(whole.size, max(sizes)) + 1):
+            tree = whole.cut(size)
+            length = calibration.mean_accepted_length(ranks, tree)
+            speed = length / float(np.interp(size, sizes, times))
+            if speed > best.get(name, (0.0, tree))[0]:
+                best[name] = speed, tree
+    return {f"{name} cut to {tree.size}": tree for name, (_, tree) in best.items()}
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Replays, times and prints."""
+    scheme = choices.acceptance(flags)
+    answerer = choices.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
+    heads = answerer.model.heads.num_heads
+    path = tuned.cache_file(answerer.model, choices.dtype(flags))
+    found = [one for one in tuned.read(path) if one["acceptance"] == tuned.describe(scheme)]
+    if not found:
+        raise InputError(f"nothing was tuned for this model, device and acceptance ({path})")
+    seconds = {
+        row["nodes"]: row["step_seconds"] for row in found[0]["table"] if row["tree"].isdigit()
+    }
+    if (best := tuned.tree_of(found[0])) == Tree():  # plain decoding won: then the best Medusa tree
+        best = None
+    prompts = tune.read_prompts(flags, answerer)
+    ranks = tune.rank_texts(answerer, tune.write_texts(answerer, prompts))
+    top_k = min(10, answerer.model.config.vocab_size)
+    trees: dict[str, Tree | Grown] = {"plain": Tree()}
+    if best is not None:
+        trees["tuned"] = best
+        trees[f"grown, {best.size}"] = Grown(best.size, heads, top_k)
+    trees |= candidates(ranks, heads, seconds)
+    trees["mc_sim_7b_63"] = Tree.published("mc_sim_7b_63").limit_depth(heads)
+
+    timed = {name: answerer.with_tree(tree, stops=False) for name, tree in trees.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in trees}
+    order = np.random.default_rng(0)
+    for _ in range(flags.repeats):
+        before = {name: dataclasses.replace(one.figures) for name, one in timed.items()}
+        for number, prompt in enumerate(tqdm(prompts, desc="decode", unit=" prompts")):
+            for name in order.permutation(list(trees)):
+                timed[name].run([prompt], [(number, 0)])
+        for name, one in timed.items():
+            speeds[name].append(one.figures.since(before[name]).tokens_per_second)
+    print("| tree | tokens | mean accepted length | tokens/s (min to max) |\n|---|---|---|---|")
+    for name in sorted(trees, key=lambda name: -statistics.median(speeds[name])):
+        length = timed[name].figures.mean_accepted_length
+        print(
+            f"| {name} | {trees[name].size} | {length:.2f} | {statistics.median(speeds[name]):.0f} "
+            f"({min(speeds[name]):.0f} to {max(speeds[name]):.0f}) |"
+        )
+    print(f"\ntuned tree, predicted: {found[0]['best']['tokens_per_second']:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    parser = cli.parser(__doc__ or "", "python benchmarks/trees.py --prompts held_out.jsonl")
+    choices.add_flags(parser)
+    parser.add_argument("--prompts", action="append", metavar="FILE")
+    parser.add_argument("--max_prompts", type=int, default=200)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    cli.run(main, parser.parse_args())

@@ -1,0 +1,257 @@
+"""What `bench` measured, as a Markdown table and as plots."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medusa_jax.bench_figures import OVERALL
+from medusa_jax.bench_runs import MEDUSA
+
+Row = dict[str, Any]
+Report = dict[str, Any]
+
+LABELS = {
+    "plain": "plain",
+    "medusa": "Medusa",
+    "hf": "HF generate",
+    "hf_lookup": "HF prompt lookup",
+}
+BANDWIDTH = (
+    "Bandwidth: what steps must read, over what a copy on this device moves; more than 100% where "
+    "the model stays in the caches."
+)
+NO_ACCEPTANCE = (
+    "Weights and heads are random: acceptance is not measured, and steps are timed, not texts."
+)
+
+
+def markdown(report: Report) -> str:
+    """Head, tables and notes."""
+    parts = [_head(report)]
+    if report["kind"] == "random_weights":
+        parts += [NO_ACCEPTANCE, *_assumed(report), _steps_table(report), BANDWIDTH]
+    else:
+        acceptances = dict.fromkeys(row["acceptance"] for row in report["rows"])
+        parts += [part for one in acceptances for part in _acceptance(report, one)]
+        parts.append(
+            "Medians over the repeats, with the least and the greatest. Speedup: tokens/s over "
+            "our plain decoding in the same repeat. Step: time of a step over a plain step. "
+            + BANDWIDTH
+        )
+    return "\n\n".join(parts)
+
+
+def plots(report: Report, directory: Path) -> list[str]:
+    """Draws PNG files into the directory; their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    draw: dict[str, Callable[[Report, Any], bool]]
+    if report["kind"] == "random_weights":
+        draw = {"steps.png": _draw_steps}
+    else:
+        draw = {"speed.png": _draw_speed, "acceptance.png": _draw_acceptance}
+    written = []
+    for name, paint in draw.items():
+        figure = pyplot.figure(figsize=(9, 4.5), layout="constrained")
+        if paint(report, figure):
+            figure.savefig(directory / name, dpi=120)
+            written.append(name)
+        pyplot.close(figure)
+    return written
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def _head(report: Report) -> str:
+    device = report["device"] if report["platform"] != "cpu" else report["cpu"]
+    what = report.get("preset") or report["model"]
+    peak = report["datasheet_bandwidth"]
+    return (
+        f"{what}, {report['dtype']}, {device} ({report['cpu_count']} processors), "
+        f"jax {report['jax']}, {_torch(report)}{report['date']}; "
+        f"copy bandwidth {report['copy_bandwidth'] / 1e9:.1f} GB/s"
+        + (f" of {peak / 1e9:.0f} by the data sheet" if peak else "")
+        + f"; {report['repeats']} repeats"
+    )
+
+
+def _torch(report: Report) -> str:
+    threads = report.get("torch_threads")
+    return f"torch {report['torch']} with {threads} threads, " if threads else ""
+
+
+def _acceptance(report: Report, acceptance: str) -> list[str]:
+    """Heading, table and notes of one acceptance."""
+    rows = _rows(report, acceptance)
+    cells = [
+        [
+            row["category"],
+            LABELS[row["system"]],
+            _spread(row["tokens_per_second"], "{:.1f}"),
+            _spread(row["speedup"], "{:.2f}x"),
+            _number(row.get("mean_accepted_length"), "{:.2f}"),
+            _spread(row.get("step_overhead"), "{:.2f}x"),
+            _spread({k: 1e3 * v for k, v in row["time_to_first_token_seconds"].items()}, "{:.1f}"),
+            _spread(row.get("bandwidth_share"), "{:.0%}"),
+        ]
+        for row in rows
+    ]
+    head = [
+        "category", "system", "tokens/s", "speedup", "accepted length", "step", "first token ms",
+        "bandwidth",
+    ]  # fmt: skip
+    parts = [
+        f"### {report['schemes'][acceptance]}{_tree(rows)}, "
+        f"batch {report['batch_size']}, {report['max_new_tokens']} new tokens",
+        _table(head, cells),
+    ]
+    same = [
+        f"{LABELS[row['system']]} {row['same_texts']['same']} of {row['same_texts']['of']}"
+        for row in report["rows"]
+        if (row["acceptance"], row["category"]) == (acceptance, OVERALL) and "same_texts" in row
+    ]
+    return [*parts, f"Texts equal to plain decoding's: {', '.join(same)}."] if same else parts
+
+
+def _steps_table(report: Report) -> str:
+    cells = [
+        [
+            str(row["batch_size"]),
+            str(row["nodes"]) if row["depth"] else "1 (plain)",
+            _spread(row["step_ms"], "{:.2f}"),
+            _spread(row["step_overhead"], "{:.2f}x"),
+            _spread(row["bandwidth_share"], "{:.0%}"),
+            _spread(row.get("bandwidth_share_datasheet"), "{:.0%}"),
+            _number(row.get("tokens_per_second"), "{:.1f}"),
+            _number(row.get("speedup"), "{:.2f}x"),
+        ]
+        for row in report["rows"]
+    ]
+    head = [
+        "batch", "tree", "ms a step", "over plain", "of copy bandwidth", "of data sheet",
+        "tokens/s", "speedup",
+    ]  # fmt: skip
+    return _table(head, cells)
+
+
+def _assumed(report: Report) -> list[str]:
+    if report["mean_accepted_length"] is None:
+        return []
+    return [
+        f"tokens/s and speedup assume {report['mean_accepted_length']:.2f} tokens a step at every "
+        f"size of tree, measured elsewhere: {report['accepted_length_from']}."
+    ]
+
+
+def _tree(rows: list[Row]) -> str:
+    return next(
+        (f", tree of {row['tree_size']} tokens" for row in rows if row["system"] == MEDUSA), ""
+    )
+
+
+def _rows(report: Report, acceptance: str) -> list[Row]:
+    """Rows of one acceptance; where there is one category only, without the sum of all."""
+    rows = [row for row in report["rows"] if row["acceptance"] == acceptance]
+    if len({row["category"] for row in rows}) == 2:
+        return [row for row in rows if row["category"] != OVERALL]
+    return rows
+
+
+def _table(head: list[str], cells: list[list[str]]) -> str:
+    """A Markdown table without the columns that hold nothing."""
+    kept = [i for i in range(len(head)) if any(line[i] != "-" for line in cells)]
+    head, *cells = ([line[i] for i in kept] for line in (head, *cells))
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _spread(values: dict[str, float] | None, form: str) -> str:
+    if values is None:
+        return "-"
+    low, high = form.format(values["min"]), form.format(values["max"])
+    return f"{form.format(values['median'])} ({low} to {high})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+# --- plots ------------------------------------------------------------------------------------
+
+
+def _draw_speed(report: Report, figure: Any) -> bool:
+    """tokens/s by category and system, one panel an acceptance."""
+    acceptances = list(dict.fromkeys(row["acceptance"] for row in report["rows"]))
+    panels = figure.subplots(1, len(acceptances), sharey=True, squeeze=False)[0]
+    for acceptance, axes in zip(acceptances, panels, strict=True):
+        rows = _rows(report, acceptance)
+        categories = list(dict.fromkeys(row["category"] for row in rows))
+        systems = [name for name in LABELS if any(row["system"] == name for row in rows)]
+        width = 0.8 / len(systems)
+        for place, system in enumerate(systems):
+            speeds = {r["category"]: r["tokens_per_second"] for r in rows if r["system"] == system}
+            shown = [speeds[category] for category in categories]
+            middle = [one["median"] for one in shown]
+            low = [one["median"] - one["min"] for one in shown]
+            high = [one["max"] - one["median"] for one in shown]
+            axes.bar(
+                [i + (place - (len(systems) - 1) / 2) * width for i in range(len(categories))],
+                middle,
+                width,
+                yerr=[low, high],
+                label=LABELS[system],
+            )
+        axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
+        axes.set_title(acceptance)
+    panels[0].set_ylabel("tokens/s")
+    most = max((axes.get_legend_handles_labels() for axes in panels), key=lambda one: len(one[1]))
+    figure.legend(*most, loc="outside upper center", ncols=len(most[1]))
+    return True
+
+
+def _draw_acceptance(report: Report, figure: Any) -> bool:
+    """How often a step accepts at least k guesses: of each acceptance, and of each category."""
+    acceptances = dict.fromkeys(row["acceptance"] for row in report["rows"])
+    every = [row for acceptance in acceptances for row in _rows(report, acceptance)]
+    rows = [row for row in every if row["system"] == MEDUSA]
+    axes = figure.subplots()
+    for row in rows:
+        shares = [one / row["num_drafts"] for one in row["num_accepted_tokens_per_pos"]]
+        bold = row["category"] == OVERALL
+        axes.plot(
+            range(1, len(shares) + 1),
+            shares,
+            marker="o",
+            linewidth=2.5 if bold else 1,
+            alpha=1 if bold else 0.5,
+            label=f"{row['acceptance']}, {row['category']}",
+        )
+    axes.set_xlabel("guesses accepted, at least")
+    axes.set_ylabel("share of steps")
+    axes.set_ylim(0, 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if rows:
+        axes.legend()
+    return bool(rows)
+
+
+def _draw_steps(report: Report, figure: Any) -> bool:
+    """Time of a step over the size of the tree, a line a batch size."""
+    axes = figure.subplots()
+    for batch in dict.fromkeys(row["batch_size"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["batch_size"] == batch]
+        middle = [row["step_ms"]["median"] for row in rows]
+        low = [row["step_ms"]["median"] - row["step_ms"]["min"] for row in rows]
+        high = [row["step_ms"]["max"] - row["step_ms"]["median"] for row in rows]
+        nodes = [row["nodes"] for row in rows]
+        axes.errorbar(nodes, middle, [low, high], marker="o", label=f"batch {batch}")
+    axes.set_xlabel("tokens of the tree, root included")
+    axes.set_ylabel("ms a step")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{report['preset']}, {report['dtype']}, random weights")
+    axes.legend()
+    return True

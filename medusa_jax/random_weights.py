@@ -1,0 +1,145 @@
+"""Random weights of real shapes, and how long a decoding step takes with them.
+
+A step's time depends on shapes alone, so models that are not at hand can be
+timed. What their heads guess means nothing: acceptance cannot be had this way.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from medusa_jax.backbone import Backbone, causal_mask
+from medusa_jax.bench_figures import spread
+from medusa_jax.config import ModelConfig
+from medusa_jax.decode import Decoder, outputs
+from medusa_jax.errors import InputError
+from medusa_jax.figures import device_bandwidth, step_bytes
+from medusa_jax.heads import HeadsConfig, MedusaHeads
+from medusa_jax.layout import for_decoding
+from medusa_jax.tree import Tree
+
+TREE = "mc_sim_7b_63"
+PROMPT_TOKENS = 16
+
+
+def random_params(abstract: Any, dtype: str) -> Any:
+    """Small random numbers in the shape of abstract parameters, made on the device."""
+    make = jax.jit(
+        lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1
+    )
+    leaves, structure = jax.tree.flatten(abstract)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return structure.unflatten(
+        [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def abstract_backbone(config: ModelConfig) -> Any:
+    """Abstract parameters of a backbone."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    init = jax.eval_shape(
+        lambda: Backbone(config).init(jax.random.key(0), tokens, tokens, causal_mask(2))
+    )
+    return init["params"]
+
+
+def abstract_heads(heads: HeadsConfig) -> Any:
+    """Abstract parameters of heads."""
+    hidden = jnp.zeros((1, heads.hidden_size))
+    init = jax.eval_shape(
+        lambda: MedusaHeads(heads).init(
+            jax.random.key(0), hidden, lambda x: jnp.zeros((*x.shape[:-1], heads.vocab_size))
+        )
+    )
+    return init["params"]
+
+
+def random_model(config: ModelConfig, heads: HeadsConfig, dtype: str) -> dict[str, Any]:
+    """Random {"backbone", "heads"} laid out for decoding.
+
+    The layout is changed while the shapes are still abstract: a model is never held twice.
+    """
+    abstract = {"backbone": abstract_backbone(config), "heads": abstract_heads(heads)}
+    place = functools.partial(for_decoding, tied=config.tied)
+    return random_params(jax.eval_shape(place, abstract), dtype)
+
+
+def trees(sizes: Sequence[int], num_heads: int) -> list[Tree]:
+    """The root alone, for plain decoding, then the published tree cut to each size, once each."""
+    whole = Tree.published(TREE).limit_depth(num_heads)
+    return [Tree(), *(tree for tree in map(whole.cut, sorted({*sizes} - {1})) if tree.nodes)]
+
+
+def time_steps(
+    config: ModelConfig,
+    heads: HeadsConfig,
+    dtype: str,
+    *,
+    sizes: Sequence[int],
+    batch_sizes: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+    copy_bandwidth: float,
+    tick: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any]]:
+    """One row a batch size and tree: ms a step, its ratio to the plain step, bandwidth shares.
+
+    Sizes and batch sizes take turns, repeat by repeat, so that a machine whose
+    speed drifts hurts all alike.
+
+    Args:
+      copy_bandwidth: measured on this device, bytes a second.
+      tick: called after each of the (repeats + 1) x batch sizes x trees runs; the first compile.
+    """
+    capacity = PROMPT_TOKENS + new_tokens
+    if capacity > config.context:
+        raise InputError(
+            f"{PROMPT_TOKENS} prompt tokens and {new_tokens} new ones exceed the context of "
+            f"{config.context}"
+        )
+    params = random_model(config, heads, dtype)
+    decoders = {
+        tree.size: Decoder(config, heads, tree, capacity=capacity)
+        for tree in trees(sizes, heads.num_heads)
+    }
+    times: dict[tuple[int, int], list[float]] = {
+        (batch, size): [] for batch in batch_sizes for size in decoders
+    }
+    prompt = [1 + token % (config.vocab_size - 1) for token in range(PROMPT_TOKENS)]
+    for repeat in range(repeats + 1):
+        for batch, size in times:
+            seconds = _step_seconds(decoders[size], params, [prompt] * batch, new_tokens)
+            if repeat:
+                times[batch, size].append(seconds)
+            tick()
+    rows = []
+    for (batch, size), seconds in times.items():
+        plain = times[batch, 1]
+        read = step_bytes(decoders[size], params, batch * (PROMPT_TOKENS + new_tokens / 2))
+        row = {
+            "batch_size": batch,
+            "nodes": size,
+            "depth": decoders[size].tree.depth,
+            "step_ms": spread([1e3 * one for one in seconds]),
+            "step_overhead": spread([a / b for a, b in zip(seconds, plain, strict=True)]),
+            "bandwidth_share": spread([read / one / copy_bandwidth for one in seconds]),
+        }
+        if peak := device_bandwidth():
+            row["bandwidth_share_datasheet"] = spread([read / one / peak for one in seconds])
+        rows.append(row)
+    return rows
+
+
+def _step_seconds(
+    decoder: Decoder, params: Any, prompts: list[list[int]], new_tokens: int
+) -> float:
+    state = decoder.prefill(params, prompts, max_new_tokens=new_tokens)
+    state = jax.block_until_ready(state)
+    start = time.perf_counter()
+    state = jax.block_until_ready(decoder.generate(params, state))
+    seconds = time.perf_counter() - start
+    return seconds / max(len(output.tokens_per_step) for output in outputs(state))

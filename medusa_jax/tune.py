@@ -1,0 +1,274 @@
+"""Finds the tree that decodes fastest: for these heads, this device, batch and acceptance.
+
+1. The model writes texts to the calibration prompts, and every head is asked at
+   every position how it ranks the token that came (`calibration.py`).
+2. For every size the best tree is built, and decoding with it replayed on those
+   ranks: its mean accepted length.
+3. On this device the trees take turns decoding: the time of a step.
+4. The highest product, tokens per second, wins. It is kept where `--tree auto`
+   finds it, with the table and a plot of both curves.
+
+Sampled text is less predictable: give the acceptance and temperature you will
+decode with. For `typical` the replay only knows the texts that were taken, not
+what else would have been accepted, so its lengths are lower bounds.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from medusa_jax import calibration, choices, cli, tuned
+from medusa_jax.acceptance import Typical
+from medusa_jax.answer import Answerer
+from medusa_jax.decode import Output, bucket
+from medusa_jax.errors import InputError
+from medusa_jax.grow import Grown
+from medusa_jax.records import read_requests
+from medusa_jax.tree import Tree
+
+EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+CALIBRATION_BATCH = 8
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; argparse exits with 2 where they are wrong."""
+    parser = cli.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
+    choices.add_flags(parser)
+    add = parser.add_argument
+    add("--prompts", action="append", metavar="FILE", help="JSON Lines to calibrate with, first "
+        "turns (default: those that come with the project)")  # fmt: skip
+    add("--max_prompts", type=int, default=200, help="of all files together")
+    add("--max_new_tokens", type=int, default=128, help="of each text")
+    add("--batch_size", type=int, default=1, help="rows that will be decoded together")
+    add("--sizes", type=int, nargs="+", default=SIZES, help="tree sizes to time, in tokens")
+    add("--grown", action="store_true", help="also time trees grown at every step")
+    add("--repeats", type=int, default=9, help="rounds in which the trees take turns")
+    add("--output", metavar="FILE", help="JSON (default: where --tree auto looks)")
+    add("--plot", metavar="FILE", help="PNG (default: beside the JSON)")
+    return parser.parse_args(arguments)
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Calibrates, times, writes and reports."""
+    scheme = choices.acceptance(flags)  # flags first: loading takes long
+    for name in ("max_prompts", "max_new_tokens", "batch_size", "repeats"):
+        if getattr(flags, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    if min(flags.sizes) < 1:
+        raise InputError(f"--sizes: a tree has at least one token, got {min(flags.sizes)}")
+    choices.check_output(flags.output)
+    answerer = choices.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
+    heads = answerer.model.heads.num_heads
+    prompts = read_prompts(flags, answerer)
+    if len(prompts) < flags.batch_size:
+        raise InputError(f"{len(prompts)} prompts do not fill a batch of {flags.batch_size}")
+
+    texts = write_texts(answerer, prompts)
+    ranks = rank_texts(answerer, texts)
+    top_k = min(10, answerer.model.config.vocab_size)
+    trees: dict[str, Tree | Grown] = {"1": Tree()}
+    for size in tqdm(sorted(set(flags.sizes) - {1}), desc="trees", unit=" trees"):
+        tree = calibration.best_tree(ranks, size, top_k)
+        trees[str(tree.size)] = tree
+    if flags.grown:
+        sizes = [size for size in sorted(set(flags.sizes)) if 4 <= size <= 64]
+        trees |= {f"grow:{size}": Grown(size, heads, top_k) for size in sizes}
+    rows = time_trees(answerer, trees, prompts, flags)
+    for row in rows:
+        tree = trees[row["tree"]]
+        if isinstance(tree, Tree):
+            row["mean_accepted_length"] = calibration.mean_accepted_length(ranks, tree)
+        else:
+            row["mean_accepted_length"] = decoded_length(answerer.with_tree(tree), prompts)
+        predict(row, flags)
+    best = max(rows, key=lambda row: row["tokens_per_second"])
+    tuning = _tuning(answerer, flags, trees[best["tree"]], best, rows)
+    tuning["accuracy"] = calibration.accuracy(ranks, top_k).round(5).tolist()
+    path = (
+        Path(flags.output)
+        if flags.output
+        else tuned.cache_file(answerer.model, choices.dtype(flags))
+    )
+    tuned.save(path, tuning)
+    print(markdown(rows, best))
+    print(f"\nwrote {path}", file=sys.stderr)
+    plot(rows, best, Path(flags.plot) if flags.plot else path.with_suffix(".png"))
+
+
+def write_texts(answerer: Answerer, prompts: list[list[int]]) -> list[Output]:
+    """Continues the prompts as decoding would: plainly, but for `Typical`, which then differs."""
+    plain = not isinstance(answerer.acceptance, Typical)
+    writer = answerer.with_tree(Tree()) if plain else answerer.with_tree(answerer.tree)
+    texts: list[Output] = []
+    for start in tqdm(range(0, len(prompts), CALIBRATION_BATCH), desc="texts", unit=" batches"):
+        batch = prompts[start : start + CALIBRATION_BATCH]
+        names = [(start + row, 0) for row in range(len(batch))]
+        texts += writer.run(batch, names, CALIBRATION_BATCH)[0]
+    return texts
+
+
+def decoded_length(answerer: Answerer, prompts: list[list[int]]) -> float:
+    """Mean accepted length of decoding the prompts, for what cannot be replayed."""
+    for start in range(0, len(prompts), CALIBRATION_BATCH):
+        batch = prompts[start : start + CALIBRATION_BATCH]
+        answerer.run(batch, [(start + row, 0) for row in range(len(batch))], CALIBRATION_BATCH)
+    return answerer.figures.mean_accepted_length
+
+
+def rank_texts(answerer: Answerer, texts: list[Output]) -> list[calibration.Ranks]:
+    """How the heads rank the tokens of the texts, text by text."""
+    model, found = answerer.model, []
+    for start in tqdm(range(0, len(texts), CALIBRATION_BATCH), desc="ranks", unit=" batches"):
+        batch = texts[start : start + CALIBRATION_BATCH]
+        ids = [one.prompt_ids + one.token_ids for one in batch]
+        tokens = np.zeros((CALIBRATION_BATCH, bucket(max(map(len, ids)))), np.int32)
+        for row, one in enumerate(ids):
+            tokens[row, : len(one)] = one
+        table = calibration.right_ranks(
+            model.config, model.heads, model.params, jnp.asarray(tokens)
+        )
+        for row, one in enumerate(batch):
+            mine = np.asarray(table[row])
+            found.append(calibration.text_ranks(mine, len(one.prompt_ids), len(ids[row])))
+    return found
+
+
+def time_trees(
+    answerer: Answerer,
+    trees: dict[str, Tree | Grown],
+    prompts: list[list[int]],
+    flags: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """A row a tree: median seconds of a step and of a prefill.
+
+    The trees take turns, so that a machine whose speed drifts hurts all alike,
+    and do so in another order each round.
+    """
+    timed = {name: answerer.with_tree(tree, stops=False) for name, tree in trees.items()}
+    steps: dict[str, list[float]] = {name: [] for name in trees}
+    prefills: dict[str, list[float]] = {name: [] for name in trees}
+    order = np.random.default_rng(flags.seed)
+    bar = tqdm(total=flags.repeats * len(trees), desc="steps", unit=" runs")
+    for repeat in range(flags.repeats):
+        first = repeat * flags.batch_size % (len(prompts) - flags.batch_size + 1)
+        batch = prompts[first : first + flags.batch_size]
+        for name in order.permutation(list(trees)):
+            before = dataclasses.replace(timed[name].figures)
+            timed[name].run(batch, [(first + row, 0) for row in range(len(batch))])
+            spent = timed[name].figures.since(before)
+            steps[name].append(spent.decode_seconds / spent.passes)
+            prefills[name].append(spent.seconds - spent.decode_seconds)
+            bar.update()
+    bar.close()
+    prefill = statistics.median(one for some in prefills.values() for one in some)
+    return [
+        {
+            "tree": name,
+            "nodes": tree.size,
+            "step_seconds": statistics.median(steps[name]),
+            "step_seconds_spread": [min(steps[name]), max(steps[name])],
+            "prefill_seconds": prefill,
+        }
+        for name, tree in trees.items()
+    ]
+
+
+def predict(row: dict[str, Any], flags: argparse.Namespace) -> None:
+    """Adds tokens per second, prefill included, for texts of `--max_new_tokens`."""
+    steps = flags.max_new_tokens / row["mean_accepted_length"]
+    seconds = row["prefill_seconds"] + steps * row["step_seconds"]
+    row["tokens_per_second"] = flags.batch_size * flags.max_new_tokens / seconds
+
+
+def markdown(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
+    """The table, the best row marked."""
+    plain = next(row for row in rows if row["tree"] == "1")
+    lines = [
+        "| tree | step ms (min to max) | mean accepted length | tokens/s | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["step_seconds_spread"]
+        lines.append(
+            f"| {row['tree']}{' *' if row is best else ''} | {1e3 * row['step_seconds']:.2f} "
+            f"({1e3 * low:.2f} to {1e3 * high:.2f}) | {row['mean_accepted_length']:.2f} | "
+            f"{row['tokens_per_second']:.0f} | "
+            f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], best: dict[str, Any], path: Path) -> None:
+    """Both curves over the size of the tree, and their product."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    static = [row for row in rows if not row["tree"].startswith("grow")]
+    grown = [row for row in rows if row["tree"].startswith("grow")]
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("mean_accepted_length", "mean accepted length", 1),
+        ("step_seconds", "ms a step", 1e3),
+        ("tokens_per_second", "tokens/s", 1),
+    )
+    for axis, (key, label, scale) in zip(axes, panels, strict=True):
+        for some, name, mark in ((static, "static", "o-"), (grown, "grown", "s--")):
+            if some:
+                values = [scale * row[key] for row in some]
+                axis.plot([row["nodes"] for row in some], values, mark, label=name, markersize=4)
+        axis.axvline(best["nodes"], color="grey", linewidth=0.8)
+        axis.set(xlabel="tokens in the tree", ylabel=label, ylim=(0, None))
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def read_prompts(flags: argparse.Namespace, answerer: Answerer) -> list[list[int]]:
+    """Prompt ids of the first turns of `--prompts`."""
+    prompts: list[list[int]] = []
+    for path in flags.prompts or [choices.shipped("prompts.jsonl")]:
+        for request in read_requests(path):
+            if len(prompts) < flags.max_prompts:
+                prompts.append(answerer.prompt(request, list(request.history), 0) or [])
+    if not prompts:
+        raise InputError("--prompts hold no prompt")
+    return prompts
+
+
+def _tuning(
+    answerer: Answerer,
+    flags: argparse.Namespace,
+    tree: Tree | Grown,
+    best: dict[str, Any],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    grown = isinstance(tree, Grown)
+    made = vars(tree) if grown else [list(node) for node in tree.nodes]
+    return {
+        "acceptance": tuned.describe(answerer.acceptance),
+        "batch_size": flags.batch_size,
+        "dtype": choices.dtype(flags),
+        "backend": jax.default_backend(),
+        "device": tuned.device(),
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "tree": made,
+        "best": best,
+        "table": rows,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, parse())

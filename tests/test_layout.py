@@ -1,0 +1,75 @@
+"""Weights [in, out] for decoding: the same numbers in another order."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import stored
+from conftest import TINY, TinyModel
+
+from medusa_jax.backbone import Backbone, causal_mask
+from medusa_jax.heads import HeadsConfig, MedusaHeads
+from medusa_jax.layout import for_decoding, multiply, placed, project
+
+TOKENS = jnp.array([[3, 1, 4, 1, 5]])
+
+
+def logits(config, params):
+    module, positions = Backbone(config), jnp.arange(5)[None]
+    hidden, _ = module.apply({"params": params}, TOKENS, positions, causal_mask(5))
+    return module.apply({"params": params}, hidden, method="unembed")
+
+
+def test_both_products_are_one():
+    x, weight = jax.random.normal(jax.random.key(0), (3, 8)), jnp.arange(40.0).reshape(5, 8)
+    np.testing.assert_allclose(multiply(x, weight.T), project(x, weight), rtol=1e-5)
+
+
+def test_names_and_shapes():
+    weight = np.zeros((5, 8))
+    assert {k: v.shape for k, v in placed("mlp/up/weight", weight).items()} == {
+        "mlp/up/kernel": (8, 5)
+    }
+    assert placed("mlp/up/bias", weight[0]).keys() == {"mlp/up/bias"}
+    assert placed("embed/embedding", weight).keys() == {"embed/embedding"}
+    tied = placed("embed/embedding", weight, tied=True)
+    assert {k: v.shape for k, v in tied.items()} == {
+        "embed/embedding": (5, 8),
+        "lm_head_kernel": (8, 5),
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_backbone_gives_the_same_logits(tiny: TinyModel, tied: bool):
+    config = dataclasses.replace(TINY, tied=tied)
+    params = dict(tiny.params["backbone"])
+    if tied:
+        del params["lm_head"]
+    laid = for_decoding({"backbone": params}, tied=tied)["backbone"]
+    np.testing.assert_allclose(logits(config, laid), logits(config, params), atol=1e-4)
+    back = stored(laid)
+    if tied:
+        back.pop("lm_head")
+    chex.assert_trees_all_equal(back, jax.tree.map(np.asarray, params))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_give_the_same_logits(shared: bool):
+    heads = HeadsConfig(2, 2, 8, 0 if shared else 12, shared)
+    unembedding = jax.random.normal(jax.random.key(1), (12, 8))
+    hidden = jax.random.normal(jax.random.key(2), (3, 8))
+
+    def unembed(x):
+        return project(x, unembedding)
+
+    params = MedusaHeads(heads).init(jax.random.key(0), hidden, unembed)["params"]
+    params = jax.tree.map(lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+    laid = for_decoding({"heads": params})["heads"]
+    one, other = (
+        MedusaHeads(heads).apply({"params": some}, hidden, unembed) for some in (params, laid)
+    )
+    np.testing.assert_allclose(jnp.stack(one), jnp.stack(other), atol=1e-4)
+    assert len(one) == 2 and not np.allclose(one[0], one[1])

@@ -1,0 +1,118 @@
+"""`python -m medusa_jax.tune`, and the trees that `--tree auto` finds."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_jax import choices, tune, tuned
+from medusa_jax.acceptance import Greedy, Lossless
+from medusa_jax.errors import InputError
+from medusa_jax.grow import Grown
+from medusa_jax.hf import Model
+from medusa_jax.tree import Tree
+
+FLAGS = ["--max_new_tokens", "24", "--sizes", "1", "3", "6", "--repeats", "2"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of tuned trees."""
+    monkeypatch.setenv("MEDUSA_JAX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def flags_of(shared: Path, *more: str) -> argparse.Namespace:
+    models = shared / "models"
+    where = ["--model", str(models / "stories260K"), "--heads", str(models / "stories260K-medusa")]
+    return tune.parse([*where, *more])
+
+
+def tuning(tree: Any, scheme: Any = None, batch_size: int = 1, **more: Any) -> dict[str, Any]:
+    found = tuned.describe(scheme or Greedy())
+    return {"acceptance": found, "batch_size": batch_size, "tree": tree, "backend": "cpu"} | more
+
+
+def test_tunes_and_is_found_again(shared: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    prompts = home / "prompts.jsonl"
+    texts = ("Once upon a time", "One day, a girl", "Tom and Lily")
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    flags = flags_of(shared, "--prompts", str(prompts), *FLAGS)
+    tune.main(flags)
+    table = capsys.readouterr().out
+    (path,) = (home / "trees").glob("*.json")
+    (made,) = json.loads(path.read_text())["tunings"]
+    assert [row["nodes"] for row in made["table"]] == [1, 3, 6]
+    lengths = [row["mean_accepted_length"] for row in made["table"]]
+    assert lengths[0] == 1 < lengths[1] < lengths[2]
+    speeds = [row["tokens_per_second"] for row in made["table"]]
+    assert max(speeds) == made["best"]["tokens_per_second"]
+    assert len(made["tree"]) + 1 == made["best"]["nodes"]
+    assert all(0 < sum(head) <= 1 for head in made["accuracy"])
+    assert "| 6" in table and path.with_suffix(".png").stat().st_size > 1000
+    model = choices.load_model(flags.model, flags.heads)
+    flags.tree, flags.batch_size = "auto", 1
+    assert choices.choose_tree(flags, model, Greedy()) == Tree.from_lists(made["tree"])
+
+
+def test_bad_flags(shared: Path, home: Path):
+    with pytest.raises(InputError, match="--repeats must be at least 1, got 0"):
+        tune.main(flags_of(shared, "--repeats", "0"))
+    with pytest.raises(InputError, match="a tree has at least one token, got 0"):
+        tune.main(flags_of(shared, "--sizes", "0", "4"))
+
+
+def test_nearest_acceptance_then_batch_is_found(stories: Model, home: Path):
+    path = tuned.cache_file(stories, "float32")
+    for tree, scheme, batch in (
+        ([[0]], Greedy(), 1),
+        ([[1]], Greedy(), 8),
+        ([[2]], Lossless(1.0), 1),
+        ({"size": 6, "depth": 3, "top_k": 4}, Lossless(0.5), 4),
+    ):
+        tuned.save(path, tuning(tree, scheme, batch))
+
+    def found(scheme: Any, batch: int) -> Tree | Grown | None:
+        return tuned.find(stories, scheme, batch, "float32")
+
+    assert found(Greedy(), 2) == Tree(((0,),))
+    assert found(Greedy(), 16) == Tree(((1,),))
+    assert found(Lossless(1.0), 64) == Tree(((2,),))
+    assert found(Lossless(0.5), 1) == Grown(6, 3, 4)
+    assert tuned.find(stories, Greedy(), 1, "bfloat16") is None
+    other = dataclasses.replace(stories, fingerprint="of-another-model")
+    assert tuned.find(other, Greedy(), 1, "float32") is None
+
+
+def test_a_second_tuning_replaces_the_first(stories: Model, home: Path):
+    path = tuned.cache_file(stories, "float32")
+    tuned.save(path, tuning([[0]]))
+    tuned.save(path, tuning([[0]], batch_size=4))
+    tuned.save(path, tuning([[1]]))
+    assert [one["tree"] for one in tuned.read(path)] == [[[0]], [[1]]]
+
+
+def test_trees_that_come_with_a_model_serve_its_kind_of_device(stories: Model, home: Path):
+    model = dataclasses.replace(stories, directory=home)
+    brought = [tuning([[0], [1]], backend="tpu"), tuning([[0], [0, 0]])]
+    (home / tuned.BESIDE).write_text(json.dumps({"tunings": brought}))
+    assert tuned.find(model, Greedy(), 1, "float32") == Tree(((0,), (0, 0)))
+
+
+@pytest.mark.parametrize("content", ["nonsense", "{}", '{"tunings": [{"tree": [[0, 0]]}]}'])
+def test_a_broken_file_is_named(stories: Model, home: Path, content: str):
+    path = tuned.cache_file(stories, "float32")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(InputError, match="no file of tuned trees"):
+        tuned.find(stories, Greedy(), 1, "float32")
+
+
+def test_fingerprint_tells_weights_apart(stories: Model, shared: Path):
+    models = shared / "models"
+    merged = choices.load_model(models / "stories260K-medusa-1.0")
+    again = choices.load_model(models / "stories260K", models / "stories260K-medusa")
+    assert again.fingerprint == stories.fingerprint != merged.fingerprint
