@@ -25,7 +25,7 @@ def get_config() -> Config:
     return Config(
         mode="medusa1",
         model=Backbone(path="runs/shipped_pretrain/model", dtype="float32", remat=False),
-        heads=Heads(number=5, layers=2, shared=True),
+        heads=Heads(number=4, layers=2, shared=True),
         data=Data(
             train=(f"{DATA}/own_tales.jsonl", f"{DATA}/own_dialogues.jsonl"),
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
@@ -38,7 +38,7 @@ def get_config() -> Config:
             heads_multiplier=4.0,
             batch_size=4,
             accumulation=4,
-            epochs=2,
+            epochs=1.25,
             warmup_steps=40,
             beta2=0.99,
         ),

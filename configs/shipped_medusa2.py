@@ -28,7 +28,7 @@ def get_config() -> Config:
     return Config(
         mode="medusa2",
         model=Backbone(path="runs/shipped_pretrain/model", dtype="float32", remat=False),
-        heads=Heads(number=5, layers=2, shared=True, path="runs/shipped_medusa1"),
+        heads=Heads(number=4, layers=2, shared=True, path="runs/shipped_medusa1"),
         lora=Lora(rank=0),
         data=Data(
             train=(
@@ -40,7 +40,7 @@ def get_config() -> Config:
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
             eval_rows=64,
             end="</s>",
-            max_documents=3000,
+            max_documents=700,
             sequence_length=512,
         ),
         loss=Loss(heads_weight=0.02, distill=True, chunk=0),

@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     choices.add_flags(parser)  # --acceptance takes several here
     add = parser.add_argument
     add("--prompts", action="append", metavar="FILE", help="MT-bench, Spec-Bench or any JSON Lines "
-        "that decode.py reads; may be given again")  # fmt: skip
+        "that decode.py reads; may be given again (default: those that come with the project)")  # fmt: skip
     add("--max_prompts", type=int, default=0, help="of each file; 0 for all")
     add("--raw", action="store_true", help="no chat template: BOS and the text as it is")
     add("--max_new_tokens", type=int, help="default: 128, or 32 with random weights")
@@ -101,8 +101,6 @@ def check(flags: argparse.Namespace) -> None:
         return
     if flags.histogram:
         raise InputError("--histogram goes with --random_weights; prompts have their own")
-    if not flags.prompts:
-        raise InputError("give --prompts, or --random_weights")
 
 
 # --- prompts ----------------------------------------------------------------------------------
@@ -177,7 +175,7 @@ def acceptances(flags: argparse.Namespace) -> dict[str, Acceptance]:
 def read(flags: argparse.Namespace) -> list[Request]:
     """The prompts of all files; those without a category take the name of their file."""
     found = []
-    for file in flags.prompts:
+    for file in flags.prompts or [str(choices.shipped("prompts.jsonl"))]:
         some = list(itertools.islice(read_requests(file), flags.max_prompts or None))
         if not some:
             raise InputError(f"--prompts {file} holds no prompts")

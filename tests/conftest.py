@@ -5,8 +5,11 @@ that need them skip in a bare clone; CI refuses to run without.
 """
 
 import dataclasses
+import io
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from medusa_jax.hf import Model, load_model
 from medusa_jax.training import stack
 from medusa_jax.tree_paths import flat, nested
 
+SCRIPT = Path(__file__).resolve().parents[1] / "decode.py"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -45,6 +49,22 @@ def stories(shared: Path) -> Model:
 def golden(shared: Path) -> list[dict[str, Any]]:
     """Recorded runs of the original PyTorch implementation."""
     return json.loads((shared / "golden/original_stories260K.json").read_text())
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs decode.py in this process: (exit code, stdout, stderr)."""
+
+    def call(*flags: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return int(done.value.code or 0), out.out, out.err
+
+    return call
 
 
 TINY = ModelConfig(

@@ -216,7 +216,6 @@ def test_a_category_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give --prompts, or --random_weights"),
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--prompts", "x", "--acceptance", "greedy,best"], "unknown acceptance 'best'"),
         (["--prompts", "x", "--repeats", 0], "--repeats must be at least 1, got 0"),

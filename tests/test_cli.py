@@ -1,9 +1,7 @@
 """`decode.py` as a user runs it: what it prints, what it writes, and how it says no."""
 
-import io
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,22 +18,6 @@ SCRIPT = Path(__file__).resolve().parents[1] / "decode.py"
 @pytest.fixture
 def models(shared) -> Path:
     return shared / "models"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs decode.py in this process: (exit code, stdout, stderr)."""
-
-    def call(*flags: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, flags)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err
-        return int(done.value.code or 0), out.out, out.err
-
-    return call
 
 
 @pytest.fixture

@@ -66,7 +66,10 @@ def test_heads_give_the_same_logits(shared: bool):
         return project(x, unembedding)
 
     params = MedusaHeads(heads).init(jax.random.key(0), hidden, unembed)["params"]
-    params = jax.tree.map(lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    random = [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(structure, random)
     laid = for_decoding({"heads": params})["heads"]
     one, other = (
         MedusaHeads(heads).apply({"params": some}, hidden, unembed) for some in (params, laid)

@@ -269,6 +269,31 @@ def test_only_matrices_decay():
     )
 
 
+def test_muon_turns_each_layers_matrix_and_adam_the_rest():
+    """Muon's update has equal singular values, layer by layer, and the RMS of AdamW's."""
+    optim = Optim(kind="muon", learning_rate=0.01, warmup_steps=0, clip=0)
+    rule = optimizer(config_of("pretrain", optim=optim), 10)
+    stack = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    grads = {
+        "backbone": {
+            "layers": {"mlp": {"up": {"weight": stack}}, "mlp_norm": {"scale": stack[:, :, 0]}},
+            "embed": {"embedding": stack[0]},
+        }
+    }
+    params = jax.tree.map(jnp.zeros_like, grads)
+    updates = flat(rule.update(grads, rule.init(params), params)[0])
+    turned = updates["backbone/layers/mlp/up/weight"]
+    for matrix, gradient in zip(turned, stack, strict=True):
+        size = np.linalg.svd(matrix, compute_uv=False)
+        assert size.max() / size.min() < 2.5 < np.divide(*np.linalg.svd(gradient)[1][[0, -1]])
+        assert float(jnp.vdot(matrix, gradient)) < 0
+        assert jnp.sqrt(jnp.mean(matrix**2)) == pytest.approx(0.2 * 0.01, rel=0.25)
+    for path in ("backbone/embed/embedding", "backbone/layers/mlp_norm/scale"):
+        step = -updates[path] / jnp.sign(flat(grads)[path])  # Nesterov's: a little over the rate
+        np.testing.assert_allclose(step, step.ravel()[0], rtol=1e-3)
+        assert 0.01 < step.ravel()[0] < 0.02
+
+
 def test_a_part_of_the_backbone_can_learn_alone(tiny: TinyModel):
     optim = Optim(trained="layers/mlp/.*", learning_rate=0.01, warmup_steps=0)
     setup = setup_of(tiny, config_of("medusa2", lora=Lora(rank=0), optim=optim))
