@@ -3,11 +3,12 @@
 Modules, in the order in which tokens pass through them:
 
     shapes      letters of array dimensions      config     ModelConfig from config.json
-    layers      norm, rotary, attention          cache      keys and values of accepted tokens
+    layers      norm, rotary, attention          layout     weights [in, out] for decoding
+    cache       keys and values of accepted tokens
     backbone    tokens -> hidden states          heads      hidden state -> guesses
-    tree        which guesses to verify          sampling   target distribution and draws
-    acceptance  which path becomes text          state      what a step advances
-    decode      prefill, step, generate, stream
+    tree        which guesses to verify          grow       ... chosen anew at every step
+    sampling    target distribution and draws    acceptance which path becomes text
+    state       what a step advances             decode     prefill, step, generate, stream
 
 and around them:
 
@@ -15,21 +16,26 @@ and around them:
     text, records               text <-> token ids, JSON Lines
     answer, figures             prompts -> answers, and what they cost
     console, cli, choices       for a person at a terminal
+    tune, calibration, tuned    the fastest tree for these heads and this device
+    bench                       speed and acceptance beside plain decoding and others
     distill, talks              a dataset's prompts -> the model's own answers
     training, export            heads, and backbones with them
     presets, tree_paths         known shapes; parameters by path
+    shipped                     the model that comes along
 """
 
 from medusa_jax.acceptance import Greedy, Lossless, Typical
 from medusa_jax.config import ModelConfig
 from medusa_jax.decode import Decoder, Output, State, outputs
 from medusa_jax.errors import InputError
+from medusa_jax.grow import Grown
 from medusa_jax.hf import Model, load_model
 from medusa_jax.tree import Tree
 
 __all__ = [
     "Decoder",
     "Greedy",
+    "Grown",
     "InputError",
     "Lossless",
     "Model",

@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from medusa_jax import bench, bench_figures, peers
-from medusa_jax.bench_figures import counters, histogram
+from medusa_jax.bench import __main__ as bench
+from medusa_jax.bench import figures, peers
+from medusa_jax.bench.figures import counters, histogram
 from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
 from medusa_jax.records import read_requests
@@ -24,7 +25,7 @@ TINY = ModelConfig(48, 16, 32, 1, 2, 2, 8, 64, tied=True)
 @pytest.fixture(autouse=True)
 def small_copy(monkeypatch):
     """No quarter of a gigabyte is copied to learn that the machine is a machine."""
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda: bench_figures.copy_bandwidth(4096))
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: figures.copy_bandwidth(4096))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def made(model, prompts, tmp_path_factory) -> Path:
     """The output of a run that most tests look at."""
     directory = tmp_path_factory.mktemp("out") / "made"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "copy_bandwidth", lambda: bench_figures.copy_bandwidth(4096))
+        patch.setattr(bench, "copy_bandwidth", lambda: figures.copy_bandwidth(4096))
         flags = ["--acceptance", "greedy,typical", "--max_prompts", 2, "--repeats", 2]
         flags += ["--raw", "--ignore_eos", "--max_new_tokens", 5, "--output", directory]
         _run("--model", model, *prompts, *flags)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medusa_jax.bench_figures import OVERALL
-from medusa_jax.bench_runs import MEDUSA
+from medusa_jax.bench.figures import OVERALL
+from medusa_jax.bench.runs import MEDUSA
 
 Row = dict[str, Any]
 Report = dict[str, Any]

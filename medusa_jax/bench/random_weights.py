@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from medusa_jax.backbone import Backbone, causal_mask
-from medusa_jax.bench_figures import spread
+from medusa_jax.bench.figures import spread
 from medusa_jax.config import ModelConfig
 from medusa_jax.decode import Decoder, outputs
 from medusa_jax.errors import InputError

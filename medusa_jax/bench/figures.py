@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medusa_jax.bench_runs import MEDUSA, PLAIN, Job, Run
+from medusa_jax.bench.peers import PEERS
+from medusa_jax.bench.runs import MEDUSA, PLAIN, Job, Run
 from medusa_jax.errors import InputError
 from medusa_jax.figures import Figures, device_bandwidth
 from medusa_jax.grow import Grown
-from medusa_jax.peers import PEERS
 from medusa_jax.tree import Tree
 
 OVERALL = "overall"

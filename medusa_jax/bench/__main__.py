@@ -21,17 +21,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medusa_jax import bench_report, choices, cli
+from medusa_jax import choices, cli
 from medusa_jax.acceptance import Acceptance
 from medusa_jax.answer import Answerer
-from medusa_jax.bench_figures import about, copy_bandwidth, histogram, summarise
-from medusa_jax.bench_runs import make_jobs, make_systems, measure
+from medusa_jax.bench.figures import about, copy_bandwidth, histogram, summarise
+from medusa_jax.bench.peers import PEERS, HuggingFace, available
+from medusa_jax.bench.random_weights import TREE, time_steps, trees
+from medusa_jax.bench.report import markdown, plots
+from medusa_jax.bench.runs import make_jobs, make_systems, measure
 from medusa_jax.errors import InputError
 from medusa_jax.heads import HeadsConfig
 from medusa_jax.hf import Model
-from medusa_jax.peers import PEERS, HuggingFace, available
 from medusa_jax.presets import PRESETS
-from medusa_jax.random_weights import TREE, time_steps, trees
 from medusa_jax.records import Request, read_requests
 from medusa_jax.tensor_files import write_json
 from medusa_jax.tree import Tree
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     choices.add_flags(parser)  # --acceptance takes several here
     add = parser.add_argument
     add("--prompts", action="append", metavar="FILE", help="MT-bench, Spec-Bench or any JSON Lines "
-        "that decode.py reads; may be given again (default: those that come with the project)")  # fmt: skip
+        "that decode.py reads; may be given again (default: the shipped model's)")  # fmt: skip
     add("--max_prompts", type=int, default=0, help="of each file; 0 for all")
     add("--raw", action="store_true", help="no chat template: BOS and the text as it is")
     add("--max_new_tokens", type=int, help="default: 128, or 32 with random weights")
@@ -73,13 +74,13 @@ def main(flags: argparse.Namespace) -> None:
     if flags.max_new_tokens is None:
         flags.max_new_tokens = 32 if flags.random_weights else 128
     report = random_report(flags) if flags.random_weights else prompts_report(flags)
-    text = bench_report.markdown(report)
+    text = markdown(report)
     print(text)
     directory = Path(flags.output)
     directory.mkdir(exist_ok=True)
     write_json(directory / "bench.json", report)
     (directory / "bench.md").write_text(text + "\n", encoding="utf-8")
-    drawn = bench_report.plots(report, directory)
+    drawn = plots(report, directory)
     print(f"{directory}: bench.json, bench.md, {', '.join(drawn)}", file=sys.stderr)
 
 

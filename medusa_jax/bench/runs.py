@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from medusa_jax.acceptance import Greedy, Lossless
 from medusa_jax.answer import Answerer
+from medusa_jax.bench.peers import PEERS, HuggingFace
 from medusa_jax.errors import InputError
 from medusa_jax.figures import Figures
-from medusa_jax.peers import PEERS, HuggingFace
 from medusa_jax.records import Request
 from medusa_jax.tree import Tree
 
