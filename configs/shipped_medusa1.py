@@ -5,7 +5,7 @@
           --data data/shipped/$1.jsonl --max_documents $2 --temperature 0.3 --batch_size 8 \\
           --output data/shipped/own_$1.jsonl
     }
-    own tales 3000; own dialogues 700
+    own tales 1300; own dialogues 300
     python train.py --config configs/shipped_medusa1.py --workdir runs/shipped_medusa1
 
 Purpose: heads that know how this backbone goes on; on other people's text they learn less.
@@ -38,7 +38,7 @@ def get_config() -> Config:
             heads_multiplier=4.0,
             batch_size=4,
             accumulation=4,
-            epochs=1.25,
+            epochs=2.5,
             warmup_steps=40,
             beta2=0.99,
         ),

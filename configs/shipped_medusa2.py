@@ -21,6 +21,7 @@ from medusa_jax.training.settings import (
 )
 
 DATA = "data/shipped"
+STORIES = f"{DATA}/stories.txt"
 
 
 def get_config() -> Config:
@@ -31,19 +32,15 @@ def get_config() -> Config:
         heads=Heads(number=4, layers=2, shared=True, path="runs/shipped_medusa1"),
         lora=Lora(rank=0),
         data=Data(
-            train=(
-                f"{DATA}/own_tales.jsonl",
-                f"{DATA}/own_dialogues.jsonl",
-                f"{DATA}/stories.txt",
-                f"{DATA}/dialogues.jsonl",
-            ),
+            # Its own texts twice, and stories that it learnt from once.
+            train=(*2 * (f"{DATA}/own_tales.jsonl", f"{DATA}/own_dialogues.jsonl"), STORIES),
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
             eval_rows=64,
             end="</s>",
-            max_documents=700,
+            max_documents=1100,
             sequence_length=512,
         ),
-        loss=Loss(heads_weight=0.02, distill=True, chunk=0),
+        loss=Loss(heads_weight=0.03, distill=True, chunk=0),
         optim=Optim(
             learning_rate=1e-4,
             heads_multiplier=20.0,

@@ -37,6 +37,7 @@ from medusa_jax.tree import Tree
 
 EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+GROWN_SIZES = (4, 8, 16, 32, 64)
 CALIBRATION_BATCH = 8
 
 
@@ -81,8 +82,7 @@ def main(flags: argparse.Namespace) -> None:
         tree = calibration.best_tree(ranks, size, top_k)
         trees[str(tree.size)] = tree
     if flags.grown:
-        sizes = [size for size in sorted(set(flags.sizes)) if 4 <= size <= 64]
-        trees |= {f"grow:{size}": Grown(size, heads, top_k) for size in sizes}
+        trees |= {f"grow:{size}": Grown(size, heads, top_k) for size in GROWN_SIZES}
     rows = time_trees(answerer, trees, prompts, flags)
     for row in rows:
         tree = trees[row["tree"]]
