@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.errors import InputError
 from medusa_jax.grow import Branches
-from medusa_jax.sampling import draw, warp
+from medusa_jax.sampling import argmax, draw, warp
 from medusa_jax.shapes import typed
 from medusa_jax.tree import Tree
 
@@ -174,12 +174,6 @@ class Typical:
 
 
 SCHEMES = {"greedy": Greedy, "typical": Typical, "lossless": Lossless}
-
-
-@typed
-def argmax(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
-    """Most likely token, the first among equals."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 @typed

@@ -40,6 +40,19 @@ def warp(
     return logits
 
 
+@typed
+def argmax(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
+    """Most likely token, the first among equals: (1, 3, 3) -> 1.
+
+    As two plain reductions, which XLA vectorises on a CPU; its own argmax takes
+    2 (V = 4096) to 8 times (V = 128256) as long there.
+    """
+    size = logits.shape[-1]
+    most = logits.max(axis=-1, keepdims=True)
+    where = jnp.where(logits == most, jnp.arange(size, dtype=jnp.int32), size - 1)
+    return where.min(axis=-1)
+
+
 def row_keys(seed: int, rows: list[tuple[int, int]]) -> Array:
     """One key a row [B], from (prompt number, sample number).
 
@@ -66,6 +79,6 @@ def draw(
     def one(key: Array, position: Array, row: Array) -> Array:
         # JAX's default noise stops at 15.9, which no token 1e-7 as likely as the best can reach.
         noise = jax.random.gumbel(jax.random.fold_in(key, position), row.shape, mode="high")
-        return jnp.argmax(row + noise).astype(jnp.int32)
+        return argmax(row + noise)
 
     return jax.vmap(one)(keys, positions, logits)

@@ -18,7 +18,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from medusa_jax.sampling import draw, row_keys, warp
+from medusa_jax.sampling import argmax, draw, row_keys, warp
 
 FALSE_ALARM = 1e-3
 TEMPERATURES = (0.3, 0.7, 1.0, 1.6)
@@ -151,3 +151,11 @@ def test_row_keys_belong_to_the_row():
             np.testing.assert_array_equal(again, data[i])
         other_seed = jax.random.key_data(row_keys(10, [row]))[0]
         assert (np.asarray(other_seed) != data[i]).any()
+
+
+def test_argmax_takes_the_first_among_equals():
+    assert argmax(jnp.array([1.0, 3.0, 3.0])) == 1
+    random = jax.random.randint(jax.random.key(0), (50, 4, 300), 0, 40).astype(jnp.bfloat16)
+    some = jnp.where(random < 5, -jnp.inf, random)
+    np.testing.assert_array_equal(argmax(some), jnp.argmax(some, axis=-1))
+    assert argmax(jnp.full((2, 7), jnp.nan)).max() < 7  # at least an id of the vocabulary
