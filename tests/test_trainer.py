@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from checkpoints import stored
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -154,9 +155,10 @@ def test_heads_are_exported_in_the_originals_layout_and_read_back(place: Path, f
     model = load_model(place / "model", finished / "heads")
     state = Checkpoints(finished)._manager.restore(24)
     trained = state["trainable"]["heads"]
+    heads = stored(model.params["heads"])
     for head in ("head_0", "head_1"):
-        np.testing.assert_array_equal(model.params["heads"][head]["vocab"], trained[head]["vocab"])
-        block = model.params["heads"][head]["block_0"]
+        np.testing.assert_array_equal(heads[head]["vocab"], trained[head]["vocab"])
+        block = heads[head]["block_0"]
         np.testing.assert_array_equal(block["weight"], trained[head]["block_0"]["weight"])
         assert np.abs(trained[head]["block_0"]["bias"]).max() > 0  # biases learn too
 
@@ -344,8 +346,8 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     settings_file = json.loads((tmp_path / "run/model/config.json").read_text())
     assert (settings_file["medusa_num_heads"], settings_file["medusa_num_layers"]) == (2, 1)
     assert (tmp_path / "run/model/tokenizer.json").is_file()
-    start = load_model(place / "model").params["backbone"]["layer_0"]["mlp"]["up"]["weight"]
-    trained = merged.params["backbone"]["layer_0"]["mlp"]["up"]["weight"]
+    start = load_model(place / "model").params["backbone"]["layer_0"]["mlp"]["up"]["kernel"]
+    trained = merged.params["backbone"]["layer_0"]["mlp"]["up"]["kernel"]
     assert np.abs(trained - start).max() > 1e-3
 
     decoder = Decoder(merged.config, merged.heads, Tree.chain(2), Greedy())
