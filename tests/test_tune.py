@@ -49,7 +49,7 @@ def test_tunes_and_is_found_again(shared: Path, home: Path, capsys: pytest.Captu
     lengths = [row["mean_accepted_length"] for row in made["table"]]
     assert lengths[0] == 1 < lengths[1] < lengths[2]
     speeds = [row["tokens_per_second"] for row in made["table"]]
-    assert max(speeds) == made["best"]["tokens_per_second"]
+    assert made["best"]["tokens_per_second"] >= 0.99 * max(speeds)
     assert len(made["tree"]) + 1 == made["best"]["nodes"]
     assert all(0 < sum(head) <= 1 for head in made["accuracy"])
     assert "| 6" in table and path.with_suffix(".png").stat().st_size > 1000
@@ -116,3 +116,12 @@ def test_fingerprint_tells_weights_apart(stories: Model, shared: Path):
     merged = choices.load_model(models / "stories260K-medusa-1.0")
     again = choices.load_model(models / "stories260K", models / "stories260K-medusa")
     assert again.fingerprint == stories.fingerprint != merged.fingerprint
+
+
+def test_of_equally_fast_trees_the_one_that_accepts_most_is_taken():
+    def row(speed: float, length: float) -> dict[str, Any]:
+        return {"tokens_per_second": speed, "mean_accepted_length": length}
+
+    slow, fastest, as_fast = row(90.0, 4.0), row(100.0, 2.0), row(99.5, 3.0)
+    assert tune.choose([slow, fastest, as_fast]) is as_fast
+    assert tune.choose([slow, fastest]) is fastest
