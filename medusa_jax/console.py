@@ -63,14 +63,16 @@ def decode(
                 for record in records:
                     write_record(file, record)
             if compare:
-                for _ in range(COMPARE_ROUNDS):
-                    ours, theirs = (
-                        list(itertools.chain(*either.answer(batch_requests, names, batch_size)))
-                        for either in (medusa, plain)
-                    )
-                pairs = zip(ours, theirs, strict=True)
-                same += sum(a["token_ids"] == b["token_ids"] for a, b in pairs)
-                count += len(ours)
+                turns = [
+                    [
+                        list(itertools.chain(*one.answer(batch_requests, names, batch_size)))
+                        for one in (medusa, plain)
+                    ]
+                    for _ in range(COMPARE_ROUNDS)
+                ]
+                for ours, theirs in zip(*turns[-1], strict=True):
+                    same += ours["token_ids"] == theirs["token_ids"]
+                    count += 1
             bar.update(len(batch))
     if not compare:
         print(answerer.figures, file=sys.stderr)
