@@ -65,9 +65,14 @@ def backbone_places(config: ModelConfig) -> dict[str, Place]:
 
 
 def head_places(config: HeadsConfig, prefix: str = "") -> dict[str, Place]:
-    """The original's names of head tensors: "0.0.linear.weight"; `prefix` "medusa_head." merged."""
+    """The original's names of head tensors: "0.0.linear.weight"; `prefix` "medusa_head." merged.
+
+    Truncated heads, which the original has not, also have a "token_map" (vLLM's name).
+    """
     width = config.hidden_size
     places = {}
+    if config.truncated:
+        places[f"{prefix}token_map"] = Place(("token_map",), (config.truncated,))
     for i in range(config.num_heads):
         stored, head = f"{prefix}{i}", f"head_{i}"
         for j in range(config.num_layers):
@@ -75,6 +80,6 @@ def head_places(config: HeadsConfig, prefix: str = "") -> dict[str, Place]:
             places[f"{linear}.weight"] = Place((*path, "weight"), (width, width))
             places[f"{linear}.bias"] = Place((*path, "bias"), (width,))
         if not config.shared:
-            shape = (config.vocab_size, width)
+            shape = (config.truncated or config.vocab_size, width)
             places[f"{stored}.{config.num_layers}.weight"] = Place((head, "vocab"), shape)
     return places
