@@ -5,6 +5,7 @@ a second against the device's memory bandwidth say how much of the limit is had.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -107,7 +108,9 @@ def device_bandwidth(kind: str | None = None) -> float | None:
 
 
 def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
-    """Bytes that one step has to read: weights, the heads in use, and the cached keys and values.
+    """Bytes that one step has to read: weights, the heads in use, cached keys and values.
+
+    Over a mesh, those that each device reads of its own.
 
     Args:
       cached_tokens: tokens in the cache, summed over the rows of the batch.
@@ -115,9 +118,16 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
     config, backbone = decoder.config, dict(params["backbone"])
     if not config.tied or "lm_head_kernel" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
-    names = [f"head_{i}" for i in range(decoder.tree.depth)]
-    if names and "vocab_kernel" in params["heads"]:
-        names.append("vocab_kernel")
-    leaves = jax.tree.leaves((backbone, [params["heads"][name] for name in names]))
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return sum(leaf.nbytes for leaf in leaves) + cached_tokens * per_token * leaves[0].itemsize
+    heads = [params["heads"][f"head_{i}"] for i in range(decoder.tree.depth)]
+    if heads and decoder.heads.shared:
+        # Heads wait for the accepted node, so a projection of the backbone's is read once more.
+        lies = ("lm_head_kernel", "lm_head", "embed")
+        unembedding = next(backbone[name] for name in lies if name in backbone)
+        heads.append(params["heads"].get("vocab_kernel", unembedding))
+    leaves = jax.tree.leaves((backbone, heads))
+    weights = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+    kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
+    per_token = 2 * config.num_layers * kv_heads * config.head_dim * leaves[0].dtype.itemsize
+    return weights + cached_tokens * per_token

@@ -13,7 +13,7 @@ PACKAGE = Path(medusa_jax.__file__).parent
 LEVELS = [
     ["errors", "shapes", "tree_paths"],
     ["config", "tree", "cli"],
-    ["layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
+    ["sharding", "layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
     ["backbone", "acceptance"],
     ["heads"],
     ["state", "places", "hf"],
