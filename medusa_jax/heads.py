@@ -31,6 +31,8 @@ class HeadsConfig:
       vocab_size: V.
       shared: logits through the backbone's lm_head instead of an own projection
         (the original's version "2").
+      truncated: N, the rows of the projections, where heads can guess only the
+        tokens of a map; 0: all V.
     """
 
     num_heads: int
@@ -38,6 +40,7 @@ class HeadsConfig:
     hidden_size: int
     vocab_size: int
     shared: bool = False
+    truncated: int = 0
 
 
 NO_HEADS = HeadsConfig(num_heads=0, num_layers=0, hidden_size=0, vocab_size=0)
