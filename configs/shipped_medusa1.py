@@ -2,10 +2,12 @@
 
     own() {
       python -m medusa_jax.distill --model runs/shipped_pretrain/model --autoregressive \\
-          --data data/shipped/$1.jsonl --max_documents $2 --temperature 0.3 --batch_size 8 \\
-          --output data/shipped/own_$1.jsonl
+          --data data/shipped/$2.jsonl --shard $3 --max_documents $4 --temperature $5 \\
+          --batch_size 32 --output data/shipped/own_$1.jsonl
     }
-    own tales 1300; own dialogues 300
+    own greedy tales 1/3 12576 0
+    own tales tales 2/3 12384 0.3
+    own dialogues dialogues 0/1 300 0.3
     python train.py --config configs/shipped_medusa1.py --workdir runs/shipped_medusa1
 
 Purpose: heads that know how this backbone goes on; on other people's text they learn less.
@@ -27,7 +29,7 @@ def get_config() -> Config:
         model=Backbone(path="runs/shipped_pretrain/model", dtype="float32", remat=False),
         heads=Heads(number=4, layers=2, shared=True),
         data=Data(
-            train=(f"{DATA}/own_tales.jsonl", f"{DATA}/own_dialogues.jsonl"),
+            train=tuple(f"{DATA}/own_{kind}.jsonl" for kind in ("greedy", "tales", "dialogues")),
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
             eval_rows=64,
             sequence_length=512,
@@ -38,7 +40,7 @@ def get_config() -> Config:
             heads_multiplier=4.0,
             batch_size=4,
             accumulation=4,
-            epochs=2.5,
+            epochs=1,
             warmup_steps=40,
             beta2=0.99,
         ),

@@ -32,12 +32,15 @@ def get_config() -> Config:
         heads=Heads(number=4, layers=2, shared=True, path="runs/shipped_medusa1"),
         lora=Lora(rank=0),
         data=Data(
-            # Its own texts twice, and stories that it learnt from once.
-            train=(*2 * (f"{DATA}/own_tales.jsonl", f"{DATA}/own_dialogues.jsonl"), STORIES),
+            # Its own texts, and stories that it learnt from.
+            train=(
+                *(f"{DATA}/own_{kind}.jsonl" for kind in ("greedy", "tales", "dialogues")),
+                STORIES,
+            ),
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
             eval_rows=64,
             end="</s>",
-            max_documents=1100,
+            max_documents=2500,
             sequence_length=512,
         ),
         loss=Loss(heads_weight=0.03, distill=True, chunk=0),

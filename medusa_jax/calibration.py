@@ -25,7 +25,7 @@ from jaxtyping import Array, Int
 
 from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.config import ModelConfig
-from medusa_jax.heads import HeadsConfig, MedusaHeads
+from medusa_jax.heads import HeadsConfig, MedusaHeads, rows_of
 from medusa_jax.tree import Node, Tree
 
 UNKNOWN = -1  # the text ends before the token that this head guesses
@@ -58,10 +58,13 @@ def right_ranks(
         ranks = []
         for k, one in enumerate(logits, start=1):
             right = jnp.roll(ids, -(k + 1))
+            if heads.truncated:
+                right = rows_of(right, params["heads"]["token_map"], config.vocab_size)
             value = jnp.take_along_axis(one, right[:, None], axis=1)
-            # Among equal logits top_k takes the lower id first.
+            # Among equal logits top_k takes the lower row first.
             before = (one == value) & (jnp.arange(one.shape[1]) < right[:, None])
-            ranks.append(jnp.sum((one > value) | before, axis=1))
+            rank = jnp.sum((one > value) | before, axis=1)
+            ranks.append(jnp.where(right < 0, config.vocab_size, rank))
         return jnp.stack(ranks, axis=-1)
 
     return jax.lax.map(row, tokens)

@@ -120,13 +120,11 @@ def _found(heads: StoredHeads) -> str:
 def _refuse(heads: StoredHeads, target: str) -> None:
     """Raises InputError where the target has no place for something."""
     config, kind = heads.config, DIALECTS[target]
-    if config.truncated and not kind.names.token_map:
+    if config.truncated and not kind.truncated:
         raise InputError(
-            f"--to {target}: it has no token_map, and these heads guess only "
+            f"--to {target}: its readers know no token_map, and these heads guess only "
             f"{config.truncated} of the tokens; vllm can hold them"
         )
-    if config.truncated and not config.vocab_size:
-        raise InputError(f"{heads.source}: config.json beside it must say vocab_size")
     if config.shared and not kind.shared:
         can = ", ".join(name for name in WRITABLE if DIALECTS[name].shared)
         raise InputError(
@@ -153,6 +151,8 @@ def _why_backbone(heads: StoredHeads, target: str) -> str:
         if lies:
             return f"--to {target} has no projection, so that of these heads must be the backbone's"
         return "--to vllm stores the projection that these heads share"
+    if heads.config.truncated and "vocab_size" not in heads.settings:
+        return "--to vllm says the size of the vocabulary, and these heads are truncated"
     return ""
 
 
@@ -174,17 +174,18 @@ def _open_base(heads: StoredHeads, base: str, reason: str) -> Base:
 def _with_projection(
     heads: StoredHeads, target: str, backbone: Base | None
 ) -> tuple[HeadsConfig, Tensors]:
-    """The heads with the projection that they share put in or left out, as the target wants."""
+    """The heads and V, the projection that they share put in or left out as the target wants."""
     config, tensors = heads.config, dict(heads.tensors)
+    if backbone:
+        config = dataclasses.replace(config, vocab_size=backbone.config.vocab_size)
+    elif config.truncated:
+        config = dataclasses.replace(config, vocab_size=heads.settings["vocab_size"])
     if not (config.shared and backbone):
         return config, tensors
-    if target == "vllm":
+    if target == "vllm" and "vocab" not in tensors:
         whole = backbone.unembedding
-        if config.truncated:
-            whole = whole.rows(tensors["token_map"].read())
-        tensors["vocab"] = whole
-        return dataclasses.replace(config, vocab_size=backbone.config.vocab_size), tensors
-    if "vocab" in tensors:
+        tensors["vocab"] = whole.rows(tensors["token_map"].read()) if config.truncated else whole
+    elif target != "vllm" and "vocab" in tensors:
         own = tensors.pop("vocab")
         if not _same(own, backbone.unembedding.cast(own.dtype)):
             raise InputError(

@@ -81,7 +81,7 @@ class Decoder:
                 f"suppress names token ids {list(self.suppress)}, but the vocabulary is "
                 f"0..{self.config.vocab_size - 1}"
             )
-        self.tree.check(self.heads.num_heads, self.config.vocab_size)
+        self.tree.check(self.heads.num_heads, self.heads.truncated or self.config.vocab_size)
 
     @property
     def slots(self) -> int:
@@ -305,7 +305,8 @@ class Decoder:
             return nothing.astype(jnp.int32), nothing
         unembed = functools.partial(self._unembed, params)
         logits = _apply(MedusaHeads(self.heads), params["heads"], hidden, unembed, self.tree.depth)
-        guesses, values = top_guesses(logits, self.tree.top_k)
+        token_map = params["heads"].get("token_map")
+        guesses, values = top_guesses(logits, self.tree.top_k, token_map)
         if not isinstance(self.tree, Grown):
             return guesses, nothing
         total = jax.nn.logsumexp(jnp.stack(logits, axis=1), axis=-1, keepdims=True)

@@ -22,7 +22,9 @@ from medusa_jax.places import ORIGINAL, HeadNames, head_places, matched
 from medusa_jax.tensor_files import StoredTensor, Tensors
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
-MERGED = HeadNames("medusa_head.{h}.{l}.linear", "medusa_head.{h}.{L}.weight")
+MERGED = HeadNames(
+    "medusa_head.{h}.{l}.linear", "medusa_head.{h}.{L}.weight", token_map="medusa_head.token_map"
+)
 MODELOPT = HeadNames("medusa_heads.{h}.{l}.linear", "medusa_heads.{h}.{L}.weight")
 VLLM = HeadNames("blocks.{h}.layers.{l}", "lm_heads.{h}.weight", "lm_head.weight", "token_map")
 TRTLLM = HeadNames("medusa_heads.{h}.medusa_layers.{l}.linear", "medusa_heads.{h}.lm_head.weight")
@@ -38,8 +40,9 @@ class Dialect:
       names: of its tensors.
       stem: of its file or shards.
       merged: the backbone lies in the same directory.
-      own, shared: whether it can hold heads with their own projections, and
+      own, shared: whether its readers know heads with their own projections, and
         heads that share the backbone's.
+      truncated: whether they know projections to the tokens of a map.
       writable: off for the dead.
     """
 
@@ -48,6 +51,7 @@ class Dialect:
     merged: bool = False
     own: bool = True
     shared: bool = False
+    truncated: bool = False
     writable: bool = True
 
 
@@ -56,7 +60,7 @@ DIALECTS = {
     "v2": Dialect(ORIGINAL, "medusa_lm_head", own=False, shared=True),
     "v1.0": Dialect(MERGED, "model", merged=True, shared=True),
     "tgi": Dialect(ORIGINAL, "medusa_lm_head", shared=True),
-    "vllm": Dialect(VLLM, "model", shared=True),
+    "vllm": Dialect(VLLM, "model", shared=True, truncated=True),
     "mlc": Dialect(MERGED, "model"),
     "modelopt": Dialect(MODELOPT, "model", merged=True),
     "trtllm": Dialect(TRTLLM, "rank", merged=True, writable=False),
@@ -70,7 +74,7 @@ class StoredHeads:
     Attributes:
       dialect: a key of `DIALECTS`.
       source: the file or the directory.
-      config: their shape; V of truncated heads is what `settings` say, or 0.
+      config: their shape.
       tensors: by the path of their parameter; "vocab" is a projection of all
         heads that lies with them, "token_map" the ids of its rows.
       settings: `config.json` beside them.
@@ -169,7 +173,7 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
         tensors, rest = divide(tensors)
     if names is VLLM:
         tensors = _vllm(tensors, source, settings)
-    config, by_path = _counted(names, tensors, source, settings)
+    config, by_path = _counted(names, tensors, source)
     if not dialect:
         dialect = next(name for name, one in DIALECTS.items() if one.names is names)
     if names is MERGED:
@@ -202,9 +206,7 @@ def _kind(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
     return None
 
 
-def _counted(
-    names: HeadNames, tensors: Tensors, source: Path, settings: dict[str, Any]
-) -> tuple[HeadsConfig, Tensors]:
+def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsConfig, Tensors]:
     """The shape that the tensors say, and they by the path of their parameter."""
     parsed = {name: kind for name in tensors if (kind := _kind(names, name))}
     if unknown := sorted(tensors.keys() - parsed.keys()):
@@ -230,7 +232,7 @@ def _counted(
         num_heads=count("h"),
         num_layers=count("l"),
         hidden_size=tensors[(named("weight") + projections)[0]].shape[-1],
-        vocab_size=int(settings.get("vocab_size", 0)) if truncated else rows,
+        vocab_size=0 if truncated else rows,
         shared=not named("vocab"),
         truncated=truncated,
     )
@@ -250,13 +252,11 @@ def _vllm(tensors: Tensors, source: Path, settings: dict[str, Any]) -> Tensors:
     if "token_map" not in tensors:
         return tensors
     ids = tensors["token_map"].read()
-    if ids.ndim != 1 or ids.min(initial=0) < 0 or len(np.unique(ids)) != ids.size:
-        raise InputError(f"{source}: token_map must hold different token ids, not {ids}")
 
     def shortened(name: str, tensor: StoredTensor) -> StoredTensor:
         if not name.startswith("lm_head") or tensor.shape[0] <= ids.size:
             return tensor
-        if ids.max(initial=0) >= tensor.shape[0]:
+        if not 0 <= ids.min() <= ids.max() < tensor.shape[0]:
             raise InputError(f"{source}: token_map has ids beyond the rows of {name}")
         return tensor.rows(ids)
 

@@ -17,7 +17,7 @@ from medusa_jax.tensor_files import read_json
 from medusa_jax.training import export, settings, sharding
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.optimizer import optimizer
-from medusa_jax.training.trainer import starting_state
+from medusa_jax.training.trainer import DATA, starting_state
 from medusa_jax.training.weights import load
 
 
@@ -52,7 +52,8 @@ def main(flags: argparse.Namespace) -> None:
     if flags.output and made.exists():
         raise InputError(f"{made} exists already; give another --output")
     mesh = sharding.make_mesh(settings.Mesh())
-    weights = load(config, mesh, with_learnt=False, with_frozen=config.mode != "medusa1")
+    token_map = read_json(workdir / DATA).get("token_map", ())
+    weights = load(config, mesh, token_map, with_learnt=False, with_frozen=config.mode != "medusa1")
     state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
     trained = checkpoints.restore(state, step).trainable
     first = jax.process_index() == 0

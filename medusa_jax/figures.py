@@ -106,7 +106,9 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
     config, backbone = decoder.config, dict(params["backbone"])
     if not config.tied or "lm_head_kernel" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
-    heads = {f"head_{i}": params["heads"][f"head_{i}"] for i in range(decoder.tree.depth)}
-    leaves = jax.tree.leaves((backbone, heads))
+    names = [f"head_{i}" for i in range(decoder.tree.depth)]
+    if names and "vocab_kernel" in params["heads"]:
+        names.append("vocab_kernel")
+    leaves = jax.tree.leaves((backbone, [params["heads"][name] for name in names]))
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return sum(leaf.nbytes for leaf in leaves) + cached_tokens * per_token * leaves[0].itemsize

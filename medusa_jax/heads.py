@@ -5,9 +5,14 @@ predicts token t+1, and predicts token t+k+1:
 
     x <- x + SiLU(W x + b)    L times, from x = h_t
     logits = U_k x            U_k [D, V] of its own, or the backbone's lm_head
+
+Large vocabularies make U_k most of a head. Truncated heads guess among W < V
+tokens only, those of their `token_map`: the backbone still verifies every guess
+over all V, so what a head cannot say costs a guess and never changes a text.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -28,11 +33,10 @@ class HeadsConfig:
       num_heads: M, counted from the weights, never from a checkpoint's config.
       num_layers: residual blocks of each head.
       hidden_size: D of the backbone they were trained on.
-      vocab_size: V.
-      shared: logits through the backbone's lm_head instead of an own projection
-        (the original's version "2").
-      truncated: N, the rows of the projections, where heads can guess only the
-        tokens of a map; 0: all V.
+      vocab_size: V, or 0 where the heads' own tensors do not say (shared or truncated).
+      shared: logits through one projection, the backbone's lm_head or its
+        `token_map` rows, instead of an own one (the original's version "2").
+      truncated: W, rows of the projection where it has fewer than V; else 0.
     """
 
     num_heads: int
@@ -61,10 +65,11 @@ class Head(nn.Module):
         ]
         if not config.shared and not self.has_variable("params", "vocab_kernel"):
             init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
-            self.vocab = self.param("vocab", init, (config.vocab_size, config.hidden_size))
+            rows = config.truncated or config.vocab_size
+            self.vocab = self.param("vocab", init, (rows, config.hidden_size))
 
     def __call__(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
-        """Logits, float32 [*dims, V], from hidden states [*dims, D]."""
+        """Logits, float32 [*dims, W], from hidden states [*dims, D]."""
         return self.project(self.features(x), unembed)
 
     def features(self, x: Array) -> Array:
@@ -83,7 +88,11 @@ class Head(nn.Module):
 
 
 class MedusaHeads(nn.Module):
-    """All heads. Parameters: a nested dict, one sub-dict a head."""
+    """All heads.
+
+    Parameters: a nested dict, one sub-dict a head; beside them, where heads are truncated,
+    `token_map`, and, where a shared projection lies with them, `vocab` [W, D].
+    """
 
     config: HeadsConfig
 
@@ -91,12 +100,16 @@ class MedusaHeads(nn.Module):
     def __call__(
         self, hidden: Array, unembed: Callable[[Array], Array], count: int | None = None
     ) -> list[Array]:
-        """Logits of the first `count` heads (all by default), float32 [*dims, V] each.
+        """Logits of the first `count` heads (all by default), float32 [*dims, W] each.
 
         Args:
           hidden: the backbone's hidden states after its final norm [*dims, D].
-          unembed: the backbone's own projection, for shared heads.
+          unembed: the backbone's own projection, for shared heads that hold none.
         """
+        if self.has_variable("params", "vocab_kernel"):
+            unembed = functools.partial(
+                multiply, kernel=self.get_variable("params", "vocab_kernel")
+            )
         numbers = range(self.config.num_heads if count is None else count)
         heads = [Head(self.config, name=f"head_{i}") for i in numbers]
         if not self.config.shared or self.is_initializing():
@@ -108,10 +121,28 @@ class MedusaHeads(nn.Module):
 
 @typed
 def top_guesses(
-    logits: list[Float[Array, "B V"]], top_k: int
+    logits: list[Float[Array, "B W"]], top_k: int, token_map: Int[Array, " W"] | None = None
 ) -> tuple[Int[Array, "B M R"], Float[Array, "B M R"]]:
-    """Best `top_k` token ids of each head, best first, and their logits."""
+    """Best `top_k` token ids of each head, best first, and their logits.
+
+    With token_map (7 2 9) and logits (.1 .3 .2), the best two are tokens 2 and 9.
+    """
     values, ranked = zip(*(jax.lax.top_k(head, top_k) for head in logits), strict=True)
     # XLA knows top_k by its pattern; a later slice that folds into it would turn it
     # back into a sort of the whole vocabulary.
-    return jax.lax.optimization_barrier((jnp.stack(ranked, axis=1), jnp.stack(values, axis=1)))
+    rows, best = jax.lax.optimization_barrier(
+        (jnp.stack(ranked, axis=1), jnp.stack(values, axis=1))
+    )
+    return rows if token_map is None else token_map[rows], best
+
+
+@typed
+def rows_of(
+    tokens: Int[Array, "*dims"], token_map: Int[Array, " W"], vocab_size: int
+) -> Int[Array, "*dims"]:
+    """The row of a truncated projection for each token, -1 where it has none.
+
+    With token_map (7 2 9): tokens (9 3 7) -> (2 -1 0).
+    """
+    rows = jnp.full(vocab_size, -1, jnp.int32)
+    return rows.at[token_map].set(jnp.arange(len(token_map), dtype=jnp.int32))[tokens]

@@ -88,11 +88,9 @@ def load_model(
     if stored:  # before the backbone, which takes long to read
         check_fit(stored, config)
         heads_config, tensors = stored.config, stored.tensors
-        if heads_config.truncated:
-            heads_config = dataclasses.replace(heads_config, vocab_size=config.vocab_size)
-            if heads_config.shared and "vocab" not in tensors:
-                whole = unembedding(backbone, tied=config.tied)
-                tensors = tensors | {"vocab": whole.rows(tensors["token_map"].read())}
+        if heads_config.shared and heads_config.truncated and "vocab" not in tensors:
+            whole = backbone["embed/embedding" if config.tied else "lm_head"]
+            tensors = tensors | {"vocab": whole.rows(tensors["token_map"].read())}
         params["heads"] = _loaded(tensors, dtype, digest)
     params["backbone"] = _loaded(backbone, dtype, digest, tied=config.tied)
     generation = directory / "generation_config.json"
@@ -114,11 +112,6 @@ def backbone_tensors(model: str | Path) -> dict[str, StoredTensor]:
     config = from_hf(tensor_files.read_json(directory / "config.json"))
     _, rest = dialects.divide(tensor_files.open_model(directory))
     return _backbone(config, rest, directory)
-
-
-def unembedding(backbone: Tensors, *, tied: bool) -> StoredTensor:
-    """The backbone's own projection [V, D] among its tensors by path."""
-    return backbone["embed/embedding" if tied else "lm_head"]
 
 
 def head_tensors(source: Path, expected: HeadsConfig) -> dict[str, StoredTensor]:
@@ -161,10 +154,13 @@ def check_fit(heads: StoredHeads, config: ModelConfig) -> None:
             f"{source}: these heads were made for a vocabulary of {made.vocab_size}, "
             f"the model has {config.vocab_size}"
         )
-    if made.truncated and heads.tensors["token_map"].read().max() >= config.vocab_size:
-        raise InputError(
-            f"{source}: token_map has ids beyond the model's vocabulary of {config.vocab_size}"
-        )
+    if made.truncated:
+        ids = heads.tensors["token_map"].read()
+        if ids.min() < 0 or ids.max() >= config.vocab_size or len(np.unique(ids)) != ids.size:
+            raise InputError(
+                f"{source}: token_map must hold different token ids of a vocabulary of "
+                f"{config.vocab_size}"
+            )
 
 
 def _backbone(config: ModelConfig, tensors: Tensors, source: Path) -> Tensors:

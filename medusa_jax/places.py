@@ -83,7 +83,8 @@ class HeadNames:
     token_map: str = ""
 
 
-ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight")
+# The original itself has no truncated heads; the map's name is vLLM's.
+ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight", token_map="token_map")
 
 
 def head_places(
@@ -96,6 +97,8 @@ def head_places(
     """
     width, rows = config.hidden_size, config.truncated or config.vocab_size
     places = {}
+    if config.truncated:
+        places[names.token_map] = Place(("token_map",), (rows,))
     for h in range(config.num_heads):
         head = f"head_{h}"
         for l in range(config.num_layers):  # noqa: E741
@@ -107,8 +110,6 @@ def head_places(
             places[vocab] = Place((head, "vocab"), (rows, width))
     if with_shared:
         places[names.shared] = Place(("vocab",), (rows, width))
-    if config.truncated:
-        places[names.token_map] = Place(("token_map",), (rows,))
     return places
 
 

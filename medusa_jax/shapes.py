@@ -5,10 +5,11 @@ Every public docstring, annotation and einsum string uses these letters:
     B  batch rows                      D  model (hidden) width
     T  tokens in one block             F  feed-forward width
     S  cache slots                     V  vocabulary
-    N  tree nodes, root included       H  query heads
-    E  path cells, tree depth + 1      K  key/value heads
-    M  Medusa heads                    G  query heads per key/value head, H / K
-    R  ranks kept of each head         C  width of one attention head
+    N  tree nodes, root included       W  tokens that heads guess among, V or fewer
+    E  path cells, tree depth + 1      H  query heads
+    M  Medusa heads                    K  key/value heads
+    R  ranks kept of each head         G  query heads per key/value head, H / K
+                                       C  width of one attention head
 
 Slot s of a cache row holds the token at position s of that row.
 """

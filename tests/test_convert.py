@@ -123,6 +123,18 @@ def test_a_truncated_projection_that_is_the_backbones_is_written_out(
     )
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_truncated_heads_of_our_trainer_go_to_vllm(
+    go: Any, saved: Path, tmp_path: Path, shared: bool
+):
+    tensors = random_heads(2, vocab=None if shared else len(MAP)) | {"token_map": MAP}
+    first = original(tmp_path / "first", tensors)
+    place = go(first, "vllm")
+    settings = json.loads((place / "config.json").read_text())
+    assert (settings["vocab_size"], settings["truncated_vocab_size"]) == (VOCAB, len(MAP))
+    chex.assert_trees_all_equal(load_model(saved, place).params, load_model(saved, first).params)
+
+
 def test_tensorrt_llm_to_the_original(go: Any, tmp_path: Path):
     tensors = random_heads(2)
     place = heads_directory(tmp_path / "trt", {"x": np.ones(1)}, mapping={"tp_size": 2})
@@ -403,11 +415,14 @@ def test_truncated_heads_go_to_vllm_only(tmp_path: Path, saved: Path, target: st
     first = heads_directory(tmp_path / "first", theirs)
     message = refusal(str(first), target, tmp_path / "out", base=str(saved))
     assert message == (
-        f"--to {target}: it has no token_map, and these heads guess only 5 of the tokens; "
-        "vllm can hold them"
+        f"--to {target}: its readers know no token_map, and these heads guess only 5 of the "
+        "tokens; vllm can hold them"
     )
     message = refusal(str(first), "vllm", tmp_path / "out")
-    assert message == f"{first}: config.json beside it must say vocab_size"
+    assert message == (
+        "--to vllm says the size of the vocabulary, and these heads are truncated: "
+        "give the backbone with --base"
+    )
 
 
 @pytest.mark.parametrize("target", ["v2", "tgi", "v1.0"])

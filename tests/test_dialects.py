@@ -146,7 +146,7 @@ def test_vllm_truncated_projections(saved: Path, tmp_path: Path, rows: str):
         theirs |= {f"lm_heads.{h}.weight": tensors[f"{h}.1.weight"][MAP].copy() for h in range(2)}
     place = heads_directory(tmp_path / "vllm", theirs, vocab_size=VOCAB)
     model = load_model(saved, place)
-    assert (model.heads.truncated, model.heads.vocab_size) == (len(MAP), VOCAB)
+    assert (model.heads.truncated, model.heads.vocab_size) == (len(MAP), 0)
     assert model.params["heads"]["token_map"].dtype == np.int32
     np.testing.assert_array_equal(model.params["heads"]["token_map"], MAP)
     for h in range(2):
@@ -166,18 +166,28 @@ def test_truncated_heads_without_a_projection_take_the_backbones_rows(
     np.testing.assert_array_equal(stored(model.params["heads"])["vocab"], expected)
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([0, 1, 1], "token_map must hold different token ids"),
-        ([-1, 2, 1], "token_map must hold different token ids"),
-        ([0, 1, VOCAB], f"token_map has ids beyond the model's vocabulary of {VOCAB}"),
-    ],
-)
-def test_maps_that_are_none(saved: Path, tmp_path: Path, ids: list[int], message: str):
+@pytest.mark.parametrize("prefix", ["", "medusa_head."])
+@pytest.mark.parametrize("shared", [True, False])
+def test_our_own_truncated_heads(copy: Path, tmp_path: Path, prefix: str, shared: bool):
+    """The trainer writes the original's files, and the map beside them."""
+    vocab = None if shared else len(MAP)
+    tensors = random_heads(2, vocab=vocab, prefix=prefix) | {f"{prefix}token_map": MAP}
+    if prefix:
+        edit_weights(copy / "model.safetensors", lambda old: old | tensors)
+    model = load_model(copy, None if prefix else heads_file(tmp_path, tensors))
+    assert (model.heads.truncated, model.heads.shared) == (len(MAP), shared)
+    np.testing.assert_array_equal(model.params["heads"]["token_map"], MAP)
+    vocab = stored(model.params["heads"]) if shared else stored(model.params["heads"])["head_1"]
+    assert vocab["vocab"].shape == (len(MAP), WIDTH)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 1], [-1, 2, 1], [0, 1, VOCAB]])
+def test_maps_that_are_none(saved: Path, tmp_path: Path, ids: list[int]):
     theirs = renamed(random_heads(1, vocab=3), "vllm", 1, 1) | {"token_map": np.array(ids)}
     place = heads_directory(tmp_path / "vllm", theirs)
-    assert f"{place}: {message}" in error_of(saved, place)
+    assert error_of(saved, place) == (
+        f"{place}: token_map must hold different token ids of a vocabulary of {VOCAB}"
+    )
 
 
 def test_a_map_beyond_the_rows_it_picks(saved: Path, tmp_path: Path):

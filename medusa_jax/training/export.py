@@ -68,7 +68,7 @@ def destination(config: Config, target: Path) -> Path:
 
 
 def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
-    params = flat({"heads": weights.trainable["heads"]})
+    params = flat(joined(weights.trainable, weights.frozen))
     base = Path(config.model.path)
     named = {"base_model_name_or_path": str(base.resolve() if base.exists() else base)}
     dialect = "v2" if weights.heads.shared else "v0.1"
@@ -108,12 +108,12 @@ def _given(shape: tuple[int, ...], dtype: str, give: Callable[[], np.ndarray]) -
 
 
 def _head_tensors(dialect: str, heads: HeadsConfig, params: dict[str, Any], dtype: str) -> Tensors:
-    return {
-        name: _given(
-            place.shape, dtype, functools.partial(_whole, params["/".join(("heads", *place.path))])
-        )
-        for name, place in head_places(heads, DIALECTS[dialect].names).items()
-    }
+    tensors = {}
+    for name, place in head_places(heads, DIALECTS[dialect].names).items():
+        array = params["/".join(("heads", *place.path))]
+        kind = "int64" if place.path == ("token_map",) else dtype  # as vLLM has it
+        tensors[name] = _given(place.shape, kind, functools.partial(_whole, array))
+    return tensors
 
 
 def _backbone_tensors(

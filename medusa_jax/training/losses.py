@@ -63,16 +63,18 @@ def cross_entropy(
 ) -> Sums:
     """Cross-entropy and hits, summed over the counted targets.
 
-    A target's rank is the number of logits above its own, so no sorting.
+    A target's rank is the number of logits above its own, so no sorting. Target -1
+    is a token that these logits have no place for: a miss that costs nothing.
     """
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     # A masked sum, not a gather: it stays local where the vocabulary is split over devices.
     own = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - own
     rank = jnp.sum(logits > own[..., None], axis=-1)
-    hits = jnp.stack([jnp.sum(counted & (rank < k)) for k in TOP])
+    known = counted & (targets >= 0)
+    hits = jnp.stack([jnp.sum(known & (rank < k)) for k in TOP])
     return Sums(
-        jnp.sum(jnp.where(counted, loss, 0.0)),
+        jnp.sum(jnp.where(known, loss, 0.0)),
         hits.astype(jnp.float32),
         jnp.sum(counted).astype(jnp.float32),
     )

@@ -1,6 +1,7 @@
 """One batch to the loss of a training mode, and everything that is reported about it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from medusa_jax.config import ModelConfig
-from medusa_jax.heads import Head, HeadsConfig
+from medusa_jax.heads import Head, HeadsConfig, rows_of
 from medusa_jax.training import settings, stack
 from medusa_jax.training.losses import (
     TOP,
@@ -152,7 +153,7 @@ class Objective:
         params = joined(jax.tree.map(lambda leaf: leaf.astype(dtype), trainable), frozen)
         hidden = self._hidden(params["backbone"], batch, params.get("adapters"), key)
 
-        def logits(hidden: Array) -> Array:
+        def logits(hidden: Array, rows: Array | None = None) -> Array:
             return stack.logits(
                 self.model,
                 params["backbone"],
@@ -161,6 +162,7 @@ class Objective:
                 self.adapter_scale,
                 self.adapter_dropout,
                 key,
+                rows,
             )
 
         targets, counted = _targets(batch, offset=1)
@@ -203,6 +205,10 @@ class Objective:
     def _head(self, k: int, params: Params, hidden: Array, batch: Batch, unembed: Any) -> Sums:
         targets, counted = _targets(batch, offset=k + 2)
         head, weights = Head(self.heads), {"params": params["heads"][f"head_{k}"]}
+        if self.heads.truncated:
+            token_map = params["heads"]["token_map"]
+            targets = rows_of(targets, token_map, self.model.vocab_size)
+            unembed = functools.partial(unembed, rows=token_map)
 
         def one(hidden: Array, targets: Array, counted: Array) -> Sums:
             logits: Any = head.apply(weights, hidden, unembed)

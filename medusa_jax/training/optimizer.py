@@ -21,10 +21,10 @@ def groups(config: Config) -> dict[str, str]:
     learns = config.mode == "pretrain" or (config.mode == "medusa2" and not config.adapted)
     trained = config.optim.trained if learns else "(?!)"  # which matches nothing
     return {
-        "heads": "heads/.*",
+        "heads": "heads/(?!token_map$).*",
         "adapters": "adapters/.*",
         "backbone": f"backbone/(?:{trained})",
-        FROZEN: f"(?:backbone/(?!(?:{trained})$)|teacher/).*",
+        FROZEN: f"(?:backbone/(?!(?:{trained})$)|teacher/).*|heads/token_map",
     }
 
 

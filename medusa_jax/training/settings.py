@@ -38,6 +38,8 @@ class Heads:
     Attributes:
       number, layers: M heads of this many residual blocks.
       shared: predict through the backbone's lm_head instead of a projection each.
+      truncated: guess among this many tokens only, those most frequent in the training
+        data: a shorter projection to read in every step; 0 for all.
       path: heads to start from: a directory or file of heads, or the working
         directory of an earlier run. Empty: copies of the lm_head.
     """
@@ -45,6 +47,7 @@ class Heads:
     number: int = 5
     layers: int = 1
     shared: bool = False
+    truncated: int = 0
     path: str = ""
 
 
@@ -254,7 +257,8 @@ def check(config: Config) -> None:
         raise InputError("heads.layers is 0 with heads.shared: such heads would hold nothing")
     at_least(2, data__sequence_length=config.data.sequence_length)
     at_least(0, loss__chunk=config.loss.chunk, lora__rank=config.lora.rank)
-    at_least(0, heads__layers=config.heads.layers, optim__warmup_steps=config.optim.warmup_steps)
+    at_least(0, heads__layers=config.heads.layers, heads__truncated=config.heads.truncated)
+    at_least(0, optim__warmup_steps=config.optim.warmup_steps)
     at_least(0, optim__learning_rate=config.optim.learning_rate, optim__clip=config.optim.clip)
     if config.mode != "pretrain":
         at_least(1, heads__number=config.heads.number)

@@ -23,6 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 # what splits its inputs over it, so that one sum a block crosses the devices.
 RULES = (
     (r"/ns_coeffs$", (None,)),  # constants that Muon keeps in its state
+    (r"/token_map$", P(None)),
     # Looked up by rows: parts of a row would have to be put together over all rows of the batch.
     (r"embedding$", P(("tensor", "fsdp"), None)),
     (r"(lm_head|vocab)$", P("tensor", "fsdp")),

@@ -107,13 +107,19 @@ def logits(
     scale: float = 0.0,
     dropout: float = 0.0,
     key: Array | None = None,
+    rows: Array | None = None,
 ) -> Array:
     """Next-token logits, float32 [..., V], as `Backbone.unembed` gives them.
 
-    Adapters as in `hidden_states`.
+    Adapters as in `hidden_states`. With `rows` [W], logits of these tokens only.
     """
-    out = project(hidden, params["embed"]["embedding"] if config.tied else params["lm_head"])
-    if adapters is None:
+    weight = params["embed"]["embedding"] if config.tied else params["lm_head"]
+    adapter = None if adapters is None else adapters["lm_head"]
+    if rows is not None:
+        weight = weight[rows]
+        adapter = adapter and adapter | {"b": adapter["b"][rows]}
+    out = project(hidden, weight)
+    if adapter is None:
         return out
     noise = None if key is None else path_key(key, "lm_head")
-    return out + scale * low_rank(dropped(hidden, dropout, noise), adapters["lm_head"])
+    return out + scale * low_rank(dropped(hidden, dropout, noise), adapter)

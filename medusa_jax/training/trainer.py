@@ -25,7 +25,7 @@ from medusa_jax.training.packing import Rows
 from medusa_jax.training.rows import read_rows
 from medusa_jax.training.settings import Config
 from medusa_jax.training.state import Ramp, TrainState, init_state, make_evaluation, make_step
-from medusa_jax.training.weights import Weights, load, model_shape
+from medusa_jax.training.weights import Weights, load, model_shape, starting_token_map
 
 # In the working directory: the settings as they are run, and which data they found.
 CONFIG, DATA = "config.json", "data.json"
@@ -64,14 +64,16 @@ def train(config: Config, workdir: str | Path) -> None:
     resumed = checkpoints.latest is not None
     if resumed:
         check_data(workdir, train_rows)
-    weights = load(config, mesh, with_learnt=not resumed)
+    token_map = token_map_of(config, train_rows, workdir if resumed else None)
+    weights = load(config, mesh, token_map, with_learnt=not resumed)
     rule = optimizer(config, total)
     state, places = starting_state(weights, rule, mesh, donate=not resumed)
     if resumed:
         state = checkpoints.restore(state)
     if first:
         write_json(workdir / CONFIG, dataclasses.asdict(config))
-        write_json(workdir / DATA, {"fingerprint": train_rows.fingerprint()})
+        found = {"fingerprint": train_rows.fingerprint()}
+        write_json(workdir / DATA, found | ({"token_map": token_map} if token_map else {}))
     start = int(state.step)
     metrics = Metrics(workdir, start, total, tensorboard=config.run.tensorboard, active=first)
     if start:
@@ -118,6 +120,21 @@ def starting_state(
     if not donate:
         return shape, places
     return jax.jit(make, donate_argnums=0, out_shardings=places)(weights.trainable), places
+
+
+def token_map_of(config: Config, rows: Rows, workdir: Path | None) -> list[int]:
+    """The tokens that truncated heads guess among; none where they are not.
+
+    Those of the run that `workdir` holds, else of the heads to start from, else the most
+    frequent of the training data.
+    """
+    if not config.heads.truncated:
+        return []
+    if workdir is not None:
+        return read_json(workdir / DATA)["token_map"]
+    if config.heads.path:
+        return starting_token_map(config)
+    return rows.most_frequent(config.heads.truncated)
 
 
 def check_length(config: Config, model: ModelConfig) -> None:

@@ -1,7 +1,7 @@
 """The parameters of a run: which there are, and how they come to their devices, part by part."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from medusa_jax.training.optimizer import FROZEN, group_of, groups
 from medusa_jax.training.settings import Config
 from medusa_jax.training.sharding import spec
 from medusa_jax.tree_paths import nested
+
+TOKEN_MAP = "heads/token_map"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,15 @@ def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
     if config.mode == "pretrain":
         return NO_HEADS
     ours = config.heads
-    vocab = 0 if ours.shared else model.vocab_size
-    return HeadsConfig(ours.number, ours.layers, model.hidden_size, vocab, ours.shared)
+    vocab = 0 if ours.shared or ours.truncated else model.vocab_size
+    if ours.truncated >= model.vocab_size:
+        raise InputError(
+            f"heads.truncated is {ours.truncated}; expected fewer than the model's "
+            f"{model.vocab_size} tokens, or 0 for all"
+        )
+    return HeadsConfig(
+        ours.number, ours.layers, model.hidden_size, vocab, ours.shared, ours.truncated
+    )
 
 
 def layout(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Parameter]:
@@ -95,12 +104,13 @@ def layout(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, 
     head_shapes = _shapes(head_places(heads)) if heads.num_heads else {}
     shapes |= teacher | adapters | {f"heads/{path}": shape for path, shape in head_shapes.items()}
     found = group_of(shapes, groups(config))
-    return {
-        path: Parameter(
-            shape, config.model.dtype if found[path] == FROZEN else "float32", found[path]
-        )
-        for path, shape in shapes.items()
-    }
+
+    def dtype(path: str) -> str:
+        if path == TOKEN_MAP:
+            return "int32"
+        return config.model.dtype if found[path] == FROZEN else "float32"
+
+    return {path: Parameter(shape, dtype(path), found[path]) for path, shape in shapes.items()}
 
 
 def split(leaves: Mapping[str, Any], table: Mapping[str, Parameter]) -> tuple[dict, dict]:
@@ -111,11 +121,17 @@ def split(leaves: Mapping[str, Any], table: Mapping[str, Parameter]) -> tuple[di
 
 
 def load(
-    config: Config, mesh: Mesh, *, with_learnt: bool = True, with_frozen: bool = True
+    config: Config,
+    mesh: Mesh,
+    token_map: Sequence[int] = (),
+    *,
+    with_learnt: bool = True,
+    with_frozen: bool = True,
 ) -> Weights:
     """Loads or makes parameters, each device its own part.
 
     Args:
+      token_map: the tokens that truncated heads guess among.
       with_learnt, with_frozen: whether to bring what learns, and what does not; off,
         their shapes only.
 
@@ -160,14 +176,21 @@ def load(
         make = jax.jit(_random, static_argnums=(1, 2, 3), out_shardings=sharding(path))
         return make(jax.random.key(config.seed), path, one.shape, one.dtype)
 
-    def copied(path: str, source: jax.Array) -> jax.Array:
+    def copied(path: str, source: jax.Array, rows: Any = ...) -> jax.Array:
         kind = table[path].dtype
-        return jax.jit(lambda x: jnp.copy(x.astype(kind)), out_shardings=sharding(path))(source)
+        copy = jax.jit(lambda x: jnp.copy(x[rows].astype(kind)), out_shardings=sharding(path))
+        return copy(source)
 
     leaves: dict[str, Any] = {}
+    ids = np.array(token_map, np.int32)
+    if heads.truncated:
+        place = sharding(TOKEN_MAP)
+        leaves[TOKEN_MAP] = jax.make_array_from_callback(ids.shape, place, ids.__getitem__)
     if config.heads.path and with_learnt and heads.num_heads:  # before what takes long
         stored = hf.head_tensors(_starting_heads(config.heads.path), heads)
-        leaves = {f"heads/{name}": put(f"heads/{name}", [one]) for name, one in stored.items()}
+        paths = {f"heads/{name}": tensor for name, tensor in stored.items()}
+        for path in paths.keys() & table.keys() - {TOKEN_MAP}:
+            leaves[path] = put(path, [paths[path]])
     if any(path.startswith(("backbone/", "teacher/")) for path in wanted):
         if config.model.random:
             leaves |= {path: made(path) for path in table if path.startswith("backbone/")}
@@ -181,10 +204,11 @@ def load(
         if path.startswith("teacher/"):
             leaves[path] = copied(path, leaves[path.replace("teacher/", "backbone/", 1)])
         elif path.startswith("heads/") and path.endswith("/vocab"):
-            leaves[path] = copied(path, leaves[unembedding])  # a new head starts as the lm_head
+            # A new head starts as the lm_head.
+            leaves[path] = copied(path, leaves[unembedding], ids if heads.truncated else ...)
         else:
             leaves[path] = made(path)
-    for path in table.keys() - wanted:
+    for path in table.keys() - wanted - {TOKEN_MAP}:
         one = table[path]
         leaves[path] = jax.ShapeDtypeStruct(
             one.shape, jnp.dtype(one.dtype), sharding=sharding(path)
@@ -206,6 +230,13 @@ def _random(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> ja
 
 def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {"/".join(place.path): place.shape for place in places.values()}
+
+
+def starting_token_map(config: Config) -> list[int]:
+    """The tokens that the heads to start from, which are truncated, guess among."""
+    heads = heads_shape(config, model_shape(config))
+    stored = hf.head_tensors(_starting_heads(config.heads.path), heads)
+    return stored["token_map"].read().tolist()
 
 
 def _starting_heads(path: str) -> Path:
