@@ -72,7 +72,7 @@ def main(flags: argparse.Namespace) -> None:
             for name in order.permutation(list(trees)):
                 timed[name].run([prompt], [(number, 0)])
         for name, one in timed.items():
-            speeds[name].append(one.figures.since(before[name]).tokens_per_second)
+            speeds[name].append((one.figures - before[name]).tokens_per_second)
     print("| tree | tokens | mean accepted length | tokens/s (min to max) |\n|---|---|---|---|")
     for name in sorted(trees, key=lambda name: -statistics.median(speeds[name])):
         length = timed[name].figures.mean_accepted_length

@@ -89,10 +89,21 @@ class Answerer:
         """The acceptance scheme in use."""
         return self._decoder.acceptance
 
-    def with_tree(self, tree: Tree | Grown, *, stops: bool = True) -> "Answerer":
+    @property
+    def suppress(self) -> tuple[int, ...]:
+        """Tokens that are never produced."""
+        return self._decoder.suppress
+
+    def with_tree(
+        self,
+        tree: Tree | Grown,
+        *,
+        acceptance: Acceptance | None = None,
+        stops: bool = True,
+    ) -> "Answerer":
         """The same with another tree, and figures of its own; `Tree()` decodes plainly.
 
-        Without `stops`, texts go on past end-of-sequence.
+        With an `acceptance`, that one; without `stops`, texts go on past end-of-sequence.
         """
         decoder = self._decoder
         limits = self.limits if stops else dataclasses.replace(self.limits, stop_ids=())
@@ -100,7 +111,7 @@ class Answerer:
             self.model,
             self.text,
             tree,
-            decoder.acceptance,
+            acceptance or decoder.acceptance,
             limits,
             seed=self.seed,
             suppress=decoder.suppress,

@@ -5,6 +5,9 @@ a second against the device's memory bandwidth say how much of the limit is had.
 """
 
 import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -66,10 +69,16 @@ class Figures:
             line += f", {share:.0%} of the memory-bandwidth limit"
         return line
 
-    def since(self, before: "Figures") -> "Figures":
+    def __add__(self, other: "Figures") -> "Figures":
+        return self._each(operator.add, other)
+
+    def __sub__(self, other: "Figures") -> "Figures":
         """What came on top of an earlier copy (`dataclasses.replace`) of these figures."""
+        return self._each(operator.sub, other)
+
+    def _each(self, operation: Callable[[Any, Any], Any], other: "Figures") -> "Figures":
         names = [field.name for field in dataclasses.fields(self)]
-        return Figures(**{name: getattr(self, name) - getattr(before, name) for name in names})
+        return Figures(*(operation(getattr(self, n), getattr(other, n)) for n in names))
 
     def add(
         self,

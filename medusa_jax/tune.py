@@ -15,9 +15,11 @@ what else would have been accepted, so its lengths are lower bounds.
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,6 @@ from medusa_jax.tree import Tree
 EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PLAIN = "1"  # name of the root alone
-TIMING_ERROR = 0.01
 GROWN_SIZES = (4, 8, 16, 32, 64)
 CALIBRATION_BATCH = 8
 
@@ -156,6 +157,7 @@ def time_trees(
     The trees take turns, in another order each round, and a step's time is the
     median over the rounds of its ratio to the plain step, times the plain step's
     median: a machine whose speed drifts from round to round hurts all alike.
+    `step_error` is the standard error of that ratio, as a share of it.
     """
     timed = {name: answerer.with_tree(tree, stops=False) for name, tree in trees.items()}
     steps: dict[str, list[float]] = {name: [] for name in trees}
@@ -168,7 +170,7 @@ def time_trees(
         for name in order.permutation(list(trees)):
             before = dataclasses.replace(timed[name].figures)
             timed[name].run(batch, [(first + row, 0) for row in range(len(batch))])
-            spent = timed[name].figures.since(before)
+            spent = timed[name].figures - before
             steps[name].append(spent.decode_seconds / spent.passes)
             prefills[name].append(spent.seconds - spent.decode_seconds)
             bar.update()
@@ -176,14 +178,16 @@ def time_trees(
     prefill = statistics.median(one for some in prefills.values() for one in some)
     plain = statistics.median(steps[PLAIN])
 
-    def overhead(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(steps[name], steps[PLAIN], strict=True))
-
+    ratios = {
+        name: [a / b for a, b in zip(some, steps[PLAIN], strict=True)]
+        for name, some in steps.items()
+    }
     return [
         {
             "tree": name,
             "nodes": tree.size,
-            "step_seconds": plain * overhead(name),
+            "step_seconds": plain * statistics.median(ratios[name]),
+            "step_error": median_error(ratios[name]),
             "step_seconds_spread": [min(steps[name]), max(steps[name])],
             "prefill_seconds": prefill,
         }
@@ -191,11 +195,31 @@ def time_trees(
     ]
 
 
+def median_error(values: Sequence[float]) -> float:
+    """Standard error of the median as a share of it, from the spread of the values.
+
+    That of normal values is sqrt(pi / 2) sigma / sqrt(n), and sigma is taken from
+    the quartiles (1.35 sigma apart), which outliers leave alone. Values 9, 9.5, 10,
+    10.5, 11: quartiles 1.0 apart, so 0.74 x 1.25 / sqrt(5) of 10: 0.042.
+    """
+    if len(values) == 1:
+        return 0.0
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return float(math.sqrt(math.pi / 2 / len(values)) * (high - low) / 1.349 / middle)
+
+
 def choose(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest; of those that the timing cannot tell apart, the one that accepts most."""
-    fastest = max(row["tokens_per_second"] for row in rows)
-    equal = [row for row in rows if row["tokens_per_second"] >= (1 - TIMING_ERROR) * fastest]
-    return max(equal, key=lambda row: row["mean_accepted_length"])
+    """The fastest; of those that the timing cannot tell apart, the one that accepts most.
+
+    Two speeds differ where one exceeds the other by more than the standard error of their ratio.
+    """
+    fastest = max(rows, key=lambda row: row["tokens_per_second"])
+
+    def equal(row: dict[str, Any]) -> bool:
+        error = math.hypot(row["step_error"], fastest["step_error"])
+        return row["tokens_per_second"] >= (1 - error) * fastest["tokens_per_second"]
+
+    return max(filter(equal, rows), key=lambda row: row["mean_accepted_length"])
 
 
 def predict(row: dict[str, Any], flags: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ for the kinds of device its makers had.
 import dataclasses
 import json
 import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,18 @@ def cache_file(model: Model, dtype: str) -> Path:
 
 def device() -> str:
     """This process's kind of device; of a CPU its model, and how many cores there are."""
-    kind = jax.devices()[0].device_kind
     if jax.default_backend() != "cpu":
-        return kind
+        return jax.devices()[0].device_kind
+    return f"cpu {cpu()} {os.cpu_count()}"
+
+
+def cpu() -> str:
+    """This machine's processor by name, as far as it is known."""
     try:
         names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         names = []
-    return f"cpu {names[0].strip() if names else kind} {os.cpu_count()}"
+    return names[0].strip() if names else platform.processor() or "cpu"
 
 
 def describe(acceptance: Acceptance) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from medusa_jax.bench.report import markdown, plots
 from medusa_jax.bench.runs import make_jobs, make_systems, measure
 from medusa_jax.errors import InputError
 from medusa_jax.heads import HeadsConfig
-from medusa_jax.hf import Model
 from medusa_jax.presets import PRESETS
 from medusa_jax.records import Request, read_requests
 from medusa_jax.tensor_files import write_json
@@ -117,9 +116,9 @@ def prompts_report(flags: argparse.Namespace) -> dict[str, Any]:
     jobs = list(make_jobs(medusa, requests, flags.batch_size))
     reference = None
     if peers:
-        model, limits = next((one.model, one.limits) for one in medusa.values())
-        ends = (limits.stop_ids, suppressed(flags, model))
-        reference = HuggingFace(model.directory, choices.dtype(flags), *ends)
+        some = next(iter(medusa.values()))
+        ends = (some.limits.stop_ids, some.suppress)
+        reference = HuggingFace(some.model.directory, choices.dtype(flags), *ends)
         reference.choose_threads(jobs[0].prompts[0])
     systems = make_systems(medusa, reference, peers, flags.batch_size)
     runs = list(measure(jobs, systems, flags.repeats))
@@ -151,16 +150,8 @@ def answerers(flags: argparse.Namespace, schemes: dict[str, Acceptance]) -> dict
     for name in others:
         scheme = schemes[name]
         tree = choices.choose_tree(flags, model, scheme) if model.heads.num_heads else Tree()
-        ends = suppressed(flags, model)
-        made[name] = Answerer(
-            model, built.text, tree, scheme, built.limits, seed=flags.seed, suppress=ends
-        )
+        made[name] = built.with_tree(tree, acceptance=scheme)
     return made
-
-
-def suppressed(flags: argparse.Namespace, model: Model) -> tuple[int, ...]:
-    """Tokens never to produce."""
-    return tuple(sorted({*model.suppress, *flags.suppress_tokens}))
 
 
 def acceptances(flags: argparse.Namespace) -> dict[str, Acceptance]:

@@ -5,7 +5,6 @@ since every repeat decodes the same.
 """
 
 import collections
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -27,6 +26,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.figures import Figures, device_bandwidth
 from medusa_jax.grow import Grown
 from medusa_jax.tree import Tree
+from medusa_jax.tuned import cpu
 
 OVERALL = "overall"
 SYSTEMS = (PLAIN, MEDUSA, *PEERS)
@@ -147,7 +147,7 @@ def about() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "datasheet_bandwidth": device_bandwidth(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cpu_count": os.cpu_count(),
         "machine": platform.platform(),
         "python": platform.python_version(),
@@ -195,12 +195,9 @@ def _order(groups: Iterable[Group]) -> Callable[[Group], tuple[int, bool, int, i
 
 def _by_repeat(runs: Sequence[Run]) -> list[Figures]:
     """The figures of each repeat, summed."""
-    names = [field.name for field in dataclasses.fields(Figures)]
-    found: dict[int, Figures] = {}
+    found: dict[int, Figures] = collections.defaultdict(Figures)
     for run in runs:
-        total = found.setdefault(run.repeat, Figures())
-        for name in names:
-            setattr(total, name, getattr(total, name) + getattr(run.figures, name))
+        found[run.repeat] += run.figures
     return [found[repeat] for repeat in sorted(found)]
 
 
@@ -209,15 +206,6 @@ def _same(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, int]:
     expected = {run.job: run.texts for run in plain if run.repeat == 0}
     pairs = [pair for run in runs for pair in zip(run.texts, expected[run.job], strict=True)]
     return {"same": sum(a == b for a, b in pairs), "of": len(pairs)}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def _version(package: str) -> str | None:
