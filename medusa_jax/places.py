@@ -5,11 +5,13 @@ sides, so a tensor is only ever renamed.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 
 from medusa_jax.config import ModelConfig
+from medusa_jax.errors import InputError
 from medusa_jax.heads import HeadsConfig
-
-MERGED = "medusa_head."  # prefix of head tensors that lie among a backbone's (v1.0)
+from medusa_jax.tensor_files import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,22 +66,69 @@ def backbone_places(config: ModelConfig) -> dict[str, Place]:
     return places
 
 
-def head_places(config: HeadsConfig, prefix: str = "") -> dict[str, Place]:
-    """The original's names of head tensors: "0.0.linear.weight"; `prefix` "medusa_head." merged.
+@dataclasses.dataclass(frozen=True)
+class HeadNames:
+    """How files name head tensors; {h} is the head, {l} the layer, {L} the number of layers.
 
-    Truncated heads, which the original has not, also have a "token_map" (vLLM's name).
+    Attributes:
+      linear: a residual block's, without ".weight" and ".bias".
+      vocab: a head's own projection.
+      shared: one projection of all heads that lies with them; "": lies never there.
+      token_map: ids of the rows of truncated projections; "": is never there.
     """
-    width = config.hidden_size
+
+    linear: str
+    vocab: str
+    shared: str = ""
+    token_map: str = ""
+
+
+# The original itself has no truncated heads; the map's name is vLLM's.
+ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight", token_map="token_map")
+
+
+def head_places(
+    config: HeadsConfig, names: HeadNames = ORIGINAL, *, with_shared: bool = False
+) -> dict[str, Place]:
+    """Names of head tensors: "0.0.linear.weight" in the original's files.
+
+    Args:
+      with_shared: a projection of all heads lies with them.
+    """
+    width, rows = config.hidden_size, config.truncated or config.vocab_size
     places = {}
     if config.truncated:
-        places[f"{prefix}token_map"] = Place(("token_map",), (config.truncated,))
-    for i in range(config.num_heads):
-        stored, head = f"{prefix}{i}", f"head_{i}"
-        for j in range(config.num_layers):
-            linear, path = f"{stored}.{j}.linear", (head, f"block_{j}")
+        places[names.token_map] = Place(("token_map",), (rows,))
+    for h in range(config.num_heads):
+        head = f"head_{h}"
+        for l in range(config.num_layers):  # noqa: E741
+            linear, path = names.linear.format(h=h, l=l), (head, f"block_{l}")
             places[f"{linear}.weight"] = Place((*path, "weight"), (width, width))
             places[f"{linear}.bias"] = Place((*path, "bias"), (width,))
         if not config.shared:
-            shape = (config.truncated or config.vocab_size, width)
-            places[f"{stored}.{config.num_layers}.weight"] = Place((head, "vocab"), shape)
+            vocab = names.vocab.format(h=h, L=config.num_layers)
+            places[vocab] = Place((head, "vocab"), (rows, width))
+    if with_shared:
+        places[names.shared] = Place(("vocab",), (rows, width))
     return places
+
+
+def matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Tensors:
+    """The placed tensors by the path of their parameter: "head_0/block_0/weight".
+
+    Raises:
+      InputError: names every tensor of `source` that is missing, unexpected or misshapen.
+    """
+    wrong = [f"missing {name} {list(p.shape)}" for name, p in places.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in places:
+            wrong.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tensor.shape != places[name].shape:
+            wrong.append(
+                f"misshapen {name}: {list(tensor.shape)}, expected {list(places[name].shape)}"
+            )
+    if wrong:
+        raise InputError(
+            f"{source}: tensors do not fit what was expected:\n  " + "\n  ".join(wrong)
+        )
+    return {"/".join(place.path): tensors[name] for name, place in places.items()}

@@ -10,7 +10,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,25 @@ from safetensors.numpy import save_file
 from medusa_jax.errors import InputError
 
 SHARD_BYTES = 5 * 10**9
+# What safetensors calls the types that tensors here have.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+           "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+           "BOOL": "bool"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file.
+    """A tensor that is not in memory yet: in a file, or still on devices.
 
     Attributes:
-      file: where it lies.
-      shape: its dimensions as stored.
+      shape: its dimensions.
+      dtype: its NumPy name, "bfloat16" included; safetensors' own name ("F8_E4M3") of
+        one that NumPy has no name for, which cannot be read.
       read: loads it, or the part of it that an index selects, as a NumPy array.
     """
 
-    file: Path
     shape: tuple[int, ...]
+    dtype: str
     read: Callable[..., np.ndarray]
 
     @property
@@ -46,7 +51,17 @@ class StoredTensor:
         def read(index: Any = ...) -> np.ndarray:
             return self.read(index if index is ... else index[::-1]).T
 
-        return StoredTensor(self.file, self.shape[::-1], read)
+        return StoredTensor(self.shape[::-1], self.dtype, read)
+
+    def rows(self, ids: np.ndarray) -> "StoredTensor":
+        """These rows of it, in this order."""
+        shape = (len(ids), *self.shape[1:])
+        return StoredTensor(shape, self.dtype, lambda index=...: self.read()[ids][index])
+
+    def cast(self, dtype: str) -> "StoredTensor":
+        """It, each number rounded to the nearest of another type."""
+        kind = jnp.dtype(dtype)
+        return StoredTensor(self.shape, dtype, lambda index=...: np.asarray(self.read(index), kind))
 
 
 Tensors = dict[str, StoredTensor]
@@ -116,18 +131,22 @@ def _open_shards(index: Path) -> Tensors:
 def _open_safetensors(file: Path) -> Tensors:
     try:
         handle = safe_open(file, framework="numpy")
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a complete safetensors file: {error}") from None
+
+    def read(name: str, index: Any) -> np.ndarray:
+        """A part of a tensor, of which no other byte is read."""
+        return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
+
     return {
-        name: StoredTensor(file, shape, lambda index=..., name=name: _slice(handle, name, index))
-        for name, shape in shapes.items()
+        name: StoredTensor(
+            tuple(part.get_shape()),
+            _DTYPES.get(part.get_dtype(), part.get_dtype()),
+            lambda index=..., name=name: read(name, index),
+        )
+        for name, part in parts.items()
     }
-
-
-def _slice(handle: Any, name: str, index: Any) -> np.ndarray:
-    """A part of a tensor, of which no other byte is read."""
-    return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
 
 
 def _open_pickle(file: Path) -> Tensors:
@@ -157,7 +176,9 @@ def _open_pickle(file: Path) -> Tensors:
 
     return {
         name: StoredTensor(
-            file, tuple(tensor.shape), lambda index=..., tensor=tensor: read(tensor, index)
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            lambda index=..., tensor=tensor: read(tensor, index),
         )
         for name, tensor in (state.items() if isinstance(state, dict) else ())
         if isinstance(name, str) and isinstance(tensor, torch.Tensor)
@@ -167,44 +188,55 @@ def _open_pickle(file: Path) -> Tensors:
 def write_model(
     directory: Path,
     stem: str,
-    tensors: Sequence[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]],
-    dtype: str,
+    tensors: Tensors,
     write: bool = True,
     shard_bytes: float = SHARD_BYTES,
 ) -> None:
     """Writes `stem.safetensors`, or shards of at most `shard_bytes` with an index.
 
     Args:
-      tensors: name, shape, and what gives the array: called once each, in
-        order, so that no more than one shard is in memory.
-      dtype: they are cast to.
+      tensors: each is read once, in order, and no more than one shard is in
+        memory; each keeps its own type.
       write: off in processes that only take part in giving the arrays.
+
+    Raises:
+      InputError: a tensor of a type that is not written.
     """
-    kind = jnp.dtype(dtype)
-    shards: list[list[int]] = []
+    strange = [f"{name} ({t.dtype})" for name, t in tensors.items() if not _known(t.dtype)]
+    if strange:
+        raise InputError(
+            f"tensors of a type that is not supported (quantised?): {', '.join(strange)}"
+        )
+    shards: list[list[str]] = []
     size: float = shard_bytes
-    for number, (_, shape, _) in enumerate(tensors):
-        bytes_here = math.prod(shape) * kind.itemsize
+    for name, tensor in tensors.items():
+        bytes_here = math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
         if not shards or size + bytes_here > shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(number)
+        shards[-1].append(name)
         size += bytes_here
     placed, total = {}, 0
-    for i, numbers in enumerate(shards, start=1):
+    for i, names in enumerate(shards, start=1):
         suffix = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         held = {}
-        for name, _, give in (tensors[number] for number in numbers):
-            array = give()
+        for name in names:
+            array = tensors[name].read()
             if write:
-                held[name] = np.ascontiguousarray(array.astype(kind))
+                held[name] = np.ascontiguousarray(array)
                 placed[name] = f"{stem}{suffix}.safetensors"
                 total += held[name].nbytes
         if write:
-            save_file(held, directory / f"{stem}{suffix}.safetensors", {"format": "pt"})
+            file = directory / f"{stem}{suffix}.safetensors"
+            save_file(held, file, {"format": "pt"})
+            file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
     if write and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         write_json(directory / f"{stem}.safetensors.index.json", index)
+
+
+def _known(dtype: str) -> bool:
+    return dtype in _DTYPES.values()
 
 
 def write_pickle(file: Path) -> None:

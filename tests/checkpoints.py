@@ -117,3 +117,42 @@ def error_of(*arguments: Any) -> str:
     with pytest.raises(InputError) as error:
         load_model(*arguments)
     return str(error.value)
+
+
+def names_in(dialect: str, head: int, layers: int) -> dict[str, str]:
+    """One head's tensor names in a dialect, by those of the original, written out."""
+    prefix = {"v1.0": "medusa_head.", "mlc": "medusa_head.", "modelopt": "medusa_heads."}
+    block, vocab = {
+        "vllm": (f"blocks.{head}.layers.%d", f"lm_heads.{head}.weight"),
+        "trtllm": (
+            f"medusa_heads.{head}.medusa_layers.%d.linear",
+            f"medusa_heads.{head}.lm_head.weight",
+        ),
+    }.get(
+        dialect,
+        (
+            f"{prefix.get(dialect, '')}{head}.%d.linear",
+            f"{prefix.get(dialect, '')}{head}.{layers}.weight",
+        ),
+    )
+    names = {f"{head}.{layers}.weight": vocab}
+    for layer in range(layers):
+        for kind in ("weight", "bias"):
+            names[f"{head}.{layer}.linear.{kind}"] = f"{block % layer}.{kind}"
+    return names
+
+
+def renamed(tensors: NPZ, dialect: str, heads: int, layers: int) -> NPZ:
+    """The original's head tensors under a dialect's names; others keep theirs."""
+    names: dict[str, str] = {}
+    for head in range(heads):
+        names |= names_in(dialect, head, layers)
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def heads_directory(directory: Path, tensors: NPZ, **config: Any) -> Path:
+    """A directory of `model.safetensors` and a config."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

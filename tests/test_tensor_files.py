@@ -12,13 +12,15 @@ import chex
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from checkpoints import VOCAB, WIDTH, assert_same, by_name, error_of, random_heads, save_bin
 from safetensors.numpy import save_file
 
+from medusa_jax.errors import InputError
 from medusa_jax.hf import load_model
-from medusa_jax.tensor_files import open_file, open_model, write_model
+from medusa_jax.tensor_files import StoredTensor, open_file, open_model, write_model
 
 # Pickles
 
@@ -165,8 +167,11 @@ def test_loading_never_holds_the_weights_twice(tmp_path: Path):
 
 def test_models_are_written_in_shards_and_heads_in_one_file(tmp_path):
     arrays = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(5)}
-    given = [(name, array.shape, lambda array=array: array) for name, array in arrays.items()]
-    write_model(tmp_path, "model", given, "float32", shard_bytes=200)  # two of 80 bytes each
+    given = {
+        name: StoredTensor(array.shape, "float32", lambda index=..., array=array: array[index])
+        for name, array in arrays.items()
+    }
+    write_model(tmp_path, "model", given, shard_bytes=200)  # two of 80 bytes each
     names = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     read = {name: tensor.read() for name, tensor in open_model(tmp_path).items()}
@@ -174,7 +179,35 @@ def test_models_are_written_in_shards_and_heads_in_one_file(tmp_path):
     assert all(np.array_equal(read[name], array) for name, array in arrays.items())
     part = open_model(tmp_path)["t3"].read((slice(1, 3), slice(None)))
     assert part.shape == (2, 5)
-    write_model(tmp_path, "heads", given, "bfloat16", shard_bytes=math.inf)
-    assert {t.read().dtype.name for t in open_file(tmp_path / "heads.safetensors").values()} == {
-        "bfloat16"
-    }
+    halves = {name: tensor.cast("bfloat16") for name, tensor in given.items()}
+    write_model(tmp_path, "heads", halves, shard_bytes=math.inf)
+    written = open_file(tmp_path / "heads.safetensors")
+    assert {(t.dtype, t.read().dtype.name) for t in written.values()} == {("bfloat16",) * 2}
+
+
+@pytest.mark.parametrize("name", ["t.safetensors", "t.pt"])
+def test_each_tensor_has_its_own_type(tmp_path: Path, name: str):
+    kinds = ["float32", "float16", "bfloat16", "int64"]
+    tensors = {kind: torch.arange(6).reshape(3, 2).to(getattr(torch, kind)) for kind in kinds}
+    if name == "t.pt":
+        torch.save(tensors, tmp_path / name)
+    else:
+        safetensors.torch.save_file(tensors, tmp_path / name)
+    opened = open_file(tmp_path / name)
+    assert {name: tensor.dtype for name, tensor in opened.items()} == {kind: kind for kind in kinds}
+    write_model(tmp_path, "again", opened)
+    again = open_file(tmp_path / "again.safetensors")
+    for kind in kinds:
+        assert again[kind].dtype == again[kind].read().dtype.name == kind
+        assert again[kind].read().tobytes() == opened[kind].read().tobytes()
+    picked = opened["bfloat16"].rows(np.array([2, 0]))
+    assert picked.shape == picked.read().shape == (2, 2)
+    assert picked.read().astype(int).tolist() == [[4, 5], [0, 1]]
+    assert opened["int64"].cast("float16").read((slice(1, 2),)).tolist() == [[2.0, 3.0]]
+
+
+def test_types_that_numpy_lacks_are_refused_by_name(tmp_path: Path):
+    file = tmp_path / "t.safetensors"
+    safetensors.torch.save_file({"q": torch.ones(2).to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(InputError, match=r"not supported \(quantised\?\): q \(F8_E4M3\)"):
+        write_model(tmp_path, "again", open_file(file))

@@ -134,5 +134,5 @@ def test_a_map_as_large_as_the_vocabulary_is_refused(tiny: TinyModel):
     with pytest.raises(InputError, match=r"heads\.truncated is .*expected fewer"):
         heads_shape(config, tiny.config)
     assert heads_shape(Config(heads=Heads(number=2, truncated=3)), tiny.config) == HeadsConfig(
-        2, 1, tiny.config.hidden_size, 0, False, 3
+        2, 1, tiny.config.hidden_size, tiny.config.vocab_size, False, 3
     )

@@ -1,8 +1,8 @@
 """Trained weights to the original's formats: v0.1 heads, or a merged v1.0 directory."""
 
+import functools
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,24 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from medusa_jax import hf
+from medusa_jax.dialects import DIALECTS, head_settings
+from medusa_jax.directories import Replacing, copy_beside
 from medusa_jax.errors import InputError
 from medusa_jax.heads import HeadsConfig
-from medusa_jax.places import MERGED, backbone_places, head_places
-from medusa_jax.tensor_files import read_json, write_json, write_model, write_pickle
+from medusa_jax.places import backbone_places, head_places
+from medusa_jax.tensor_files import (
+    StoredTensor,
+    Tensors,
+    read_json,
+    write_json,
+    write_model,
+    write_pickle,
+)
 from medusa_jax.text import Text
 from medusa_jax.training import lora, stack
 from medusa_jax.training.settings import Config
 from medusa_jax.training.weights import Weights
 from medusa_jax.tree_paths import flat, joined
-
-# What a Hugging Face directory holds beside weights and config.json.
-_BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-           "chat_template*", "vocab.json", "merges.txt")  # fmt: skip
-Named = Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]
 
 
 def export(config: Config, weights: Weights, target: Path, *, write: bool = True) -> Path:
@@ -64,17 +68,17 @@ def destination(config: Config, target: Path) -> Path:
 
 
 def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
-    params = flat({"heads": weights.trainable["heads"]})
+    params = flat(joined(weights.trainable, weights.frozen))
     base = Path(config.model.path)
     named = {"base_model_name_or_path": str(base.resolve() if base.exists() else base)}
-    settings = _heads_settings(weights.heads) | named
-    tensors = list(_head_tensors(weights.heads, params, ""))
-    with _Replacing(target, write) as directory:
+    dialect = "v2" if weights.heads.shared else "v0.1"
+    tensors = _head_tensors(dialect, weights.heads, params, dtype)
+    with Replacing(target, write) as directory:
         # One file, however large: no reader of heads knows of shards.
-        write_model(directory, "medusa_lm_head", tensors, dtype, write, math.inf)
+        write_model(directory, DIALECTS[dialect].stem, tensors, write, math.inf)
         if write:
             write_pickle(directory / "medusa_lm_head.safetensors")
-            write_json(directory / "config.json", settings)
+            write_json(directory / "config.json", head_settings(dialect, weights.heads) | named)
 
 
 def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
@@ -84,41 +88,47 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
     settings = read_json(source / "config.json") | {"torch_dtype": dtype}
     settings.pop("dtype", None)
     if weights.heads.num_heads:
-        settings |= _heads_settings(weights.heads)
+        settings |= head_settings("v1.0", weights.heads)
     if config.adapted:
         settings["tie_word_embeddings"] = False  # the adapted lm_head has left the embedding
-    tensors = list(_backbone_tensors(weights, params, scale))
-    tensors += _head_tensors(weights.heads, params, MERGED)
-    with _Replacing(target, write) as directory:
-        write_model(directory, "model", tensors, dtype, write)
+    tensors = _backbone_tensors(weights, params, scale, dtype)
+    tensors |= _head_tensors("v1.0", weights.heads, params, dtype)
+    with Replacing(target, write) as directory:
+        write_model(directory, DIALECTS["v1.0"].stem, tensors, write)
         if write:
-            for pattern in _BESIDE:
-                for file in filter(Path.is_file, source.glob(pattern)):
-                    shutil.copyfile(file, directory / file.name)
+            copy_beside(source, directory)
             if config.data.template:  # it was trained with another than its tokenizer's own
                 template = Text(source, template=config.data.template).template
                 (directory / "chat_template.jinja").write_text(template or "", encoding="utf-8")
             write_json(directory / "config.json", settings)
 
 
-def _heads_settings(heads: HeadsConfig) -> dict[str, Any]:
-    shared = {"version": "2"} if heads.shared else {}
-    return {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers} | shared
+def _given(shape: tuple[int, ...], dtype: str, give: Callable[[], np.ndarray]) -> StoredTensor:
+    return StoredTensor(shape, dtype, lambda index=...: give()[index]).cast(dtype)
 
 
-def _head_tensors(heads: HeadsConfig, params: dict[str, Any], prefix: str) -> Named:
-    for name, place in head_places(heads, prefix).items():
+def _head_tensors(dialect: str, heads: HeadsConfig, params: dict[str, Any], dtype: str) -> Tensors:
+    tensors = {}
+    for name, place in head_places(heads, DIALECTS[dialect].names).items():
         array = params["/".join(("heads", *place.path))]
-        yield name, place.shape, lambda array=array: _whole(array)
+        kind = "int64" if place.path == ("token_map",) else dtype  # as vLLM has it
+        tensors[name] = _given(place.shape, kind, functools.partial(_whole, array))
+    return tensors
 
 
-def _backbone_tensors(weights: Weights, params: dict[str, Any], scale: float) -> Named:
+def _backbone_tensors(
+    weights: Weights, params: dict[str, Any], scale: float, dtype: str
+) -> Tensors:
+    tensors = {}
     for name, one in backbone_places(weights.model).items():
         path, layer = stack.place("/".join(one.path))
-        yield name, one.shape, _folded(params, path, path.removesuffix("/weight"), layer, scale)
+        give = _folded(params, path, path.removesuffix("/weight"), layer, scale)
+        tensors[name] = _given(one.shape, dtype, give)
     if "adapters/lm_head/a" in params and weights.model.tied:
         shape = params["backbone/embed/embedding"].shape
-        yield "lm_head.weight", shape, _folded(params, "embed/embedding", "lm_head", None, scale)
+        give = _folded(params, "embed/embedding", "lm_head", None, scale)
+        tensors["lm_head.weight"] = _given(shape, dtype, give)
+    return tensors
 
 
 def _folded(
@@ -144,21 +154,3 @@ def _whole(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-class _Replacing:
-    """A directory that takes `target`'s place once it is complete."""
-
-    def __init__(self, target: Path, write: bool) -> None:
-        self._target, self._new, self._write = target, target.with_name(f"{target.name}.tmp"), write
-
-    def __enter__(self) -> Path:
-        if self._write:
-            shutil.rmtree(self._new, ignore_errors=True)
-            self._new.mkdir(parents=True)
-        return self._new
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self._write and kind is None:
-            shutil.rmtree(self._target, ignore_errors=True)
-            self._new.rename(self._target)

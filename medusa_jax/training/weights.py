@@ -77,7 +77,7 @@ def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
     if config.mode == "pretrain":
         return NO_HEADS
     ours = config.heads
-    vocab = 0 if ours.shared or ours.truncated else model.vocab_size
+    vocab = model.vocab_size if ours.truncated or not ours.shared else 0
     if ours.truncated >= model.vocab_size:
         raise InputError(
             f"heads.truncated is {ours.truncated}; expected fewer than the model's "
