@@ -55,7 +55,7 @@ def main(flags: argparse.Namespace) -> None:
         best = None
     prompts = tune.read_prompts(flags, answerer)
     ranks = tune.rank_texts(answerer, tune.write_texts(answerer, prompts))
-    top_k = min(10, answerer.model.config.vocab_size)
+    top_k = choices.ranks(answerer.model)
     trees: dict[str, Tree | Grown] = {"plain": Tree()}
     if best is not None:
         trees["tuned"] = best

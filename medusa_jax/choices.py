@@ -21,7 +21,7 @@ from medusa_jax.tree import Tree, published_names
 
 log = logging.getLogger(__name__)
 
-GROWN_RANKS = 10  # guesses of each head that a grown tree chooses from
+MOST_RANKS = 10  # guesses of each head that trees are made of; the original's top-k
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +99,11 @@ def build(
     return Answerer(model, text, tree, scheme, limits, seed=flags.seed, suppress=suppress)
 
 
+def ranks(model: Model) -> int:
+    """R, guesses of each head that a tree can be made of."""
+    return min(MOST_RANKS, model.heads.truncated or model.config.vocab_size)
+
+
 def shipped(name: str) -> Path:
     """A file of the model that comes with the project, or, for "", its directory."""
     return Path(__file__).parent / "shipped" / name
@@ -122,7 +127,7 @@ def choose_tree(flags: argparse.Namespace, model: Model, scheme: Acceptance) -> 
         found = tuned.find(model, scheme, getattr(flags, "batch_size", 1), dtype(flags))
         return found or Tree.default(num_heads, _accelerated(), str(flags.model))
     if grown := re.fullmatch(r"grow:(\d+)", flags.tree):
-        return Grown(int(grown[1]), num_heads, min(GROWN_RANKS, model.config.vocab_size))
+        return Grown(int(grown[1]), num_heads, ranks(model))
     if flags.tree in published_names():
         return Tree.published(flags.tree)
     if Path(flags.tree).is_file():

@@ -79,7 +79,7 @@ def main(flags: argparse.Namespace) -> None:
 
     texts = write_texts(answerer, prompts)
     ranks = rank_texts(answerer, texts)
-    top_k = min(10, answerer.model.config.vocab_size)
+    top_k = choices.ranks(answerer.model)
     trees: dict[str, Tree | Grown] = {PLAIN: Tree()}
     for size in tqdm(sorted(set(flags.sizes) - {1}), desc="trees", unit=" trees"):
         tree = calibration.best_tree(ranks, size, top_k)
