@@ -13,6 +13,8 @@ Modules, in the order in which tokens pass through them:
 and around them:
 
     tensor_files, places, hf    checkpoints -> parameters
+    dialects, convert           heads of every layout, and from one to another
+    directories                 written whole or not at all
     text, records               text <-> token ids, JSON Lines
     answer, figures             prompts -> answers, and what they cost
     console, cli, choices       for a person at a terminal

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import chex
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,11 +23,16 @@ from checkpoints import (
     renamed,
     stored,
 )
+from conftest import TINY
 from safetensors.numpy import load_file, save_file
 
 from medusa_jax.dialects import DIALECTS, open_heads
 from medusa_jax.errors import InputError
+from medusa_jax.heads import HeadsConfig
 from medusa_jax.hf import load_model
+from medusa_jax.training import export
+from medusa_jax.training.settings import Config, Run
+from medusa_jax.training.weights import Weights
 
 MAP = np.array([5, 3, 20, 0, 11])
 
@@ -179,6 +186,27 @@ def test_our_own_truncated_heads(copy: Path, tmp_path: Path, prefix: str, shared
     np.testing.assert_array_equal(model.params["heads"]["token_map"], MAP)
     vocab = stored(model.params["heads"]) if shared else stored(model.params["heads"])["head_1"]
     assert vocab["vocab"].shape == (len(MAP), WIDTH)
+
+
+def test_a_run_exports_truncated_heads_with_their_map(tmp_path: Path):
+    tensors = random_heads(1, vocab=len(MAP))
+    linear = {kind: tensors[f"0.0.linear.{kind}"] for kind in ("weight", "bias")}
+    trained = {"head_0": {"block_0": linear, "vocab": tensors["0.1.weight"]}}
+    trained = jax.tree.map(jnp.asarray, trained)
+    frozen = {"heads": {"token_map": jnp.asarray(MAP, jnp.int32)}}
+    weights = Weights(
+        TINY, HeadsConfig(1, 1, WIDTH, 0, False, len(MAP)), {"heads": trained}, frozen
+    )
+    config = Config(mode="medusa1", run=Run(export_dtype="bfloat16"))
+    found = open_heads(export.export(config, weights, tmp_path))
+    assert found.config == weights.heads
+    assert {path: tensor.dtype for path, tensor in found.tensors.items()} == {
+        "token_map": "int64",
+        "head_0/block_0/weight": "bfloat16",
+        "head_0/block_0/bias": "bfloat16",
+        "head_0/vocab": "bfloat16",
+    }
+    assert found.tensors["token_map"].read().tolist() == MAP.tolist()
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 1], [-1, 2, 1], [0, 1, VOCAB]])
