@@ -13,6 +13,7 @@ PACKAGE = Path(medusa_jax.__file__).parent
 LEVELS = [
     ["errors", "shapes", "tree_paths"],
     ["config", "tree", "cli"],
+    ["topology", "compile_only"],
     ["layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
     ["backbone", "acceptance"],
     ["heads"],
@@ -31,7 +32,6 @@ LEVELS = [
         "training.rows",
         "training.loop",
         "training.trainer",
-        "training.topology",
         "training.compile_only",
     ],
     ["export", "distill", "tune"],

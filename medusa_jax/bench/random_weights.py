@@ -63,9 +63,13 @@ def random_model(config: ModelConfig, heads: HeadsConfig, dtype: str) -> dict[st
 
     The layout is changed while the shapes are still abstract: a model is never held twice.
     """
+    return random_params(abstract_model(config, heads), dtype)
+
+
+def abstract_model(config: ModelConfig, heads: HeadsConfig) -> dict[str, Any]:
+    """Abstract {"backbone", "heads"} laid out for decoding."""
     abstract = {"backbone": abstract_backbone(config), "heads": abstract_heads(heads)}
-    place = functools.partial(for_decoding, tied=config.tied)
-    return random_params(jax.eval_shape(place, abstract), dtype)
+    return jax.eval_shape(functools.partial(for_decoding, tied=config.tied), abstract)
 
 
 def trees(sizes: Sequence[int], num_heads: int) -> list[Tree]:
