@@ -13,6 +13,7 @@ import jax
 
 from medusa_jax import cli
 from medusa_jax.errors import InputError
+from medusa_jax.sharding import start_processes
 from medusa_jax.tensor_files import read_json
 from medusa_jax.training import export, settings, sharding
 from medusa_jax.training.checkpoints import Checkpoints
@@ -39,7 +40,7 @@ def main(flags: argparse.Namespace) -> None:
     config = settings.from_dict(read_json(workdir / "config.json"))
     config.run.export_dtype = flags.dtype or config.run.export_dtype
     settings.check(config)
-    sharding.start_processes()
+    start_processes()
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest if flags.step is None else flags.step
     if step is None:

@@ -16,6 +16,7 @@ from conftest import TINY
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from medusa_jax.sharding import spec, start_processes
 from medusa_jax.training import lora, settings, sharding
 from medusa_jax.training.batches import global_arrays
 from medusa_jax.training.encoding import Encoded
@@ -49,7 +50,7 @@ def weights_of(config: Config, mesh: Any) -> Weights:
 
     def make(path: str) -> jax.Array:
         shape = table[path].shape
-        place = NamedSharding(mesh, sharding.spec(path, shape, mesh))
+        place = NamedSharding(mesh, spec(path, shape, mesh))
         values = 0.1 * jax.random.normal(lora.path_key(jax.random.key(0), path), shape)
         values = np.asarray(values + (1.0 if path.endswith("scale") else 0.0))
         return jax.make_array_from_callback(shape, place, lambda index: values[index])
@@ -109,7 +110,7 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     out, *runs = sys.argv[1:]
-    sharding.start_processes()
+    start_processes()
     for one in runs:
         mode, _, mesh = one.partition(":")
         found = run(mode, tuple(map(int, mesh.split(","))))

@@ -14,7 +14,7 @@ LEVELS = [
     ["errors", "shapes", "tree_paths"],
     ["config", "tree", "cli"],
     ["topology", "compile_only"],
-    ["layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
+    ["sharding", "layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
     ["backbone", "acceptance"],
     ["heads"],
     ["state", "places", "hf"],

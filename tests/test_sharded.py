@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from medusa_jax.errors import InputError
+from medusa_jax.sharding import spec
 from medusa_jax.training import settings, sharding
 
 STEPS = Path(__file__).parent / "steps.py"
@@ -75,7 +76,7 @@ class FakeMesh:
 
 def test_the_table_of_specs():
     def of(path: str, *shape: int) -> P:
-        return sharding.spec(path, shape, FakeMesh())
+        return spec(path, shape, FakeMesh())
 
     assert of("backbone/lm_head", 64, 32) == P("tensor", "fsdp")
     assert of("backbone/layers/mlp/down/weight", 3, 32, 64) == P(None, "fsdp", "tensor")
@@ -84,7 +85,7 @@ def test_the_table_of_specs():
     assert of("adapters/layers/mlp/up/b", 3, 64, 8) == P(None, "tensor", None)
     assert of("heads/head_0/vocab", 64, 32) == P("tensor", "fsdp")
     assert of("backbone/embed/embedding", 64, 32) == P(("tensor", "fsdp"), None)
-    assert of("backbone/embed/embedding", 12, 32) == P(None, None)
+    assert of("backbone/embed/embedding", 12, 32) == P("tensor", None)
     # An optimizer's moments lie with their parameter; a count is everywhere.
     assert of("opt_state/1/inner/mu/heads/head_0/vocab", 64, 32) == P("tensor", "fsdp")
     assert of("opt_state/1/inner/count") == P()

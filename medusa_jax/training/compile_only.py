@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.compile_only import Memory, compile_for
+from medusa_jax.sharding import abstract
 from medusa_jax.topology import devices
 from medusa_jax.training import settings, sharding
 from medusa_jax.training.objective import Objective
@@ -41,7 +42,7 @@ def lower(config: Config, mesh: Mesh) -> Any:
     trainable, frozen = split(leaves, table)
     steps = config.optim.steps or 1000  # only schedules depend on it
     rule = optimizer(config, steps)
-    weights = Weights(model, heads, trainable, sharding.abstract(frozen, mesh))
+    weights = Weights(model, heads, trainable, abstract(frozen, mesh))
     state, places = starting_state(weights, rule, mesh, donate=False)
     pieces = config.optim.accumulation
     shape = (pieces, config.optim.batch_size // pieces, config.data.sequence_length)

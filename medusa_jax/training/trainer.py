@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
+from medusa_jax.sharding import abstract, start_processes
 from medusa_jax.tensor_files import read_json, write_json
 from medusa_jax.training import export, settings, sharding
 from medusa_jax.training.batches import Batches
@@ -42,7 +43,7 @@ def train(config: Config, workdir: str | Path) -> None:
     config = settings.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
     settings.check(config)
     export.destination(config, workdir)
-    sharding.start_processes()
+    start_processes()
     first = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.optim)
@@ -113,7 +114,7 @@ def starting_state(
     With `donate` off, of weights that are shapes only, it is shapes only.
     """
     make = functools.partial(init_state, optimizer=rule)
-    shape = sharding.abstract(jax.eval_shape(make, weights.trainable), mesh)
+    shape = abstract(jax.eval_shape(make, weights.trainable), mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, shape)
     if not donate:
         return shape, places

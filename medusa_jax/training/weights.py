@@ -16,11 +16,11 @@ from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig
 from medusa_jax.places import backbone_places, head_places
 from medusa_jax.presets import PRESETS
+from medusa_jax.sharding import spec
 from medusa_jax.tensor_files import StoredTensor, read_json
 from medusa_jax.training import lora, stack
 from medusa_jax.training.optimizer import FROZEN, group_of, groups
 from medusa_jax.training.settings import Config
-from medusa_jax.training.sharding import spec
 from medusa_jax.tree_paths import nested
 
 
