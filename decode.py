@@ -1,11 +1,16 @@
 """Decodes prompts with Medusa: text to stdout as it is made, one line of figures to stderr."""
 
 import argparse
+import contextlib
+import os
+
+import jax
 
 from medusa_jax import choices, cli, console
 from medusa_jax.answer import Answerer
 from medusa_jax.errors import InputError
 from medusa_jax.records import Request, count_requests, read_requests
+from medusa_jax.sharding import start_processes
 
 EXAMPLE = "python decode.py --model DIR --heads DIR --prompt 'Once upon a time'"
 
@@ -34,7 +39,15 @@ def build(flags: argparse.Namespace) -> Answerer:
     for name in ("num_samples", "batch_size"):
         if getattr(flags, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
-    choices.check_output(flags.output)
+    if flags.mesh:
+        start_processes()
+    if flags.chat and jax.process_count() > 1:
+        raise InputError(
+            f"--chat: {jax.process_count()} processes decode together, and only one of them has "
+            "a keyboard; give --prompt or --prompts, the same to all"
+        )
+    if jax.process_index() == 0:
+        choices.check_output(flags.output)
     answerer = choices.build(flags, scheme, raw=flags.raw, max_new_tokens=flags.max_new_tokens)
     if flags.chat and answerer.text.template is None and not flags.raw:
         raise InputError(
@@ -49,19 +62,25 @@ def main(flags: argparse.Namespace) -> None:
     if flags.chat:
         console.chat(answerer)
         return
+    first = jax.process_index() == 0
     requests, total = map(Request.of_text, flags.prompt or ()), None
     if flags.prompts:
         requests, total = read_requests(flags.prompts), count_requests(flags.prompts)
-    console.decode(
-        answerer,
-        requests,
-        num_samples=flags.num_samples,
-        batch_size=flags.batch_size,
-        output=flags.output,
-        show=not (flags.prompts and flags.output),
-        compare=flags.compare,
-        total=total,
-    )
+    with contextlib.ExitStack() as stack:
+        if not first:  # the others take part in every step, and say nothing
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        console.decode(
+            answerer,
+            requests,
+            num_samples=flags.num_samples,
+            batch_size=flags.batch_size,
+            output=flags.output if first else None,
+            show=not (flags.prompts and flags.output),
+            compare=flags.compare,
+            total=total,
+        )
 
 
 if __name__ == "__main__":

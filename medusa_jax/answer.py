@@ -75,7 +75,7 @@ class Answerer:
         self.figures = Figures()
         self._max_length = limits.max_length or context
         self._decoder = Decoder(
-            model.config, model.heads, tree, acceptance, self._max_length, suppress
+            model.config, model.heads, tree, acceptance, self._max_length, suppress, model.mesh
         )
         self._compiled: set[Any] = set()
 

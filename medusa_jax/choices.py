@@ -48,6 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--autoregressive", action="store_true", help="plain decoding, one token a step")
     add("--max_length", type=int, help="prompt and text together (default: the context)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    add("--mesh", metavar="tensor=N", help="split model and work over N devices (default: one)")
     add("--ignore_eos", action="store_true", help="go on past end-of-sequence")
     add("--stop_id", type=int, action="append", default=[], help="another token that ends a text")
     add("--suppress_tokens", type=int, nargs="+", default=[], help="ids never to produce")
@@ -83,7 +84,7 @@ def build(
       max_new_tokens, at_most: see `answer.Limits`.
       need_heads: refuse a model without any; otherwise it is decoded plainly, with a warning.
     """
-    model = load_model(flags.model, flags.heads, dtype(flags))
+    model = load_model(flags.model, flags.heads, dtype(flags), flags.mesh)
     text = Text(model.directory, raw=raw, template=flags.chat_template)
     stop_ids = () if flags.ignore_eos else model.stop_ids + text.stop_ids
     stop_ids = tuple(sorted({*stop_ids, *flags.stop_id}))

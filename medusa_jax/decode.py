@@ -13,6 +13,7 @@ the same code with `Tree()`, the root alone. Letters: see `shapes.py`.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.acceptance import Acceptance, Context, Greedy
@@ -30,8 +33,10 @@ from medusa_jax.errors import InputError
 from medusa_jax.grow import Grown
 from medusa_jax.heads import NO_HEADS, HeadsConfig, MedusaHeads, top_guesses
 from medusa_jax.sampling import row_keys
+from medusa_jax.sharding import CACHE, everywhere
 from medusa_jax.state import LENGTH, RUNNING, STOP, Emitted, Output, State, outputs
 from medusa_jax.tree import Tree
+from medusa_jax.tree_paths import map_with_path
 
 __all__ = ["Decoder", "Emitted", "Output", "Params", "State", "bucket", "outputs"]
 
@@ -55,6 +60,8 @@ class Decoder:
       capacity: most tokens a row may hold, prompt and text; default: the
         model's context, at most 4096.
       suppress: token ids that are never produced.
+      mesh: devices of `sharding.decode_mesh` to split the work over; parameters must lie as
+        `hf.load_model` brings them there. One device by default.
 
     Raises:
       InputError: the tree is deeper than the heads, the capacity exceeds the
@@ -67,6 +74,7 @@ class Decoder:
     acceptance: Acceptance = Greedy()
     capacity: int = 0
     suppress: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if not self.capacity:
@@ -119,14 +127,14 @@ class Decoder:
             tokens[row, : len(prompt)] = prompt
         if keys is None:
             keys = row_keys(0, [(row, 0) for row in range(len(prompts))])
-        return self._prefill(
-            params,
-            jnp.asarray(tokens),
-            jnp.asarray(lengths, jnp.int32),
-            jnp.asarray(np.add(lengths, max_new_tokens), jnp.int32),
-            jnp.asarray(list(stop_ids) or [-1], jnp.int32),
+        inputs = (
+            tokens,
+            np.array(lengths, np.int32),
+            np.array(np.add(lengths, max_new_tokens), np.int32),
+            np.array(list(stop_ids) or [-1], np.int32),
             keys,
         )
+        return self._prefill(params, *everywhere(inputs, self.mesh))
 
     def padded_length(self, length: int) -> int:
         """Tokens that a prompt is padded to; prompts padded alike share one compilation."""
@@ -195,7 +203,7 @@ class Decoder:
 
         logits = self._logits(params, last_hidden)
         guesses, scores = self._guesses(params, last_hidden)
-        return State(
+        state = State(
             cache=dataclasses.replace(cache, length=lengths),
             sequence=jnp.zeros((batch, self.slots), jnp.int32).at[:, :padded].set(tokens),
             root=self.acceptance.root(logits, Context(keys, lengths)),
@@ -209,6 +217,7 @@ class Decoder:
             steps=jnp.zeros(batch, jnp.int32),
             tokens_per_step=jnp.zeros((batch, self.slots), jnp.int32),
         )
+        return self._placed(state)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def step(self, params: Params, state: State) -> tuple[State, Emitted]:
@@ -282,10 +291,26 @@ class Decoder:
                 jnp.where(running, made, 0)
             ),
         )
-        return state, Emitted(path_tokens, count, finish)
+        return self._placed((state, Emitted(path_tokens, count, finish)))
+
+    def places(self, tree: Any) -> Any:
+        """Shardings of a `State` or `Emitted`: keys and values by heads, the rest everywhere."""
+        assert self.mesh is not None
+        heads, whole = NamedSharding(self.mesh, CACHE), NamedSharding(self.mesh, P())
+        return map_with_path(
+            lambda path, _: heads if re.search("cache/(keys|values)/", path) else whole, tree
+        )
+
+    def _placed(self, tree: Any) -> Any:
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.places(tree))
 
     def _backbone(self, params: Params, *inputs: Any) -> Any:
-        return _apply(Backbone(self.config), params["backbone"], *inputs)
+        hidden, block = _apply(Backbone(self.config), params["backbone"], *inputs)
+        # Whole on every device, or the compiler would hand the heads' split of D on to all layers
+        # before them, with two collectives more for each.
+        return self._placed(hidden), block
 
     def _logits(self, params: Params, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
         logits = self._unembed(params, hidden)

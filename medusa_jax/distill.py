@@ -39,7 +39,7 @@ EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.j
       --temperature 0 --output stories.jsonl"""
 
 # What may differ between a run and the one that continues it.
-_FREE = ("output", "batch_size", "on_bad", "debug")
+_FREE = ("output", "batch_size", "mesh", "on_bad", "debug")
 _WORDS = "a number of words N, or a range N-M"
 
 

@@ -5,6 +5,7 @@ a second against the device's memory bandwidth say how much of the limit is had.
 """
 
 import dataclasses
+import math
 
 import jax
 
@@ -98,7 +99,9 @@ def device_bandwidth(kind: str | None = None) -> float | None:
 
 
 def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
-    """Bytes that one step has to read: weights, the heads in use, and the cached keys and values.
+    """Bytes that one step has to read: weights, the heads in use, cached keys and values.
+
+    Over a mesh, those that each device reads of its own.
 
     Args:
       cached_tokens: tokens in the cache, summed over the rows of the batch.
@@ -108,5 +111,9 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
     heads = {f"head_{i}": params["heads"][f"head_{i}"] for i in range(decoder.tree.depth)}
     leaves = jax.tree.leaves((backbone, heads))
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return sum(leaf.nbytes for leaf in leaves) + cached_tokens * per_token * leaves[0].itemsize
+    weights = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+    kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
+    per_token = 2 * config.num_layers * kv_heads * config.head_dim * leaves[0].dtype.itemsize
+    return weights + cached_tokens * per_token

@@ -7,6 +7,7 @@ Dialects read here: Llama-family directories, the original's v0.1 heads (`.pt`,
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from medusa_jax import tensor_files
 from medusa_jax.config import ModelConfig, from_hf
@@ -22,6 +24,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig
 from medusa_jax.layout import placed
 from medusa_jax.places import MERGED, Place, backbone_places, head_places
+from medusa_jax.sharding import decode_mesh, spec
 from medusa_jax.tensor_files import StoredTensor, Tensors
 from medusa_jax.tree_paths import nested
 
@@ -42,6 +45,7 @@ class Model:
       suppress: tokens never to produce, from the same.
       directory: where the backbone, and so its tokenizer, was found.
       fingerprint: a short name that other weights, shapes or heads would not have.
+      mesh: the devices that the parameters are split over (`Decoder` wants to know them).
     """
 
     config: ModelConfig
@@ -51,12 +55,14 @@ class Model:
     suppress: tuple[int, ...]
     directory: Path
     fingerprint: str = ""
+    mesh: Mesh | None = None
 
 
 def load_model(
     model: str | Path,
     heads: str | Path | None = None,
     dtype: str = "float32",
+    mesh: str | None = None,
 ) -> Model:
     """Loads a backbone and, where there are any, its Medusa heads.
 
@@ -65,10 +71,12 @@ def load_model(
         model, or of v0.1 heads whose config names their backbone.
       heads: directory, file or hub id of heads; default: those found with the model.
       dtype: of all parameters, "float32" or "bfloat16".
+      mesh: "tensor=4" splits the parameters over that many devices, each of which
+        reads its own part (`sharding.decode_mesh`); one device by default.
 
     Raises:
-      InputError: something is missing, unreadable, unsupported or of another
-        shape; one message lists everything wrong with the tensors.
+      InputError: something is missing, unreadable, unsupported, of another shape, or not
+        to be split so; one message lists everything wrong with the tensors.
     """
     directory = resolve(model)
     settings = tensor_files.read_json(directory / "config.json")
@@ -78,6 +86,7 @@ def load_model(
         directory = _backbone_of(directory, settings["base_model_name_or_path"])
         settings = tensor_files.read_json(directory / "config.json")
     config = from_hf(settings)
+    devices = decode_mesh(mesh, config) if mesh else None
     merged, rest = _divide(tensor_files.open_model(directory))
     tensors, source = merged, directory
     if heads is not None:
@@ -90,9 +99,9 @@ def load_model(
         heads_config = heads_config_of(tensors, source)
         _check_fit(heads_config, config, source)
         places = _places_of(heads_config, tensors)
-        params["heads"] = _loaded(_matched(places, tensors, source), dtype, digest)
+        params["heads"] = _loaded(_matched(places, tensors, source), dtype, digest, devices)
     wanted = _matched(backbone_places(config), rest, directory)
-    params["backbone"] = _loaded(wanted, dtype, digest, tied=config.tied)
+    params["backbone"] = _loaded(wanted, dtype, digest, devices, tied=config.tied)
     generation = directory / "generation_config.json"
     settings |= tensor_files.read_json(generation) if generation.is_file() else {}
     return Model(
@@ -103,6 +112,7 @@ def load_model(
         suppress=_ids(settings.get("suppress_tokens")),
         directory=directory,
         fingerprint=digest.hexdigest()[:16],
+        mesh=devices,
     )
 
 
@@ -222,18 +232,33 @@ def _matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Ten
     return {"/".join(place.path): tensors[name] for name, place in places.items()}
 
 
-def _loaded(tensors: Tensors, dtype: str, digest: Any, *, tied: bool = False) -> dict[str, Any]:
+def _loaded(
+    tensors: Tensors, dtype: str, digest: Any, mesh: Mesh | None, *, tied: bool = False
+) -> dict[str, Any]:
     """Nested parameters in the layout for decoding, read one tensor at a time.
 
     Of each, the digest gets the name, the shape and the first numbers.
     """
-    leaves = {}
+    leaves, kind = {}, jnp.dtype(dtype)
     for path, tensor in tensors.items():
-        array = np.asarray(tensor.read(), jnp.dtype(dtype))
-        digest.update(f"{path} {array.shape}".encode() + array.reshape(-1)[:64].tobytes())
-        for where, one in placed(path, array, tied=tied).items():
-            leaves[where] = jax.device_put(np.ascontiguousarray(one))
+        rows = -(-64 // max(math.prod(tensor.shape[1:]), 1))
+        first = np.asarray(tensor.read((slice(0, rows),)), kind).reshape(-1)[:64]
+        digest.update(f"{path} {tensor.shape}".encode() + first.tobytes())
+        for where, one in placed(path, tensor, tied=tied).items():
+            leaves[where] = _put(where, one, kind, mesh)
     return nested(leaves)
+
+
+def _put(path: str, tensor: StoredTensor, kind: np.dtype, mesh: Mesh | None) -> jax.Array:
+    """A parameter on its devices, each of which gets no more than its part."""
+
+    def read(index: Any = ...) -> np.ndarray:
+        return np.ascontiguousarray(tensor.read(index), kind)
+
+    if mesh is None:
+        return jax.device_put(read())
+    place = NamedSharding(mesh, spec(path, tensor.shape, mesh))
+    return jax.make_array_from_callback(tensor.shape, place, read)
 
 
 def _divide(tensors: Tensors) -> tuple[Tensors, Tensors]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,9 +43,9 @@ RULES = (
     (r"(query|gate|up)/kernel$", P(None, ALL)),
     (r"(out|down)/kernel$", P(ALL, None)),
     (r"(lm_head_|vocab_|block_\d+/)kernel$", P(None, ALL)),
-    (r"cache/(keys|values)/\d+$", P(None, "tensor", None, None)),
     (r"(scale|bias|token_map)$", P(None)),
 )
+CACHE = P(None, "tensor", None, None)  # keys and values [B, K, S, C]
 
 
 def start_processes() -> None:
@@ -145,6 +146,19 @@ def _fitting(
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a pytree of arrays or shapes."""
     return map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf.shape, mesh)), tree)
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays of the host on every device of a mesh; without one, on the default device.
+
+    Every process must give the same ones.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    place = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda array: jax.make_array_from_callback(array.shape, place, lambda i: array[i]), tree
+    )
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:

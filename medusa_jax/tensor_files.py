@@ -39,6 +39,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     read: Callable[..., np.ndarray]
 
+    @property
+    def T(self) -> "StoredTensor":
+        """The same with its dimensions in reverse order; only when read is anything turned."""
+
+        def read(index: Any = ...) -> np.ndarray:
+            return self.read(index if index is ... else index[::-1]).T
+
+        return StoredTensor(self.file, self.shape[::-1], read)
+
 
 Tensors = dict[str, StoredTensor]
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from medusa_jax.decode import Output, bucket
 from medusa_jax.errors import InputError
 from medusa_jax.grow import Grown
 from medusa_jax.records import read_requests
+from medusa_jax.sharding import everywhere
 from medusa_jax.tree import Tree
 
 EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"
@@ -137,7 +137,7 @@ def rank_texts(answerer: Answerer, texts: list[Output]) -> list[calibration.Rank
         for row, one in enumerate(ids):
             tokens[row, : len(one)] = one
         table = calibration.right_ranks(
-            model.config, model.heads, model.params, jnp.asarray(tokens)
+            model.config, model.heads, model.params, everywhere(tokens, model.mesh)
         )
         for row, one in enumerate(batch):
             mine = np.asarray(table[row])

@@ -29,6 +29,7 @@ def cache_file(model: Model, dtype: str) -> Path:
     """Where this model's trees for this device are kept."""
     home = os.environ.get("MEDUSA_JAX_CACHE") or Path.home() / ".cache" / "medusa_jax"
     kind = re.sub(r"\W+", "-", device()).strip("-").lower()
+    kind += f"-x{model.mesh.size}" if model.mesh else ""
     return Path(home) / "trees" / f"{model.fingerprint}-{kind}-{dtype}.json"
 
 

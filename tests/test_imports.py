@@ -36,6 +36,7 @@ LEVELS = [
     ],
     ["export", "distill", "tune"],
     ["bench.peers", "bench.runs", "bench.figures", "bench.report", "bench.random_weights"],
+    ["bench.compile_only"],
     ["bench.__main__"],
 ]
 # Third-party packages and the only modules that may import them.

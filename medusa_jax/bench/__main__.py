@@ -140,6 +140,7 @@ def prompts_report(flags: argparse.Namespace) -> dict[str, Any]:
     return about() | {
         "kind": "prompts",
         "dtype": choices.dtype(flags),
+        "mesh": flags.mesh,
         "model": str(flags.model),
         "heads": flags.heads,
         "prompts": flags.prompts,
@@ -229,6 +230,7 @@ def random_report(flags: argparse.Namespace) -> dict[str, Any]:
             new_tokens=flags.max_new_tokens,
             repeats=flags.repeats,
             copy_bandwidth=bandwidth,
+            mesh=flags.mesh,
             tick=bar.update,
         )
     for row in rows:
@@ -241,6 +243,7 @@ def random_report(flags: argparse.Namespace) -> dict[str, Any]:
         "kind": "random_weights",
         "preset": flags.random_weights,
         "dtype": choices.dtype(flags),
+        "mesh": flags.mesh,
         "tree": TREE,
         "heads": dataclasses.asdict(heads),
         "max_new_tokens": flags.max_new_tokens,

@@ -1,13 +1,11 @@
 """Prefill and decoding steps through the compiler of a machine that is not here."""
 
-import dataclasses
-import logging
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from medusa_jax import sharding
 from medusa_jax.bench.random_weights import abstract_model, trees
@@ -17,8 +15,6 @@ from medusa_jax.decode import Decoder
 from medusa_jax.heads import HeadsConfig
 from medusa_jax.sampling import row_keys
 from medusa_jax.topology import devices
-
-log = logging.getLogger(__name__)
 
 
 def compile_decoding(
@@ -33,55 +29,50 @@ def compile_decoding(
     prompt_tokens: int,
     capacity: int,
 ) -> None:
-    """Compiles a prefill for each batch size, and a step for each tree; prints their memory.
+    """Compiles the prefill of each batch size and the step of each tree; prints their memory.
 
     Args:
       mesh: how many devices of the topology to split over, "tensor=4".
       sizes: tokens of trees.
 
     Raises:
-      InputError: topology, mesh or capacity are wrong.
-      DoesNotFit: some of them need more than a chip's memory; after all were tried.
+      InputError: topology, mesh, or capacity are wrong.
+      DoesNotFit: some need more than a chip's memory; raised after all were tried.
     """
-    found = sharding.decode_mesh(mesh, config, devices(topology))
-    everywhere = NamedSharding(found, PartitionSpec())
-    params = jax.tree.map(
-        lambda leaf: leaf.update(dtype=jnp.dtype(dtype)),
-        sharding.abstract(abstract_model(config, heads), found),
-    )
-
-    def whole(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.update(sharding=everywhere), tree)
-
-    def inputs(batch: int) -> Any:
-        rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        tokens = jax.ShapeDtypeStruct((batch, prompt_tokens), jnp.int32)
-        stop_ids = jax.ShapeDtypeStruct((1,), jnp.int32)
-        keys = jax.eval_shape(lambda: row_keys(0, [(row, 0) for row in range(batch)]))
-        return whole((tokens, rows, rows, stop_ids, keys))
-
+    over = sharding.decode_mesh(mesh, config, devices(topology))
     chosen = [tree for tree in trees(sizes, heads.num_heads) if tree.size in sizes]
-    decoders = [Decoder(config, heads, tree, capacity=capacity, mesh=found) for tree in chosen]
-    short = []
+    decoders = [Decoder(config, heads, tree, capacity=capacity, mesh=over) for tree in chosen]
+    short = 0
     for batch in batch_sizes:
-        jobs = [(f"prefill {prompt_tokens}", decoders[-1], None)]
-        for decoder in decoders:
-            state = jax.eval_shape(decoder._prefill, params, *inputs(batch))
-            state = jax.tree.map(
-                lambda leaf, place: leaf.update(sharding=place), state, decoder.places(state)
-            )
-            jobs.append((f"step of {decoder.tree.size}", decoder, state))
-        for name, decoder, state in jobs:
-
-            def lower(decoder: Decoder = decoder, state: Any = state) -> Any:
-                if state is None:
-                    return Decoder._prefill.lower(decoder, params, *inputs(batch))
-                return Decoder.step.lower(decoder, params, state)
-
+        for name, lower in lowerings(decoders, dtype, batch, prompt_tokens):
             try:
                 compile_for(topology, f"{topology} ({mesh}), {name}, batch {batch}", lower)
             except DoesNotFit as error:
-                print(f"{error}", flush=True)
-                short.append(name)
+                print(error, flush=True)
+                short += 1
     if short:
-        raise DoesNotFit(f"{topology}: {len(short)} of them do not fit")
+        raise DoesNotFit(f"{short} of these do not fit {topology}")
+
+
+def lowerings(
+    decoders: Sequence[Decoder], dtype: str, batch: int, prompt_tokens: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names, and what lowers: the prefill for the last decoder, then the step of each."""
+    for decoder in reversed(decoders):
+        shapes = abstract_model(decoder.config, decoder.heads, decoder.mesh)
+        params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(dtype)), shapes)
+        keys = jax.eval_shape(lambda: row_keys(0, [(row, 0) for row in range(batch)]))
+        numbers = [(batch, prompt_tokens), (batch,), (batch,), (1,)]  # tokens to stop ids
+        inputs = (*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers), keys)
+        inputs = jax.tree.map(_placed, inputs, decoder.places(inputs))
+        if decoder is decoders[-1]:
+            prefill = functools.partial(Decoder._prefill.lower, decoder, params, *inputs)
+            yield f"prefill of {prompt_tokens}", prefill
+        state = jax.eval_shape(functools.partial(Decoder._prefill, decoder), params, *inputs)
+        state = jax.tree.map(_placed, state, decoder.places(state))
+        step = functools.partial(Decoder.step.lower, decoder, params, state)
+        yield f"step of {decoder.tree.size}", step
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+    return leaf.update(sharding=where)

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from medusa_jax import sharding
 from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.bench.figures import spread
 from medusa_jax.config import ModelConfig
@@ -27,15 +29,19 @@ PROMPT_TOKENS = 16
 
 
 def random_params(abstract: Any, dtype: str) -> Any:
-    """Small random numbers in the shape of abstract parameters, made on the device."""
-    make = jax.jit(
-        lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1
-    )
+    """Small random numbers in the shape of abstract parameters, made on their devices."""
+
+    def make(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        draw = jax.jit(_normal, static_argnums=(1, 2), out_shardings=leaf.sharding)
+        return draw(key, leaf.shape, dtype)
+
     leaves, structure = jax.tree.flatten(abstract)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return structure.unflatten(
-        [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    return structure.unflatten([make(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return (0.02 * jax.random.normal(key, shape)).astype(dtype)
 
 
 def abstract_backbone(config: ModelConfig) -> Any:
@@ -58,18 +64,20 @@ def abstract_heads(heads: HeadsConfig) -> Any:
     return init["params"]
 
 
-def random_model(config: ModelConfig, heads: HeadsConfig, dtype: str) -> dict[str, Any]:
-    """Random {"backbone", "heads"} laid out for decoding.
+def random_model(
+    config: ModelConfig, heads: HeadsConfig, dtype: str, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Random {"backbone", "heads"} laid out for decoding: a model is never held twice."""
+    return random_params(abstract_model(config, heads, mesh), dtype)
 
-    The layout is changed while the shapes are still abstract: a model is never held twice.
-    """
-    return random_params(abstract_model(config, heads), dtype)
 
-
-def abstract_model(config: ModelConfig, heads: HeadsConfig) -> dict[str, Any]:
-    """Abstract {"backbone", "heads"} laid out for decoding."""
+def abstract_model(
+    config: ModelConfig, heads: HeadsConfig, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Abstract {"backbone", "heads"} laid out for decoding, and over a mesh where there is one."""
     abstract = {"backbone": abstract_backbone(config), "heads": abstract_heads(heads)}
-    return jax.eval_shape(functools.partial(for_decoding, tied=config.tied), abstract)
+    shapes = jax.eval_shape(functools.partial(for_decoding, tied=config.tied), abstract)
+    return sharding.abstract(shapes, mesh) if mesh else shapes
 
 
 def trees(sizes: Sequence[int], num_heads: int) -> list[Tree]:
@@ -88,6 +96,7 @@ def time_steps(
     new_tokens: int,
     repeats: int,
     copy_bandwidth: float,
+    mesh: str | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """One row a batch size and tree: ms a step, its ratio to the plain step, bandwidth shares.
@@ -97,6 +106,7 @@ def time_steps(
 
     Args:
       copy_bandwidth: measured on this device, bytes a second.
+      mesh: devices to split over, see `sharding.decode_mesh`; one by default.
       tick: called after each of the (repeats + 1) x batch sizes x trees runs; the first compile.
     """
     capacity = PROMPT_TOKENS + new_tokens
@@ -105,9 +115,10 @@ def time_steps(
             f"{PROMPT_TOKENS} prompt tokens and {new_tokens} new ones exceed the context of "
             f"{config.context}"
         )
-    params = random_model(config, heads, dtype)
+    devices = sharding.decode_mesh(mesh, config) if mesh else None
+    params = random_model(config, heads, dtype, devices)
     decoders = {
-        tree.size: Decoder(config, heads, tree, capacity=capacity)
+        tree.size: Decoder(config, heads, tree, capacity=capacity, mesh=devices)
         for tree in trees(sizes, heads.num_heads)
     }
     times: dict[tuple[int, int], list[float]] = {
