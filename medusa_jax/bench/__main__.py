@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--histogram", metavar="FILE", help="accepted lengths measured elsewhere: a bench.json, "
         "or a JSON list of how many steps made 1, 2, 3, ... tokens")  # fmt: skip
     add("--compile_only", metavar="TOPOLOGY", help="with --random_weights: v5e:2x2, v6e:2x4, ..., "
-        "or cpu:8: compile prompt and steps for it, print bytes per device, and run nothing")  # fmt: skip
+        "cpu:8: compile prefill and steps for it, print bytes per device, run nothing")  # fmt: skip
     add("--prompt_tokens", type=int, default=512, help="--compile_only: length of the prompt")
     flags = parser.parse_args(arguments)
     if flags.compile_only and not flags.random_weights:
