@@ -249,15 +249,15 @@ def test_checkpoints_of_nobody_knows_which_run_are_refused(
     assert "holds checkpoints, but no config.json" in err
 
 
-def pair(place: Path, workdir: Path, *flags: str) -> list[subprocess.Popen]:
-    """One run split over two processes."""
+def pair(place: Path, *workdirs: Path, flags: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """One run split over two processes, with one working directory or, wrongly, two."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [
         launch(place, workdir, "--config.mesh.fsdp=2", *flags, JAX_PROCESS_ID=str(i), **names)
-        for i in range(2)
+        for i, workdir in enumerate((*workdirs, *workdirs)[:2])
     ]
 
 
@@ -284,7 +284,7 @@ def test_two_processes_train_as_one(place: Path, finished: Path, tmp_path: Path)
     for key in theirs:
         np.testing.assert_allclose(ours[key], theirs[key], atol=1e-3)
 
-    processes = pair(place, stopped, "--config.run.save_every=0")  # only the signal saves
+    processes = pair(place, stopped, flags=["--config.run.save_every=0"])  # only a signal saves
     deadline = time.monotonic() + 200
     while not (stopped / "config.json").is_file():  # then the step is compiled
         assert processes[0].poll() is None, processes[0].communicate()[1]
@@ -298,6 +298,19 @@ def test_two_processes_train_as_one(place: Path, finished: Path, tmp_path: Path)
     assert f"resuming at step {step} of 24" in ended(pair(place, stopped), code=0)[0]
     assert lines(stopped) == lines(whole)
     assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_processes_that_do_not_share_their_directory(place: Path, tmp_path: Path):
+    for said in ended(pair(place, tmp_path / "a", tmp_path / "b"), code=2):
+        assert "processes [1] of 2 do not see what process 0 writes there" in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"] and not list((tmp_path / "a").iterdir())
+
+
+def test_an_address_is_no_directory(place: Path, tmp_path: Path):
+    command = ["train.py", "--config", place / "config.py", "--workdir", "gs://bucket/run"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--workdir gs://bucket/run: expected a directory, not an address" in done.stderr
 
 
 def test_another_config_in_the_same_directory_is_refused(place: Path, finished: Path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from medusa_jax import sharding
 from medusa_jax.bench.random_weights import abstract_model, trees
-from medusa_jax.compile_only import DoesNotFit, compile_for
+from medusa_jax.compile_only import DoesNotFit, Memory, compile_for
 from medusa_jax.config import ModelConfig
 from medusa_jax.decode import Decoder
 from medusa_jax.heads import HeadsConfig
@@ -28,8 +28,8 @@ def compile_decoding(
     batch_sizes: Sequence[int],
     prompt_tokens: int,
     capacity: int,
-) -> None:
-    """Compiles the prefill of each batch size and the step of each tree; prints their memory.
+) -> dict[str, Memory]:
+    """Memory of each batch size's prefill and of the step of each tree; printed as they come.
 
     Args:
       mesh: how many devices of the topology to split over, "tensor=4".
@@ -42,16 +42,18 @@ def compile_decoding(
     over = sharding.decode_mesh(mesh, config, devices(topology))
     chosen = [tree for tree in trees(sizes, heads.num_heads) if tree.size in sizes]
     decoders = [Decoder(config, heads, tree, capacity=capacity, mesh=over) for tree in chosen]
-    short = 0
+    found, short = {}, 0
     for batch in batch_sizes:
         for name, lower in lowerings(decoders, dtype, batch, prompt_tokens):
+            name = f"{name}, batch {batch}"
             try:
-                compile_for(topology, f"{topology} ({mesh}), {name}, batch {batch}", lower)
+                found[name] = compile_for(topology, f"{topology} ({mesh}), {name}", lower)
             except DoesNotFit as error:
                 print(error, flush=True)
                 short += 1
     if short:
         raise DoesNotFit(f"{short} of these do not fit {topology}")
+    return found
 
 
 def lowerings(
