@@ -241,7 +241,7 @@ def _loaded(
     """
     leaves, kind = {}, jnp.dtype(dtype)
     for path, tensor in tensors.items():
-        rows = -(-64 // max(math.prod(tensor.shape[1:]), 1))
+        rows = min(-(-64 // max(math.prod(tensor.shape[1:]), 1)), tensor.shape[0])
         first = np.asarray(tensor.read((slice(0, rows),)), kind).reshape(-1)[:64]
         digest.update(f"{path} {tensor.shape}".encode() + first.tobytes())
         for where, one in placed(path, tensor, tied=tied).items():
