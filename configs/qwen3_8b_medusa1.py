@@ -6,7 +6,7 @@ Purpose: Medusa-1, heads alone on the frozen backbone.
 The vocabulary of 151,936 words makes heads of their own projections large, so these share the
 lm_head (the original's version "2").
 Recipe: ours, after the paper's Medusa-1: rate, batch and length as for Vicuna-7B.
-Hardware: see docs/memory.md; fits v5e:4x4.
+Hardware: see docs/compile_matrix.md; fits v5e:4x4.
 """
 
 from medusa_jax.training.settings import Backbone, Config, Data, Heads, Loss, Mesh, Optim, Run

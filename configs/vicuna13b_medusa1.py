@@ -5,7 +5,7 @@
 Purpose: Medusa-1, heads alone on the frozen backbone.
 Recipe: the original's axolotl recipe, stage 1 (examples/medusa): 5 heads at 4 x 5e-4, 64 rows of
 4096 tokens, 2 epochs of ShareGPT; here the backbone stays in bfloat16 instead of 4 bits.
-Hardware: see docs/memory.md; fits v5e:4x4.
+Hardware: see docs/compile_matrix.md; fits v5e:4x4.
 """
 
 from medusa_jax.training.settings import Backbone, Config, Data, Heads, Loss, Mesh, Optim, Run

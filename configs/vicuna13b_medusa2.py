@@ -6,7 +6,7 @@ Purpose: Medusa-2, backbone and heads together, from the heads of `vicuna13b_med
 train that first, or start without (`--config.heads.path=`).
 Recipe: stage 2 of the original's: LoRA 32/16, backbone 5e-4, heads 2e-3, lambda_0 = 0.2 constant,
 starting from the heads of stage 1.
-Hardware: see docs/memory.md; fits v5e:4x4 and v5p:2x2x2.
+Hardware: see docs/compile_matrix.md; fits v5e:4x4 and v5p:2x2x2.
 """
 
 from medusa_jax.training.settings import Backbone, Config, Data, Heads, Lora, Loss, Mesh, Optim, Run

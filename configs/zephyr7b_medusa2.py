@@ -11,7 +11,7 @@ public. Make them first:
 Recipe: the original's (examples/medusa): LoRA 32/16 on an unquantised backbone, backbone 1e-4,
 heads 4e-4, lambda_0 rising to 0.01 over the whole run by a sine, 128 rows of 2048 tokens, KL to
 the backbone as it was.
-Hardware: see docs/memory.md; fits v5e:4x4.
+Hardware: see docs/compile_matrix.md; fits v5e:4x4.
 """
 
 from medusa_jax.training.settings import Backbone, Config, Data, Heads, Lora, Loss, Mesh, Optim, Run

@@ -13,6 +13,7 @@ PACKAGE = Path(medusa_jax.__file__).parent
 LEVELS = [
     ["errors", "shapes", "tree_paths"],
     ["config", "tree", "cli"],
+    ["topology", "compile_only"],
     ["sharding", "layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
     ["directories"],
     ["backbone", "acceptance"],
@@ -32,11 +33,11 @@ LEVELS = [
         "training.rows",
         "training.loop",
         "training.trainer",
-        "training.topology",
         "training.compile_only",
     ],
     ["export", "distill", "tune", "convert"],
     ["bench.peers", "bench.runs", "bench.figures", "bench.report", "bench.random_weights"],
+    ["bench.compile_only"],
     ["bench.__main__"],
 ]
 # Third-party packages and the only modules that may import them.

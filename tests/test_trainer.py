@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -88,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def train(place: Path, workdir: Path, *flags: str) -> tuple[int, str]:
+def train(place: Path, workdir: Path | str, *flags: str) -> tuple[int, str]:
     """Runs train.py in this process: (exit code, stderr)."""
     old, err = sys.argv, io.StringIO()
     sys.argv = ["train.py", "--config", str(place / "config.py"), "--workdir", str(workdir), *flags]
@@ -248,43 +249,67 @@ def test_checkpoints_of_nobody_knows_which_run_are_refused(
     assert "holds checkpoints, but no config.json" in err
 
 
-def test_two_processes_train_as_one(place: Path, finished: Path, tmp_path: Path):
-    """A whole run split over two processes: data, checkpoints, resuming, and the export."""
+def pair(place: Path, *workdirs: Path, flags: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """One run split over two processes, with one working directory or, wrongly, two."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        launch(place, workdir, "--config.mesh.fsdp=2", *flags, JAX_PROCESS_ID=str(i), **names)
+        for i, workdir in enumerate((*workdirs, *workdirs)[:2])
+    ]
 
-    def both(*flags: str) -> list[str]:
-        processes = [
-            launch(
-                place,
-                tmp_path / "run",
-                "--config.mesh.fsdp=2",
-                *flags,
-                JAX_COORDINATOR_ADDRESS=address,
-                JAX_NUM_PROCESSES="2",
-                JAX_PROCESS_ID=str(i),
-            )
-            for i in range(2)
-        ]
-        errors = [process.communicate(timeout=250)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], errors
-        return errors
 
-    both()
-    for ours, theirs in zip(lines(tmp_path / "run"), lines(finished), strict=True):
+def ended(processes: list[subprocess.Popen], code: int) -> list[str]:
+    """What both said on stderr, once both have ended with that exit code."""
+    errors = [process.communicate(timeout=250)[1] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], errors
+    return errors
+
+
+def test_two_processes_train_as_one(place: Path, finished: Path, tmp_path: Path):
+    """A whole run split over two processes; and one stopped by a SIGTERM to one of them.
+
+    Both stop after the same step, nothing is lost, and the rest gives the same bits.
+    """
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ended(pair(place, whole), code=0)
+    for ours, theirs in zip(lines(whole), lines(finished), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
     name = "heads/medusa_lm_head.safetensors"
-    ours, theirs = load_file(tmp_path / "run" / name), load_file(finished / name)
+    ours, theirs = load_file(whole / name), load_file(finished / name)
     for key in theirs:
         np.testing.assert_allclose(ours[key], theirs[key], atol=1e-3)
-    before = (tmp_path / "run" / name).read_bytes()
-    for step in (20, 24):
-        shutil.rmtree(tmp_path / f"run/checkpoints/{step}")
-    assert "resuming at step 16 of 24" in both()[0]
-    assert (tmp_path / "run" / name).read_bytes() == before
+
+    processes = pair(place, stopped, flags=["--config.run.save_every=0"])  # only a signal saves
+    deadline = time.monotonic() + 200
+    while not (stopped / "config.json").is_file():  # then the step is compiled
+        assert processes[0].poll() is None, processes[0].communicate()[1]
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.002)
+    processes[1].terminate()
+    found = [re.search(r"step (\d+) is saved and can be", e) for e in ended(processes, code=1)]
+    (step,) = {int(match[1]) if match else None for match in found}
+    assert step and Checkpoints(stopped).steps == [step]
+    assert lines(stopped)[-1]["step"] == step < 24  # reported up to the checkpoint
+    assert f"resuming at step {step} of 24" in ended(pair(place, stopped), code=0)[0]
+    assert lines(stopped) == lines(whole)
+    assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_processes_that_do_not_share_their_directory(place: Path, tmp_path: Path):
+    for said in ended(pair(place, tmp_path / "a", tmp_path / "b"), code=2):
+        assert "processes [1] of 2 do not see what process 0 writes there" in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"] and not list((tmp_path / "a").iterdir())
+
+
+def test_an_address_is_no_directory(place: Path):
+    code, err = train(place, "gs://bucket/run")
+    assert code == 2
+    assert "--workdir gs://bucket/run: expected a directory, not an address" in err
 
 
 def test_another_config_in_the_same_directory_is_refused(place: Path, finished: Path):

@@ -24,11 +24,13 @@ from tqdm import tqdm
 from medusa_jax import choices, cli
 from medusa_jax.acceptance import Acceptance
 from medusa_jax.answer import Answerer
+from medusa_jax.bench.compile_only import compile_decoding
 from medusa_jax.bench.figures import about, copy_bandwidth, histogram, summarise
 from medusa_jax.bench.peers import PEERS, HuggingFace, available
 from medusa_jax.bench.random_weights import TREE, time_steps, trees
 from medusa_jax.bench.report import markdown, plots
 from medusa_jax.bench.runs import make_jobs, make_systems, measure
+from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
 from medusa_jax.heads import HeadsConfig
 from medusa_jax.presets import PRESETS
@@ -56,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=1, help="prompts decoded together")
     add("--repeats", type=int, default=3)
     add("--peers", nargs="+", choices=(*PEERS, "none"), help="default: all where torch is there")
-    add("--output", required=True, metavar="DIR", help="bench.json, bench.md and plots")
+    add("--output", metavar="DIR", help="bench.json, bench.md and plots; needed to measure")
     add("--random_weights", choices=PRESETS, help="time steps of this shape instead")
     add("--sizes", type=int, nargs="+", default=(1, 4, 8, 16, 32, 64), help="tokens of a tree")
     add("--batch_sizes", type=int, nargs="+", default=(1, 4, 16))
@@ -64,11 +66,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--shared_heads", action="store_true", help="heads that use the backbone's lm_head")
     add("--histogram", metavar="FILE", help="accepted lengths measured elsewhere: a bench.json, "
         "or a JSON list of how many steps made 1, 2, 3, ... tokens")  # fmt: skip
-    return parser.parse_args(arguments)
+    add("--compile_only", metavar="TOPOLOGY", help="with --random_weights: v5e:2x2, v6e:2x4, ..., "
+        "cpu:8: compile prefill and steps for it, print bytes per device, run nothing")  # fmt: skip
+    add("--prompt_tokens", type=int, default=512, help="--compile_only: length of the prompt")
+    flags = parser.parse_args(arguments)
+    if flags.compile_only and not flags.random_weights:
+        parser.error("--compile_only needs the name of a shape: --random_weights")
+    if not flags.output and not flags.compile_only:
+        parser.error("--output is needed")
+    return flags
 
 
 def main(flags: argparse.Namespace) -> None:
-    """Measures, prints the table and writes the report."""
+    """Measures, prints the table and writes the report; or only compiles."""
+    if flags.compile_only:
+        compile_report(flags)
+        return
     check(flags)
     if flags.max_new_tokens is None:
         flags.max_new_tokens = 32 if flags.random_weights else 128
@@ -196,8 +209,7 @@ def random_report(flags: argparse.Namespace) -> dict[str, Any]:
     """Times steps with random weights; the report."""
     accepted, origin = histogram(Path(flags.histogram)) if flags.histogram else (None, None)
     config, bandwidth = PRESETS[flags.random_weights], copy_bandwidth()
-    size = (config.hidden_size, config.vocab_size)
-    heads = HeadsConfig(flags.heads_number, 1, *size, shared=flags.shared_heads)
+    heads = heads_of(flags, config)
     count = len(trees(flags.sizes, heads.num_heads)) * len(set(flags.batch_sizes))
     with tqdm(total=count * (flags.repeats + 1), desc="timing", unit=" runs") as bar:
         rows = time_steps(
@@ -232,6 +244,28 @@ def random_report(flags: argparse.Namespace) -> dict[str, Any]:
         "accepted_length_from": origin,
         "rows": rows,
     }
+
+
+def compile_report(flags: argparse.Namespace) -> None:
+    """Compiles prefill and steps for a machine that is not here; prints a line for each."""
+    config = PRESETS[flags.random_weights]
+    compile_decoding(
+        config,
+        heads_of(flags, config),
+        flags.dtype or "bfloat16",
+        flags.compile_only,
+        flags.mesh or "tensor=1",
+        sizes=flags.sizes,
+        batch_sizes=flags.batch_sizes,
+        prompt_tokens=flags.prompt_tokens,
+        capacity=flags.max_length or min(config.context, 2048),
+    )
+
+
+def heads_of(flags: argparse.Namespace, config: ModelConfig) -> HeadsConfig:
+    """Heads for a backbone of random weights."""
+    size = (config.hidden_size, config.vocab_size)
+    return HeadsConfig(flags.heads_number, 1, *size, shared=flags.shared_heads)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,17 @@ def abstract_heads(heads: HeadsConfig) -> Any:
 def random_model(
     config: ModelConfig, heads: HeadsConfig, dtype: str, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """Random {"backbone", "heads"} laid out for decoding.
+    """Random {"backbone", "heads"} laid out for decoding: a model is never held twice."""
+    return random_params(abstract_model(config, heads, mesh), dtype)
 
-    The layout is changed while the shapes are still abstract: a model is never held twice.
-    """
+
+def abstract_model(
+    config: ModelConfig, heads: HeadsConfig, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Abstract {"backbone", "heads"} laid out for decoding, and over a mesh where there is one."""
     abstract = {"backbone": abstract_backbone(config), "heads": abstract_heads(heads)}
-    place = functools.partial(for_decoding, tied=config.tied)
-    shapes = jax.eval_shape(place, abstract)
-    return random_params(sharding.abstract(shapes, mesh) if mesh else shapes, dtype)
+    shapes = jax.eval_shape(functools.partial(for_decoding, tied=config.tied), abstract)
+    return sharding.abstract(shapes, mesh) if mesh else shapes
 
 
 def trees(sizes: Sequence[int], num_heads: int) -> list[Tree]:
@@ -121,7 +124,7 @@ def time_steps(
     times: dict[tuple[int, int], list[float]] = {
         (batch, size): [] for batch in batch_sizes for size in decoders
     }
-    prompt = [1 + token % (config.vocab_size - 1) for token in range(PROMPT_TOKENS)]
+    prompt = _prompt(config, PROMPT_TOKENS)
     for repeat in range(repeats + 1):
         for batch, size in times:
             seconds = _step_seconds(decoders[size], params, [prompt] * batch, new_tokens)
@@ -144,6 +147,34 @@ def time_steps(
             row["bandwidth_share_datasheet"] = spread([read / one / peak for one in seconds])
         rows.append(row)
     return rows
+
+
+def time_prefill(
+    config: ModelConfig,
+    heads: HeadsConfig,
+    dtype: str,
+    *,
+    prompt_tokens: int,
+    batch_sizes: Sequence[int],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """One row a batch size: ms until the prompts are read and the first guesses are made."""
+    params = random_model(config, heads, dtype)
+    tree = trees((config.vocab_size,), heads.num_heads)[-1]
+    decoder = Decoder(config, heads, tree, capacity=prompt_tokens + 1)
+    rows = []
+    for batch in batch_sizes:
+        prompts, times = [_prompt(config, prompt_tokens)] * batch, []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(decoder.prefill(params, prompts, max_new_tokens=1))
+            times.append(1e3 * (time.perf_counter() - start))
+        rows.append({"batch_size": batch, "tokens": prompt_tokens, "ms": spread(times[1:])})
+    return rows
+
+
+def _prompt(config: ModelConfig, length: int) -> list[int]:
+    return [1 + token % (config.vocab_size - 1) for token in range(length)]
 
 
 def _step_seconds(

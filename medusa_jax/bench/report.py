@@ -29,7 +29,7 @@ def markdown(report: Report) -> str:
     """Head, tables and notes."""
     parts = [_head(report)]
     if report["kind"] == "random_weights":
-        parts += [NO_ACCEPTANCE, *_assumed(report), _steps_table(report), BANDWIDTH]
+        parts += [NO_ACCEPTANCE, *_assumed(report), steps_table(report["rows"]), BANDWIDTH]
     else:
         acceptances = dict.fromkeys(row["acceptance"] for row in report["rows"])
         parts += [part for one in acceptances for part in _acceptance(report, one)]
@@ -91,12 +91,14 @@ def _acceptance(report: Report, acceptance: str) -> list[str]:
         [
             row["category"],
             LABELS[row["system"]],
-            _spread(row["tokens_per_second"], "{:.1f}"),
-            _spread(row["speedup"], "{:.2f}x"),
+            spread_cell(row["tokens_per_second"], "{:.1f}"),
+            spread_cell(row["speedup"], "{:.2f}x"),
             _number(row.get("mean_accepted_length"), "{:.2f}"),
-            _spread(row.get("step_overhead"), "{:.2f}x"),
-            _spread({k: 1e3 * v for k, v in row["time_to_first_token_seconds"].items()}, "{:.1f}"),
-            _spread(row.get("bandwidth_share"), "{:.0%}"),
+            spread_cell(row.get("step_overhead"), "{:.2f}x"),
+            spread_cell(
+                {k: 1e3 * v for k, v in row["time_to_first_token_seconds"].items()}, "{:.1f}"
+            ),
+            spread_cell(row.get("bandwidth_share"), "{:.0%}"),
         ]
         for row in rows
     ]
@@ -107,7 +109,7 @@ def _acceptance(report: Report, acceptance: str) -> list[str]:
     parts = [
         f"### {report['schemes'][acceptance]}{_tree(rows)}, "
         f"batch {report['batch_size']}, {report['max_new_tokens']} new tokens",
-        _table(head, cells),
+        table(head, cells),
     ]
     same = [
         f"{LABELS[row['system']]} {row['same_texts']['same']} of {row['same_texts']['of']}"
@@ -117,25 +119,26 @@ def _acceptance(report: Report, acceptance: str) -> list[str]:
     return [*parts, f"Texts equal to plain decoding's: {', '.join(same)}."] if same else parts
 
 
-def _steps_table(report: Report) -> str:
+def steps_table(rows: list[Row]) -> str:
+    """Time of a step by batch and tree."""
     cells = [
         [
             str(row["batch_size"]),
             str(row["nodes"]) if row["depth"] else "1 (plain)",
-            _spread(row["step_ms"], "{:.2f}"),
-            _spread(row["step_overhead"], "{:.2f}x"),
-            _spread(row["bandwidth_share"], "{:.0%}"),
-            _spread(row.get("bandwidth_share_datasheet"), "{:.0%}"),
+            spread_cell(row["step_ms"], "{:.2f}"),
+            spread_cell(row["step_overhead"], "{:.2f}x"),
+            spread_cell(row["bandwidth_share"], "{:.0%}"),
+            spread_cell(row.get("bandwidth_share_datasheet"), "{:.0%}"),
             _number(row.get("tokens_per_second"), "{:.1f}"),
             _number(row.get("speedup"), "{:.2f}x"),
         ]
-        for row in report["rows"]
+        for row in rows
     ]
     head = [
         "batch", "tree", "ms a step", "over plain", "of copy bandwidth", "of data sheet",
         "tokens/s", "speedup",
     ]  # fmt: skip
-    return _table(head, cells)
+    return table(head, cells)
 
 
 def _assumed(report: Report) -> list[str]:
@@ -161,7 +164,7 @@ def _rows(report: Report, acceptance: str) -> list[Row]:
     return rows
 
 
-def _table(head: list[str], cells: list[list[str]]) -> str:
+def table(head: list[str], cells: list[list[str]]) -> str:
     """A Markdown table without the columns that hold nothing."""
     kept = [i for i in range(len(head)) if any(line[i] != "-" for line in cells)]
     head, *cells = ([line[i] for i in kept] for line in (head, *cells))
@@ -169,7 +172,8 @@ def _table(head: list[str], cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _spread(values: dict[str, float] | None, form: str) -> str:
+def spread_cell(values: dict[str, float] | None, form: str) -> str:
+    """Median, least and greatest: "2.5 (2.4 to 2.9)"; nothing is a dash."""
     if values is None:
         return "-"
     low, high = form.format(values["min"]), form.format(values["max"])

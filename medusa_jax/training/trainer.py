@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.config import ModelConfig
@@ -39,6 +42,11 @@ def train(config: Config, workdir: str | Path) -> None:
       InputError: settings, data or model are wrong, or `workdir` holds a run of other settings.
       Diverged, Interrupted, CheckpointError: the run stopped; the message says where it stands.
     """
+    if "://" in str(workdir):
+        raise InputError(
+            f"--workdir {workdir}: expected a directory, not an address; mount the bucket, or use "
+            "a shared file system (docs/launch.md)"
+        )
     workdir = Path(workdir)
     config = settings.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
     settings.check(config)
@@ -47,6 +55,7 @@ def train(config: Config, workdir: str | Path) -> None:
     first = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.optim)
+    check_shared(workdir)
     check_directory(workdir, config)
 
     model = model_shape(config)
@@ -144,6 +153,26 @@ def check_length(config: Config, model: ModelConfig) -> None:
         raise InputError(
             f"data.sequence_length {config.data.sequence_length} exceeds the model's context of "
             f"{model.context} tokens"
+        )
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises InputError, in every process, unless they all see one working directory."""
+    if jax.process_count() == 1:
+        return
+    now = np.array(time.time_ns() % 2**31, np.int32)
+    mark = workdir / f".shared-{multihost_utils.broadcast_one_to_all(now)}"
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("marked")
+    seen = multihost_utils.process_allgather(np.array(mark.is_file()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        raise InputError(
+            f"--workdir {workdir}: processes {np.flatnonzero(~seen).tolist()} of {len(seen)} do "
+            "not see what process 0 writes there; give a directory that all machines share"
         )
 
 

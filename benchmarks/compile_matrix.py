@@ -1,0 +1,169 @@
+"""Bytes per device of training and decoding steps of real shapes, by the TPU's own compiler.
+
+    pip install -e '.[tpu]' && python benchmarks/compile_matrix.py > docs/compile_matrix.md
+
+Needs no TPU, but a few GB of memory and minutes a row. Each command is a process of its own, and
+what it said is kept in --log: the script goes on where it was stopped. Rows that do not fit, or
+fail, say why.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from medusa_jax import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = (
+    ("stories_medusa1", "cpu:1"),
+    ("stories_medusa2", "cpu:1"),
+    ("vicuna7b_medusa1", "v5e:4x4"),
+    ("vicuna7b_medusa1", "v5p:2x2x2"),
+    ("vicuna7b_medusa2", "v5e:4x4"),
+    ("vicuna7b_medusa2", "v6e:4x4"),
+    ("vicuna7b_medusa2", "v5p:2x2x2"),
+    ("vicuna13b_medusa1", "v5e:4x4"),
+    ("vicuna13b_medusa2", "v5e:4x4"),
+    ("vicuna13b_medusa2", "v6e:4x4"),
+    ("vicuna13b_medusa2", "v5p:2x2x2"),
+    ("vicuna33b_medusa2", "v5e:4x8"),
+    ("vicuna33b_medusa2", "v6e:4x8"),
+    ("vicuna33b_medusa2", "v5p:2x4x4"),
+    ("zephyr7b_medusa2", "v5e:4x4"),
+    ("llama3_8b_medusa1", "v5e:4x4"),
+    ("qwen3_8b_medusa1", "v5e:4x4"),
+)
+# Shape, topology, chips of it that decode together.
+DECODING = (
+    ("llama2-7b", "v5e:2x2", 1),
+    ("llama2-7b", "v6e:2x2", 1),
+    ("llama2-7b", "v5p:2x2x1", 1),
+    ("llama2-7b", "v5e:2x2", 4),
+    ("llama3-8b", "v6e:2x2", 1),
+    ("llama2-13b", "v5e:2x4", 8),
+    ("llama2-13b", "v5p:2x2x1", 1),
+    ("llama1-33b", "v5e:2x4", 8),
+    ("llama1-33b", "v6e:2x4", 8),
+)
+STEPS = "--sizes 1 64 --batch_sizes 1 16 --prompt_tokens 512 --max_length 2048 --dtype bfloat16"
+LINE = re.compile(
+    r"^(?P<name>\S+ \([^)]*\)(?:, (?P<what>[^,]*), batch (?P<batch>\d+))?): "
+    r"(?:(?P<total>[\d.]+) GiB per device(?: of (?P<limit>\d+))? "
+    r"\(arguments (?P<arguments>[\d.]+), temporaries (?P<temporaries>[\d.]+), "
+    r"outputs (?P<outputs>[\d.]+), in place (?P<aliased>[\d.]+)\); "
+    r"compiled in (?P<seconds>\d+) s|(?P<short>needs .*))$",
+    re.M,
+)
+HEAD = """# What fits where
+
+GiB of one device, as XLA's TPU compiler counts them for the whole compiled function: the
+arguments (weights, optimizer state or cache, batch), the most that lives at once beside them, and
+outputs that do not lie in an argument's place. "In place" is what does: state and cache are
+donated, so they are held once. No TPU was used, and nothing here says how fast a step is.
+`python benchmarks/compile_matrix.py` made the tables (jax {jax}); seconds are of two busy cores.
+"""
+TRAINING_HEAD = """
+## Training steps
+
+`python train.py --config configs/NAME.py --compile_only TOPOLOGY` is each row.
+
+| config | topology | mesh | per device | of | arguments | temporaries | outputs | in place | s |
+|---|---|---|---|---|---|---|---|---|---|"""
+DECODING_HEAD = """
+## Decoding
+
+bfloat16, four heads, a cache of 2048 tokens a row. A prefill reads prompts of 512 tokens; a step
+of 1 token is plain decoding, one of 64 verifies the tree `mc_sim_7b_63`. Each group of rows is
+`python -m medusa_jax.bench --random_weights SHAPE --compile_only TOPOLOGY --mesh tensor=N`
+`{steps}`.
+
+| shape | topology | chips | what | batch | per device | of | arguments | temporaries | outputs | in place | s |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
+
+
+class Log:
+    """What commands said, one JSON record a line; a command that is in it is not run again."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        self._said: dict[str, Any] = {one["command"]: one for one in map(json.loads, lines)}
+
+    def run(self, command: str) -> tuple[list[dict[str, str | None]], str]:
+        """The lines of a command, taken apart, and, where it failed, its last words."""
+        if command not in self._said:
+            done = subprocess.run(
+                [sys.executable, *command.split()],
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            record = {
+                "command": command,
+                "out": done.stdout,
+                "error": reason * bool(done.returncode),
+            }
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self._said[command] = record
+        record = self._said[command]
+        return [found.groupdict() for found in LINE.finditer(record["out"])], record["error"]
+
+
+def rows(log: Log, command: str, cells: list[str], *, named: bool) -> list[str]:
+    """Rows of a table: the cells, then the figures of each line that the command printed.
+
+    Args:
+      named: lines say what was compiled, and for which batch.
+    """
+    found, error = log.run(command)
+    made = []
+    for one in found:
+        name = [one["what"], one["batch"]] if named else [str(one["name"]).partition("(")[2][:-1]]
+        figures = [one[key] or "-" for key in ("total", "limit", "arguments", "temporaries")]
+        figures += [one[key] or "-" for key in ("outputs", "aliased", "seconds")]
+        if one["limit"] and float(str(one["total"])) > float(one["limit"]):
+            figures[0] += ", does not fit"
+        if one["short"]:
+            figures = [f"does not fit: {one['short']}", *[""] * 6]
+        made.append([*cells, *name, *figures])
+    if not made:
+        made = [[*cells, *[""] * (1 + named), error.removeprefix("error: "), *[""] * 6]]
+    return [f"| {' | '.join(map(str, row))} |" for row in made]
+
+
+def main(flags: Any) -> None:
+    """Prints the tables."""
+    log = Log(Path(flags.log))
+    with tqdm(total=len(DECODING) + len(TRAINING), unit=" commands") as bar:
+        decoding, training = [], []
+        for shape, topology, chips in DECODING:
+            command = f"-m medusa_jax.bench --random_weights {shape} --compile_only {topology}"
+            command += f" --mesh tensor={chips} {STEPS}"
+            decoding += rows(log, command, [shape, topology, str(chips)], named=True)
+            bar.update()
+        for config, topology in TRAINING:
+            command = f"train.py --config configs/{config}.py --compile_only {topology}"
+            training += rows(log, command, [f"`{config}`", topology], named=False)
+            bar.update()
+    print(HEAD.format(jax=jax.__version__))
+    print(
+        "\n".join([TRAINING_HEAD.lstrip(), *training, DECODING_HEAD.format(steps=STEPS), *decoding])
+    )
+
+
+if __name__ == "__main__":
+    parser = cli.parser(
+        __doc__ or "", "python benchmarks/compile_matrix.py > docs/compile_matrix.md"
+    )
+    parser.add_argument("--log", default="compile_matrix.jsonl", help="what is done already")
+    cli.run(main, parser.parse_args())
