@@ -13,8 +13,10 @@ Modules, in the order in which tokens pass through them:
 and around them:
 
     tensor_files, places, hf    checkpoints -> parameters
+    sharding                    ... on several devices, and processes
     dialects, convert           heads of every layout, and from one to another
     directories                 written whole or not at all
+    compile_only, topology      memory on machines that are not here
     text, records               text <-> token ids, JSON Lines
     answer, figures             prompts -> answers, and what they cost
     console, cli, choices       for a person at a terminal
