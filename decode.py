@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(flags: argparse.Namespace) -> Answerer:
-    """Loads the model and returns an `Answerer` for it."""
+    """Loads the model, over several processes where there are, and returns an `Answerer`."""
     scheme = choices.acceptance(flags)  # flags first: loading takes long
     for name in ("num_samples", "batch_size"):
         if getattr(flags, name) < 1:

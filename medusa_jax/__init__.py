@@ -13,6 +13,7 @@ Modules, in the order in which tokens pass through them:
 and around them:
 
     tensor_files, places, hf    checkpoints -> parameters
+    sharding                    ... on several devices, and processes
     text, records               text <-> token ids, JSON Lines
     answer, figures             prompts -> answers, and what they cost
     console, cli, choices       for a person at a terminal
