@@ -67,7 +67,8 @@ GiB of one device, as XLA's TPU compiler counts them for the whole compiled func
 arguments (weights, optimizer state or cache, batch), the most that lives at once beside them, and
 outputs that do not lie in an argument's place. "In place" is what does: state and cache are
 donated, so they are held once. No TPU was used, and nothing here says how fast a step is.
-`python benchmarks/compile_matrix.py` made the tables (jax {jax}); seconds are of a machine with other work.
+`python benchmarks/compile_matrix.py` made the tables (jax {jax}); seconds are of a machine
+that had other work.
 """
 TRAINING_HEAD = """
 ## Training steps
