@@ -46,11 +46,11 @@ DECODING = (
     ("llama2-7b", "v6e:2x2", 1),
     ("llama2-7b", "v5p:2x2x1", 1),
     ("llama2-7b", "v5e:2x2", 4),
+    ("llama1-33b", "v6e:2x2", 4),
+    ("llama2-13b", "v5e:2x2", 4),
     ("llama3-8b", "v6e:2x2", 1),
-    ("llama2-13b", "v5e:2x4", 8),
-    ("llama2-13b", "v5p:2x2x1", 1),
+    ("llama1-33b", "v5p:2x2x1", 4),
     ("llama1-33b", "v5e:2x4", 8),
-    ("llama1-33b", "v6e:2x4", 8),
 )
 STEPS = "--sizes 1 64 --batch_sizes 1 16 --prompt_tokens 512 --max_length 2048 --dtype bfloat16"
 LINE = re.compile(
@@ -67,7 +67,8 @@ GiB of one device, as XLA's TPU compiler counts them for the whole compiled func
 arguments (weights, optimizer state or cache, batch), the most that lives at once beside them, and
 outputs that do not lie in an argument's place. "In place" is what does: state and cache are
 donated, so they are held once. No TPU was used, and nothing here says how fast a step is.
-`python benchmarks/compile_matrix.py` made the tables (jax {jax}); seconds are of two busy cores.
+`python benchmarks/compile_matrix.py` made the tables (jax {jax}); seconds are of a machine
+that had other work.
 """
 TRAINING_HEAD = """
 ## Training steps

@@ -82,8 +82,13 @@ def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Memory:
 
 
 def _shortage(message: str) -> str:
-    """What the compiler says about memory that is short: "Used 26.54G of 15.75G hbm" """
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", message)
+    """What the compiler says about memory that is short, in one of its two ways.
+
+    "Used 26.54G of 15.75G hbm", "(30.86G) exceeds available HBM (15.75G)".
+    """
+    amounts = r"Used ([\d.]+\w) of ([\d.]+\w)|\(([\d.]+\w)\) exceeds available \w+ \(([\d.]+\w)\)"
+    found = re.search(amounts, message)
     if found is None:
         return message.strip().splitlines()[0]
-    return f"needs {found[1]} per device, which has {found[2]}"
+    needed, there = filter(None, found.groups())
+    return f"needs {needed} per device, which has {there}"

@@ -20,13 +20,16 @@ def test_one_call_measures_everything_once(monkeypatch, tmp_path, capsys):
     script = runpy.run_path(str(SCRIPT))
     names = script["main"].__globals__
     names["SIZES"] = (1, 8)
-    measure, tries = names["time_training"], []
+    measure, tries, done = names["time_training"], [], []
 
     def short_of_memory(flags, mode):
+        """Medusa-1 fails at first; then Medusa-2's figures do for it."""
         tries.append(mode)
         if len(tries) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
-        return measure(flags, mode)
+        if not done:
+            done.append(measure(flags, mode))
+        return done[0]
 
     names["time_training"] = short_of_memory
     file = tmp_path / "gpu.json"
