@@ -2,8 +2,8 @@
 
 The table is searched in paths, so it places an optimizer's moments, whose
 paths end like their parameter's, with their parameter. Training splits over
-(data, fsdp, tensor), see `training/sharding.py`; decoding over (tensor, group),
-which together are the devices of tensor parallelism: `decode_mesh`.
+(data, fsdp, tensor), see `training/sharding.py`; decoding over (tensor, group,
+copy), which together are the devices of tensor parallelism: `decode_mesh`.
 """
 
 import math
@@ -21,13 +21,14 @@ from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
 from medusa_jax.tree_paths import map_with_path
 
-ALL = ("tensor", "group")
+HEADS = ("tensor", "group")  # query heads are split over these, never cut
+ALL = (*HEADS, "copy")
 # What splits its outputs over `tensor` is followed by what splits its inputs
 # over it, so that one sum a block crosses the devices.
 RULES = (
     (r"/ns_coeffs$", (None,)),  # constants that Muon keeps in its state
     # Looked up by rows: parts of a row would have to be put together over all rows of the batch.
-    (r"embedding$", P(("tensor", "group", "fsdp"), None)),
+    (r"embedding$", P((*ALL, "fsdp"), None)),
     # For training, [out, in].
     (r"(lm_head|vocab)$", P("tensor", "fsdp")),
     (r"(query|key|value|gate|up)/weight$", P("tensor", "fsdp")),
@@ -40,8 +41,10 @@ RULES = (
     (r"block_\d+/weight$", P(None, "fsdp")),
     # For decoding, [in, out].
     (r"(key|value)/kernel$", P(None, "tensor")),
-    (r"(query|gate|up)/kernel$", P(None, ALL)),
-    (r"(out|down)/kernel$", P(ALL, None)),
+    (r"query/kernel$", P(None, HEADS)),
+    (r"attention/out/kernel$", P(HEADS, None)),
+    (r"(gate|up)/kernel$", P(None, ALL)),
+    (r"down/kernel$", P(ALL, None)),
     (r"(lm_head_|vocab_|block_\d+/)kernel$", P(None, ALL)),
     (r"(scale|bias|token_map)$", P(None)),
 )
@@ -73,20 +76,22 @@ def start_processes() -> None:
 
 
 def decode_mesh(text: str, config: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (tensor, group) that "tensor=N" means for a model.
+    """The mesh (tensor, group, copy) that "tensor=N" means for a model.
 
-    Heads are never cut. Up to K devices each hold different key/value heads: group is 1.
-    With more, tensor is K, and each group of N / K devices holds the same key/value head
-    and different query heads of it.
+    Heads are never cut. `tensor` devices hold different key/value heads; where that is one head
+    each, the devices of a `group` hold the same one and different query heads of it. What is
+    left of N are copies: they repeat each other's attention, and split all the rest, which are
+    most of the weights.
 
-    Example: 8 query heads that share 4 key/value heads, "tensor=8": tensor 4, group 2.
+    Examples: 8 query heads that share 4 key/value heads, "tensor=8": tensor 4, group 2, copy 1.
+    The 52 heads of Llama 33B, each with its own keys, "tensor=8": tensor 4, group 1, copy 2.
 
     Args:
       devices: default: all of all processes. A process alone takes the first N of them.
 
     Raises:
       InputError: no such description, too few devices, devices that would have no part in
-        it though their process must, or heads that N does not divide.
+        it though their process must.
     """
     match = re.fullmatch(r"tensor=([1-9]\d*)", text)
     if match is None:
@@ -99,21 +104,11 @@ def decode_mesh(text: str, config: ModelConfig, devices: Sequence[Any] | None = 
             f"{jax.process_count()} processes (simulated ones on a CPU: "
             f"JAX_NUM_CPU_DEVICES={count})"
         )
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    if heads % count or (kv_heads % count and count % kv_heads):
-        fitting = [
-            n
-            for n in range(1, heads + 1)
-            if not heads % n and (not kv_heads % n or not n % kv_heads)
-        ]
-        raise InputError(
-            f"mesh {text} does not divide the model's {heads} query and {kv_heads} key/value "
-            f"heads; N can be {', '.join(map(str, fitting))}"
-        )
-    tensor = min(count, kv_heads)
-    return jax.make_mesh(
-        (tensor, count // tensor), ALL, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
-    )
+    kv_heads = config.num_kv_heads
+    tensor = math.gcd(kv_heads, count)
+    group = math.gcd(config.num_heads // kv_heads, count // tensor) if tensor == kv_heads else 1
+    sizes = (tensor, group, count // (tensor * group))
+    return jax.make_mesh(sizes, ALL, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from medusa_jax import Decoder, Greedy, Tree, export, load_model, outputs
 from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.config import from_hf
+from medusa_jax.convert import convert
 from medusa_jax.errors import InputError
 from medusa_jax.places import backbone_places
 from medusa_jax.training import settings, stack
@@ -388,6 +390,29 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     hidden, _ = backbone.apply(variables, tokens, positions, causal_mask(12))
     after = backbone.apply(variables, hidden, method="unembed")
     np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+def test_truncated_heads_through_both_stages_to_vllm(place: Path, tmp_path: Path):
+    """The map is chosen once, from the data; a resumed run and a second stage keep it."""
+    flags = ["--config.heads.truncated=12", "--config.heads.shared=True", "--config.optim.steps=3"]
+    code, err = train(place, tmp_path / "one", *flags)
+    assert code == 0, err
+    ids = json.loads((tmp_path / "one/data.json").read_text())["token_map"]
+    assert len(set(ids)) == 12 and set(ids) != set(range(12))
+    assert train(place, tmp_path / "one", *flags)[0] == 0  # resumes, and has nothing to do
+    flags += ["--config.mode=medusa2", f"--config.heads.path={tmp_path / 'one'}"]
+    code, err = train(place, tmp_path / "two", *flags)
+    assert code == 0, err
+
+    merged = load_model(tmp_path / "two/model")
+    assert (merged.heads.truncated, merged.heads.shared) == (12, True)
+    assert merged.params["heads"]["token_map"].tolist() == ids
+    # Shared rows are those of the lm_head as it was trained.
+    rows = merged.params["backbone"]["lm_head_kernel"][:, np.array(ids)]
+    np.testing.assert_array_equal(merged.params["heads"]["vocab_kernel"], rows)
+    convert(str(tmp_path / "two/model"), "vllm", tmp_path / "vllm")
+    served = load_model(tmp_path / "two/model", tmp_path / "vllm")
+    chex.assert_trees_all_equal(served.params["heads"], merged.params["heads"])
 
 
 def test_pretraining_begins_with_random_weights_and_writes_a_model(place: Path, tmp_path: Path):

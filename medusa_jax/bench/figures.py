@@ -60,7 +60,8 @@ def summarise(
         if any(run.lengths for run in first):
             lengths = [length for run in first for length in run.lengths]
             tree = trees[acceptance] if system == MEDUSA else Tree()
-            row |= {"tree_size": tree.size} | counters(lengths, tree.size, tree.depth)
+            row |= {"tree_size": tree.size, "tree_grown": isinstance(tree, Grown)}
+            row |= counters(lengths, tree.size, tree.depth)
         rows.append(row)
     return rows
 

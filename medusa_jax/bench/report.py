@@ -151,9 +151,10 @@ def _assumed(report: Report) -> list[str]:
 
 
 def _tree(rows: list[Row]) -> str:
-    return next(
-        (f", tree of {row['tree_size']} tokens" for row in rows if row["system"] == MEDUSA), ""
-    )
+    row = next((row for row in rows if row["system"] == MEDUSA), None)
+    if row is None:
+        return ""
+    return f", {'grown ' if row['tree_grown'] else ''}tree of {row['tree_size']} tokens"
 
 
 def _rows(report: Report, acceptance: str) -> list[Row]:
