@@ -4,14 +4,24 @@ Real models, traces and texts are other people's and lie in `../shared`. Tests
 that need them skip in a bare clone; CI refuses to run without.
 """
 
+import atexit
 import dataclasses
 import io
 import json
+import os
 import runpy
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one test compiles, other workers and the processes that tests start need not compile
+    # again. JAX reads this when it is imported, and workers inherit it.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medusa_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import jax.numpy as jnp
