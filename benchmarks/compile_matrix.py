@@ -44,13 +44,14 @@ TRAINING = (
 DECODING = (
     ("llama2-7b", "v5e:2x2", 1),
     ("llama2-7b", "v6e:2x2", 1),
-    ("llama2-7b", "v5p:2x2x1", 1),
     ("llama2-7b", "v5e:2x2", 4),
-    ("llama1-33b", "v6e:2x2", 4),
-    ("llama2-13b", "v5e:2x2", 4),
-    ("llama3-8b", "v6e:2x2", 1),
-    ("llama1-33b", "v5p:2x2x1", 4),
+    ("llama1-33b", "v6e:2x4", 8),
     ("llama1-33b", "v5e:2x4", 8),
+    ("llama2-7b", "v5p:2x2x1", 1),
+    ("llama3-8b", "v6e:2x2", 1),
+    ("llama2-13b", "v5e:2x4", 8),
+    ("llama1-33b", "v5p:2x2x1", 4),
+    ("llama2-13b", "v5p:2x2x1", 1),
 )
 STEPS = "--sizes 1 64 --batch_sizes 1 16 --prompt_tokens 512 --max_length 2048 --dtype bfloat16"
 LINE = re.compile(

@@ -15,11 +15,9 @@ what else would have been accepted, so its lengths are lower bounds.
 
 import argparse
 import dataclasses
-import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +92,7 @@ def main(flags: argparse.Namespace) -> None:
         else:
             row["mean_accepted_length"] = decoded_length(answerer.with_tree(tree), prompts)
         predict(row, flags)
-    best = choose(rows)
+    best = max(rows, key=lambda row: row["tokens_per_second"])
     tuning = _tuning(answerer, flags, trees[best["tree"]], best, rows)
     tuning["accuracy"] = calibration.accuracy(ranks, top_k).round(5).tolist()
     path = (
@@ -157,7 +155,6 @@ def time_trees(
     The trees take turns, in another order each round, and a step's time is the
     median over the rounds of its ratio to the plain step, times the plain step's
     median: a machine whose speed drifts from round to round hurts all alike.
-    `step_error` is the standard error of that ratio, as a share of it.
     """
     timed = {name: answerer.with_tree(tree, stops=False) for name, tree in trees.items()}
     steps: dict[str, list[float]] = {name: [] for name in trees}
@@ -187,39 +184,11 @@ def time_trees(
             "tree": name,
             "nodes": tree.size,
             "step_seconds": plain * statistics.median(ratios[name]),
-            "step_error": median_error(ratios[name]),
             "step_seconds_spread": [min(steps[name]), max(steps[name])],
             "prefill_seconds": prefill,
         }
         for name, tree in trees.items()
     ]
-
-
-def median_error(values: Sequence[float]) -> float:
-    """Standard error of the median as a share of it, from the spread of the values.
-
-    That of normal values is sqrt(pi / 2) sigma / sqrt(n), and sigma is taken from
-    the quartiles (1.35 sigma apart), which outliers leave alone. Values 9, 9.5, 10,
-    10.5, 11: quartiles 1.0 apart, so 0.74 x 1.25 / sqrt(5) of 10: 0.042.
-    """
-    if len(values) == 1:
-        return 0.0
-    low, middle, high = np.percentile(values, (25, 50, 75))
-    return float(math.sqrt(math.pi / 2 / len(values)) * (high - low) / 1.349 / middle)
-
-
-def choose(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest; of those that the timing cannot tell apart, the one that accepts most.
-
-    Two speeds differ where one exceeds the other by more than the standard error of their ratio.
-    """
-    fastest = max(rows, key=lambda row: row["tokens_per_second"])
-
-    def equal(row: dict[str, Any]) -> bool:
-        error = math.hypot(row["step_error"], fastest["step_error"])
-        return row["tokens_per_second"] >= (1 - error) * fastest["tokens_per_second"]
-
-    return max(filter(equal, rows), key=lambda row: row["mean_accepted_length"])
 
 
 def predict(row: dict[str, Any], flags: argparse.Namespace) -> None:

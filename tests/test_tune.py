@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from medusa_jax import choices, tune, tuned
@@ -117,25 +116,3 @@ def test_fingerprint_tells_weights_apart(stories: Model, shared: Path):
     merged = choices.load_model(models / "stories260K-medusa-1.0")
     again = choices.load_model(models / "stories260K", models / "stories260K-medusa")
     assert again.fingerprint == stories.fingerprint != merged.fingerprint
-
-
-def test_of_equally_fast_trees_the_one_that_accepts_most_is_taken():
-    def row(speed: float, length: float) -> dict[str, Any]:
-        named = {"tokens_per_second": speed, "mean_accepted_length": length}
-        return named | {"step_error": 0.006}
-
-    slow, fastest, as_fast = row(90.0, 4.0), row(100.0, 2.0), row(99.5, 3.0)
-    assert tune.choose([slow, fastest, as_fast]) is as_fast
-    assert tune.choose([slow, fastest]) is fastest
-    exact = [one | {"step_error": 0.0} for one in (slow, fastest, as_fast)]
-    assert tune.choose(exact) is exact[1]
-
-
-def test_the_error_of_a_median_is_that_of_many_medians():
-    """2,000 medians of 25 normal values: their spread, against the estimates from each (10%)."""
-    rng = np.random.default_rng(0)
-    samples = rng.normal(10.0, 1.0, (2000, 25))
-    spread = np.median(samples, axis=1).std() / 10
-    estimates = [tune.median_error(sample) for sample in samples]
-    np.testing.assert_allclose(np.sqrt(np.mean(np.square(estimates))), spread, rtol=0.1)
-    assert tune.median_error([9, 9.5, 10, 10.5, 11]) == pytest.approx(0.0415, abs=1e-4)
