@@ -13,11 +13,11 @@ import argparse
 import copy
 import sys
 from pathlib import Path
-from typing import Any
 
 from medusa_jax import calibration, choices, cli, tune
 from medusa_jax.acceptance import Greedy
 from medusa_jax.answer import Answerer
+from medusa_jax.bench.report import table
 from medusa_jax.decode import Decoder
 from medusa_jax.figures import step_bytes
 from medusa_jax.training.config_file import read_config
@@ -62,7 +62,8 @@ def main(flags: argparse.Namespace) -> None:
         "shared": (True, 0),
         f"shared, truncated to {flags.truncated}": (True, flags.truncated),
     }
-    rows: list[dict[str, Any]] = []
+    head: list[str] = []
+    cells: list[list[str]] = []
     for number, (name, (shared, truncated)) in enumerate(kinds.items()):
         config = read_config(flags.config, flags.overrides)
         config.heads.shared, config.heads.truncated = shared, truncated
@@ -74,13 +75,10 @@ def main(flags: argparse.Namespace) -> None:
         answerer = choices.build(some, Greedy(), raw=flags.raw, max_new_tokens=flags.max_new_tokens)
         heads, backbone = bytes_of_heads(answerer)
         found = lengths(answerer, flags)
-        rows.append({"heads": name, "bytes": heads, "share": heads / backbone} | found)
-    trees = [key for key in rows[0] if key not in ("heads", "bytes", "share")]
-    print(f"| heads | MB a step | of the backbone's | {' | '.join(trees)} |")
-    print("|---" * (3 + len(trees)) + "|")
-    for row in rows:
-        cells = [row["heads"], f"{row['bytes'] / 1e6:.2f}", f"{row['share']:.0%}"]
-        print(f"| {' | '.join(cells + [f'{row[tree]:.2f}' for tree in trees])} |")
+        head = ["heads", "MB a step", "of the backbone's", *found]
+        figures = [f"{length:.2f}" for length in found.values()]
+        cells.append([name, f"{heads / 1e6:.2f}", f"{heads / backbone:.0%}", *figures])
+    print(table(head, cells))
 
 
 if __name__ == "__main__":

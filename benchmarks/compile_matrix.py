@@ -68,7 +68,7 @@ GiB of one device, as XLA's TPU compiler counts them for the whole compiled func
 arguments (weights, optimizer state or cache, batch), the most that lives at once beside them, and
 outputs that do not lie in an argument's place. "In place" is what does: state and cache are
 donated, so they are held once. No TPU was used, and nothing here says how fast a step is.
-`python benchmarks/compile_matrix.py` made the tables (jax {jax}); seconds are of a machine
+`python benchmarks/compile_matrix.py` compiles them (jax {jax}); seconds are of a machine
 that had other work.
 """
 TRAINING_HEAD = """
