@@ -4,7 +4,7 @@
 
 Needs no TPU, but a few GB of memory and minutes a row. Each command is a process of its own, and
 what it said is kept in --log: the script goes on where it was stopped. Rows that do not fit, or
-fail, say why.
+fail, say why; what failed is tried again by the next call.
 """
 
 import json
@@ -108,17 +108,12 @@ class Log:
                 cwd=ROOT,
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
             )
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            record = {
-                "command": command,
-                "out": done.stdout,
-                "error": reason * bool(done.returncode),
-            }
+            if done.returncode:
+                return [], (done.stderr.strip().splitlines() or ["no output"])[-1]
+            self._said[command] = {"command": command, "out": done.stdout}
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            self._said[command] = record
-        record = self._said[command]
-        return [found.groupdict() for found in LINE.finditer(record["out"])], record["error"]
+                file.write(json.dumps(self._said[command]) + "\n")
+        return [found.groupdict() for found in LINE.finditer(self._said[command]["out"])], ""
 
 
 def rows(log: Log, command: str, cells: list[str], *, named: bool) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from medusa_jax import choices, cli
 from medusa_jax.bench.figures import about, copy_bandwidth, spread
@@ -33,11 +33,8 @@ from medusa_jax.tensor_files import read_json, write_json
 from medusa_jax.training import settings, sharding
 from medusa_jax.training.batches import global_arrays
 from medusa_jax.training.encoding import Encoded
-from medusa_jax.training.objective import Objective
-from medusa_jax.training.optimizer import optimizer
 from medusa_jax.training.packing import Rows
-from medusa_jax.training.state import Ramp, make_step
-from medusa_jax.training.trainer import starting_state
+from medusa_jax.training.program import assemble
 from medusa_jax.training.weights import load
 
 PARTS = ("steps", "prefill", "train")
@@ -138,13 +135,8 @@ def time_training(flags: argparse.Namespace, mode: str) -> dict[str, Any]:
     )
     settings.check(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    weights, rule = load(config, mesh), optimizer(config, 100)
-    state, places = starting_state(weights, rule, mesh, donate=True)
-    objective = Objective.of(
-        config, weights.model, weights.heads, NamedSharding(mesh, sharding.HIDDEN)
-    )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = make_step(objective, rule, Ramp.of(config.loss, 100), 0, (places, everywhere))
+    weights = load(config, mesh)
+    state, program = assemble(config, weights, mesh, steps=100)
     ids = np.random.default_rng(0).integers(
         0, weights.model.vocab_size, (flags.train_rows, flags.train_tokens), np.int32
     )
@@ -153,7 +145,7 @@ def time_training(flags: argparse.Namespace, mode: str) -> dict[str, Any]:
     batch = global_arrays(
         rows, np.arange(flags.train_rows)[None], NamedSharding(mesh, sharding.BATCH)
     )
-    compiled = step.lower(state, weights.frozen, batch).compile()
+    compiled = program.step.lower(state, weights.frozen, batch).compile()
     times = []
     for _ in range(flags.repeats + 1):
         start = time.perf_counter()

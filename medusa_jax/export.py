@@ -18,7 +18,8 @@ from medusa_jax.tensor_files import read_json
 from medusa_jax.training import export, settings, sharding
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.optimizer import optimizer
-from medusa_jax.training.trainer import DATA, starting_state
+from medusa_jax.training.program import starting_state
+from medusa_jax.training.trainer import DATA
 from medusa_jax.training.weights import load
 
 

@@ -156,3 +156,11 @@ def heads_directory(directory: Path, tensors: NPZ, **config: Any) -> Path:
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def original(place: Path, tensors: NPZ, **config: Any) -> Path:
+    """A v0.1 or v2 directory."""
+    place.mkdir()
+    heads_file(place, tensors)
+    (place / "config.json").write_text(json.dumps(config))
+    return place

@@ -30,6 +30,7 @@ import torch
 import transformers
 from checkpoints import LAYERS, VOCAB, WIDTH
 
+from medusa_jax import convert
 from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.config import ModelConfig
 from medusa_jax.heads import HeadsConfig, MedusaHeads
@@ -169,3 +170,15 @@ def saved(llama: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPath
 def copy(saved: Path, tmp_path: Path) -> Path:
     """A copy of `saved` to spoil."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.fixture
+def go(saved: Path, tmp_path: Path):
+    """Converts heads to a new directory and returns it; `saved` is the backbone."""
+
+    def call(source: Path, target: str, **options: Any) -> Path:
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}-{target}"
+        convert.convert(str(source), target, output, **({"base": str(saved)} | options))
+        return output
+
+    return call

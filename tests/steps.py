@@ -14,18 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from medusa_jax.sharding import spec, start_processes
 from medusa_jax.training import lora, settings, sharding
 from medusa_jax.training.batches import global_arrays
 from medusa_jax.training.encoding import Encoded
-from medusa_jax.training.objective import Objective
-from medusa_jax.training.optimizer import optimizer
 from medusa_jax.training.packing import pack
+from medusa_jax.training.program import assemble
 from medusa_jax.training.settings import Config, Heads, Lora, Loss, Optim
-from medusa_jax.training.state import Ramp, make_step
-from medusa_jax.training.trainer import starting_state
 from medusa_jax.training.weights import Weights, heads_shape, layout, split
 from medusa_jax.tree_paths import flat
 
@@ -77,15 +74,10 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
         global_arrays(rows, numbers.reshape(2, -1), place)
         for numbers in (np.arange(ROWS), np.arange(ROWS) + 3)
     ]
-    rule = optimizer(config, 10)
-    state, places = starting_state(weights, rule, mesh, donate=True)
-    hidden = NamedSharding(mesh, sharding.HIDDEN)
-    objective = Objective.of(config, TINY, weights.heads, hidden)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = make_step(objective, rule, Ramp.of(config.loss, 10), 0, (places, everywhere))
+    state, program = assemble(config, weights, mesh, steps=10)
     found: dict[str, Any] = {}
     for number, batch in enumerate(batches):
-        state, result = step(state, weights.frozen, batch)
+        state, result = program.step(state, weights.frozen, batch)
         found[f"grad_norm_{number}"] = result.grad_norm
         found[f"lm_{number}"] = result.terms.lm.loss
         found[f"kl_{number}"] = result.terms.kl

@@ -4,17 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from medusa_jax.compile_only import Memory, compile_for
 from medusa_jax.sharding import abstract
 from medusa_jax.topology import devices
 from medusa_jax.training import settings, sharding
-from medusa_jax.training.objective import Objective
-from medusa_jax.training.optimizer import optimizer
+from medusa_jax.training.program import assemble
 from medusa_jax.training.settings import Config
-from medusa_jax.training.state import Ramp, make_step
-from medusa_jax.training.trainer import check_length, starting_state
+from medusa_jax.training.trainer import check_length
 from medusa_jax.training.weights import Weights, heads_shape, layout, model_shape, split
 
 
@@ -40,10 +38,8 @@ def lower(config: Config, mesh: Mesh) -> Any:
     table = layout(config, model, heads)
     leaves = {path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for path, p in table.items()}
     trainable, frozen = split(leaves, table)
-    steps = config.optim.steps or 1000  # only schedules depend on it
-    rule = optimizer(config, steps)
     weights = Weights(model, heads, trainable, abstract(frozen, mesh))
-    state, places = starting_state(weights, rule, mesh, donate=False)
+    state, program = assemble(config, weights, mesh, config.optim.steps or 1000, donate=False)
     pieces = config.optim.accumulation
     shape = (pieces, config.optim.batch_size // pieces, config.data.sequence_length)
     place = NamedSharding(mesh, sharding.BATCH)
@@ -56,9 +52,4 @@ def lower(config: Config, mesh: Mesh) -> Any:
             ("learnt", jnp.bool_),
         )
     }
-    objective = Objective.of(config, model, heads, NamedSharding(mesh, sharding.HIDDEN))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = make_step(
-        objective, rule, Ramp.of(config.loss, steps), config.seed, (places, everywhere)
-    )
-    return step.lower(state, weights.frozen, batch)
+    return program.step.lower(state, weights.frozen, batch)

@@ -14,9 +14,10 @@ from jax.experimental import multihost_utils
 from medusa_jax.training.batches import Batches, global_arrays, in_order
 from medusa_jax.training.checkpoints import CheckpointError, Checkpoints
 from medusa_jax.training.metrics import Metrics
-from medusa_jax.training.objective import Objective, Params, Terms, report
+from medusa_jax.training.objective import Params, Terms, report
 from medusa_jax.training.optimizer import learning_rate
 from medusa_jax.training.packing import Rows
+from medusa_jax.training.program import Program
 from medusa_jax.training.settings import Config
 from medusa_jax.training.state import StepResult, TrainState
 
@@ -36,7 +37,7 @@ class Loop:
     Attributes:
       config: of the run.
       frozen: parameters that do not learn.
-      objective, step, evaluate: what is minimised; the compiled functions.
+      program: what is minimised, and the compiled functions.
       batches, eval_rows: what is learnt from, and what is not.
       total: steps of the whole run.
       checkpoints, metrics: where it writes.
@@ -44,9 +45,7 @@ class Loop:
 
     config: Config
     frozen: Params
-    objective: Objective
-    step: Any
-    evaluate: Any
+    program: Program
     batches: Batches
     eval_rows: Rows
     total: int
@@ -66,7 +65,7 @@ class Loop:
             self._evaluate(0, state)
         for number in range(int(state.step) + 1, self.total + 1):
             batch = self.batches(number - 1)
-            state, result = self.step(state, self.frozen, batch)
+            state, result = self.program.step(state, self.frozen, batch)
             if behind is not None:
                 self._report(*behind, clock)
             behind = number, result
@@ -88,7 +87,7 @@ class Loop:
 
     def _report(self, number: int, result: StepResult, clock: "_Clock") -> None:
         heads_weight, norm = float(result.heads_weight), float(result.grad_norm)
-        values = report(result.terms, heads_weight, self.objective)
+        values = report(result.terms, heads_weight, self.program.objective)
         rate = clock.tick()
         if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
             with contextlib.suppress(CheckpointError):
@@ -109,10 +108,11 @@ class Loop:
 
     def _evaluate(self, number: int, state: TrainState) -> None:
         every = [
-            self.evaluate(state.trainable, self.frozen, batch) for batch in self._eval_batches()
+            self.program.evaluate(state.trainable, self.frozen, batch)
+            for batch in self._eval_batches()
         ]
         total: Terms = jax.tree.map(lambda *terms: sum(terms), *every)
-        values = report(total, self.config.loss.heads_weight, self.objective)
+        values = report(total, self.config.loss.heads_weight, self.program.objective)
         values["perplexity"] = math.exp(min(values["lm_loss"], 700.0))
         self.metrics.write(number, {f"eval_{name}": value for name, value in values.items()})
         tops = ", ".join(f"{top:.3f}" for top in values.get("head_top1", ()))

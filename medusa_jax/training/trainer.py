@@ -1,35 +1,30 @@
 """A run from data to exported weights. Read top to bottom; each stage is a module."""
 
 import dataclasses
-import functools
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
-from medusa_jax.sharding import abstract, start_processes
+from medusa_jax.sharding import start_processes
 from medusa_jax.tensor_files import read_json, write_json
 from medusa_jax.training import export, settings, sharding
 from medusa_jax.training.batches import Batches
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.loop import Loop
 from medusa_jax.training.metrics import Metrics
-from medusa_jax.training.objective import Objective
-from medusa_jax.training.optimizer import optimizer
 from medusa_jax.training.packing import Rows
+from medusa_jax.training.program import assemble
 from medusa_jax.training.rows import read_rows
 from medusa_jax.training.settings import Config
-from medusa_jax.training.state import Ramp, TrainState, init_state, make_evaluation, make_step
-from medusa_jax.training.weights import Weights, load, model_shape, starting_token_map
+from medusa_jax.training.weights import load, model_shape, starting_token_map
 
 # In the working directory: the settings as they are run, and which data they found.
 CONFIG, DATA = "config.json", "data.json"
@@ -58,8 +53,7 @@ def train(config: Config, workdir: str | Path) -> None:
     check_shared(workdir)
     check_directory(workdir, config)
 
-    model = model_shape(config)
-    check_length(config, model)
+    check_length(config, model_shape(config))
     train_rows, eval_rows = read_rows(config, first)
     batches = Batches(
         train_rows,
@@ -76,8 +70,7 @@ def train(config: Config, workdir: str | Path) -> None:
         check_data(workdir, train_rows)
     token_map = token_map_of(config, train_rows, workdir if resumed else None)
     weights = load(config, mesh, token_map, with_learnt=not resumed)
-    rule = optimizer(config, total)
-    state, places = starting_state(weights, rule, mesh, donate=not resumed)
+    state, program = assemble(config, weights, mesh, total, donate=not resumed)
     if resumed:
         state = checkpoints.restore(state)
     if first:
@@ -88,16 +81,10 @@ def train(config: Config, workdir: str | Path) -> None:
     metrics = Metrics(workdir, start, total, tensorboard=config.run.tensorboard, active=first)
     if start:
         metrics.say(f"resuming at step {start} of {total}")
-    objective = Objective.of(config, model, weights.heads, NamedSharding(mesh, sharding.HIDDEN))
-    ramp = Ramp.of(config.loss, total)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = make_step(objective, rule, ramp, config.seed, (places, everywhere))
     loop = Loop(
         config=config,
         frozen=weights.frozen,
-        objective=objective,
-        step=step,
-        evaluate=make_evaluation(objective, everywhere),
+        program=program,
         batches=batches,
         eval_rows=eval_rows,
         total=total,
@@ -115,21 +102,6 @@ def train(config: Config, workdir: str | Path) -> None:
         checkpoints.close()
     weights = weights.with_trained(state.trainable)
     metrics.say(f"wrote {export.export(config, weights, workdir, write=first)}")
-
-
-def starting_state(
-    weights: Weights, rule: optax.GradientTransformation, mesh: Mesh, *, donate: bool
-) -> tuple[TrainState, Any]:
-    """The state before the first step, and its shardings.
-
-    With `donate` off, of weights that are shapes only, it is shapes only.
-    """
-    make = functools.partial(init_state, optimizer=rule)
-    shape = abstract(jax.eval_shape(make, weights.trainable), mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, shape)
-    if not donate:
-        return shape, places
-    return jax.jit(make, donate_argnums=0, out_shardings=places)(weights.trainable), places
 
 
 def token_map_of(config: Config, rows: Rows, workdir: Path | None) -> list[int]:
