@@ -108,12 +108,15 @@ class Log:
                 cwd=ROOT,
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
             )
-            if done.returncode:
-                return [], (done.stderr.strip().splitlines() or ["no output"])[-1]
-            self._said[command] = {"command": command, "out": done.stdout}
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            error = last if done.returncode else ""
+            if error and "DoesNotFit" not in error:  # not fitting is a result, to be kept
+                return [], error
+            self._said[command] = {"command": command, "out": done.stdout, "error": error}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self._said[command]) + "\n")
-        return [found.groupdict() for found in LINE.finditer(self._said[command]["out"])], ""
+        record = self._said[command]
+        return [found.groupdict() for found in LINE.finditer(record["out"])], record["error"]
 
 
 def rows(log: Log, command: str, cells: list[str], *, named: bool) -> list[str]:
