@@ -63,14 +63,13 @@ def decode(
                 for record in records:
                     write_record(file, record)
             if compare:
-                turns = [
-                    [
-                        list(itertools.chain(*one.answer(batch_requests, names, batch_size)))
+                both: list[Iterable[dict[str, Any]]] = []
+                for _ in range(COMPARE_ROUNDS):
+                    both = [
+                        itertools.chain(*one.answer(batch_requests, names, batch_size))
                         for one in (medusa, plain)
                     ]
-                    for _ in range(COMPARE_ROUNDS)
-                ]
-                for ours, theirs in zip(*turns[-1], strict=True):
+                for ours, theirs in zip(*both, strict=True):
                     same += ours["token_ids"] == theirs["token_ids"]
                     count += 1
             bar.update(len(batch))
