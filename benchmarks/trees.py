@@ -6,7 +6,8 @@
 Every cut of every published tree is replayed on the model's texts to the held-out prompts
 (`calibration.py`), which gives its exact mean accepted length; steps are timed by size. The best
 cut of each tree, `mc_sim_7b_63` whole, the tuned tree and a grown one of its size then take turns
-decoding the prompts. Printed are the predictions and what was measured.
+decoding the prompts; cuts that are the same tree are one. Printed are the predictions, what was
+measured, and, of each repeat, how much faster the tuned tree was than each other.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from medusa_jax import calibration, choices, cli, tune, tuned
+from medusa_jax.bench.figures import spread
+from medusa_jax.bench.report import spread_cell, table
 from medusa_jax.errors import InputError
 from medusa_jax.grow import Grown
 from medusa_jax.tree import Tree, published_names
@@ -36,7 +39,10 @@ def candidates(
             speed = length / float(np.interp(size, sizes, times))
             if speed > best.get(name, (0.0, tree))[0]:
                 best[name] = speed, tree
-    return {f"{name} cut to {tree.size}": tree for name, (_, tree) in best.items()}
+    named: dict[Tree, list[str]] = {}
+    for name, (_, tree) in best.items():
+        named.setdefault(tree, []).append(name)
+    return {f"{', '.join(names)} cut to {tree.size}": tree for tree, names in named.items()}
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -51,15 +57,14 @@ def main(flags: argparse.Namespace) -> None:
     seconds = {
         row["nodes"]: row["step_seconds"] for row in found[0]["table"] if row["tree"].isdigit()
     }
-    if (best := tuned.tree_of(found[0])) == Tree():  # plain decoding won: then the best Medusa tree
-        best = None
+    best = tuned.tree_of(found[0])
     prompts = tune.read_prompts(flags, answerer)
     ranks = tune.rank_texts(answerer, tune.write_texts(answerer, prompts))
     top_k = choices.ranks(answerer.model)
     trees: dict[str, Tree | Grown] = {"plain": Tree()}
-    if best is not None:
-        trees["tuned"] = best
+    if best.size > 1:
         trees[f"grown, {best.size}"] = Grown(best.size, heads, top_k)
+    trees = {name: tree for name, tree in trees.items() if tree != best} | {"tuned": best}
     trees |= candidates(ranks, heads, seconds)
     trees["mc_sim_7b_63"] = Tree.published("mc_sim_7b_63").limit_depth(heads)
 
@@ -73,14 +78,26 @@ def main(flags: argparse.Namespace) -> None:
                 timed[name].run([prompt], [(number, 0)])
         for name, one in timed.items():
             speeds[name].append((one.figures - before[name]).tokens_per_second)
-    print("| tree | tokens | mean accepted length | tokens/s (min to max) |\n|---|---|---|---|")
+    head = ["tree", "tokens", "mean accepted length", "tokens/s (min to max)", "tuned over it"]
+    cells = []
     for name in sorted(trees, key=lambda name: -statistics.median(speeds[name])):
-        length = timed[name].figures.mean_accepted_length
-        print(
-            f"| {name} | {trees[name].size} | {length:.2f} | {statistics.median(speeds[name]):.0f} "
-            f"({min(speeds[name]):.0f} to {max(speeds[name]):.0f}) |"
+        ratios = np.divide(speeds["tuned"], speeds[name]).tolist()
+        cells.append(
+            [
+                name,
+                str(trees[name].size),
+                f"{timed[name].figures.mean_accepted_length:.2f}",
+                spread_cell(spread(speeds[name]), "{:.0f}"),
+                spread_cell(spread(ratios), "{:.3f}"),
+            ]
         )
-    print(f"\ntuned tree, predicted: {found[0]['best']['tokens_per_second']:.0f} tokens/s")
+    print(table(head, cells))
+    predicted = {row["tree"]: row["tokens_per_second"] for row in found[0]["table"]}
+    chosen = found[0]["best"]["tokens_per_second"]
+    print(
+        f"\ntuned tree, predicted: {chosen:.0f} tokens/s, {chosen / predicted[tune.PLAIN]:.3f} "
+        "times plain decoding"
+    )
 
 
 if __name__ == "__main__":
