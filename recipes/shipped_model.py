@@ -12,14 +12,16 @@ Writes, from the TinyStories texts and the schema-guided dialogues named below,
     test_*.jsonl    held out, to report; prompts_*.jsonl their first user turns
 
 The held-out stories are the last 400 of `tinystories_test.txt`, and no training
-text repeats one of them. All choices are drawn from one seed.
+text repeats one of them. Nor is a held-out prompt ever asked in training: many
+stories begin alike, and heads know by heart what comes after "Once upon a time".
+All choices are drawn from one seed.
 """
 
 import argparse
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +84,18 @@ def stories(path: Path, separator: str) -> Iterator[str]:
             yield text
 
 
-def told(story: str, rng: random.Random) -> Messages:
-    """A story as an answer: to its first 2 to 16 words or, now and then, to a plain wish."""
-    words = story.split(" ")
-    asked = " ".join(words[: rng.randint(2, 16)]).strip()
+def told(story: str, rng: random.Random, taken: Collection[str] = ()) -> Messages:
+    """A story as an answer: to its first 2 to 16 words or, now and then, to a plain wish.
+
+    Words are added to a prompt for as long as it is `taken`.
+    """
+    words, count = story.split(" "), rng.randint(2, 16)
+    asked = " ".join(words[:count]).strip()
     if rng.random() < 0.05:
         asked = rng.choice(("Tell me a story.", "Please tell me a story."))
+    while asked in taken:
+        count += 1
+        asked = " ".join(words[:count]).strip()
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": story}]
 
 
@@ -150,12 +158,15 @@ def main(flags: argparse.Namespace) -> None:
     write_json(out / "base" / "config.json", SHAPE | {"vocab_size": len(vocabulary)})
 
     (out / "stories.txt").write_text(f"\n{END}\n".join(train), encoding="utf-8")
-    write_lines(
-        out / "tales.jsonl", ({"messages": told(one, rng)} for _ in range(2) for one in train)
-    )
+    tales = [told(one, rng) for _ in range(2) for one in train]
+    taken = {one[0]["content"] for one in tales}
+    write_lines(out / "tales.jsonl", ({"messages": one} for one in tales))
     write_lines(out / "dialogues.jsonl", ({"messages": talk} for talk in talks))
-    tales = [told(one, rng) for one in held]
-    for name, kept in (("tales", tales), ("dialogues", held_talks)):
+    held_tales: list[Messages] = []
+    for story in held:
+        held_tales.append(told(story, rng, taken))
+        taken.add(held_tales[-1][0]["content"])
+    for name, kept in (("tales", held_tales), ("dialogues", held_talks)):
         for part, some in (("valid", kept[:HELD_OUT]), ("test", kept[HELD_OUT:])):
             write_lines(out / f"{part}_{name}.jsonl", ({"messages": one} for one in some))
             prompts = ({"prompt": one[0]["content"], "category": name} for one in some)
