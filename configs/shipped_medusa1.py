@@ -2,11 +2,10 @@
 
     own() {
       python -m medusa_jax.distill --model runs/shipped_pretrain/model --autoregressive \\
-          --data data/shipped/$2.jsonl --shard $3 --max_documents $4 --temperature $5 $6 \\
+          --data data/shipped/$2.jsonl --shard $3 --max_documents $4 --temperature $5 \\
           --batch_size 32 --output data/shipped/own_$1.jsonl
     }
-    own greedy0 tales 0/3 12576 0 --unique
-    own greedy1 tales 1/3 12576 0 --unique
+    own greedy tales 1/3 12576 0
     own tales tales 2/3 12384 0.3
     own dialogues dialogues 0/1 300 0.3
     python train.py --config configs/shipped_medusa1.py --workdir runs/shipped_medusa1
@@ -21,7 +20,6 @@ Hardware: 2 CPU cores and 4 GB.
 from medusa_jax.training.settings import Backbone, Config, Data, Heads, Loss, Mesh, Optim, Run
 
 DATA = "data/shipped"
-OWN = ("greedy0", "greedy1", "tales", "dialogues")
 
 
 def get_config() -> Config:
@@ -31,7 +29,7 @@ def get_config() -> Config:
         model=Backbone(path="runs/shipped_pretrain/model", dtype="float32", remat=False),
         heads=Heads(number=4, layers=2, shared=True),
         data=Data(
-            train=tuple(f"{DATA}/own_{kind}.jsonl" for kind in OWN),
+            train=tuple(f"{DATA}/own_{kind}.jsonl" for kind in ("greedy", "tales", "dialogues")),
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
             eval_rows=64,
             sequence_length=512,
@@ -42,7 +40,7 @@ def get_config() -> Config:
             heads_multiplier=4.0,
             batch_size=4,
             accumulation=4,
-            epochs=2,
+            epochs=1,
             warmup_steps=40,
             beta2=0.99,
         ),

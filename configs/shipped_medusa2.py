@@ -22,7 +22,6 @@ from medusa_jax.training.settings import (
 
 DATA = "data/shipped"
 STORIES = f"{DATA}/stories.txt"
-OWN = ("greedy0", "greedy1", "tales", "dialogues")
 
 
 def get_config() -> Config:
@@ -35,7 +34,7 @@ def get_config() -> Config:
         data=Data(
             # Its own texts, and stories that it learnt from.
             train=(
-                *(f"{DATA}/own_{kind}.jsonl" for kind in OWN),
+                *(f"{DATA}/own_{kind}.jsonl" for kind in ("greedy", "tales", "dialogues")),
                 STORIES,
             ),
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
@@ -44,13 +43,13 @@ def get_config() -> Config:
             max_documents=2500,
             sequence_length=512,
         ),
-        loss=Loss(heads_weight=0.06, distill=True, chunk=0),
+        loss=Loss(heads_weight=0.03, distill=True, chunk=0),
         optim=Optim(
             learning_rate=1e-4,
             heads_multiplier=20.0,
             batch_size=4,
             accumulation=4,
-            epochs=2,
+            epochs=1,
             warmup_steps=40,
             beta2=0.99,
         ),

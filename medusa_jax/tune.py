@@ -38,7 +38,7 @@ from medusa_jax.tree import Tree
 EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PLAIN = "1"  # name of the root alone
-GROWN_SIZES = (4, 8, 16, 32, 64)
+GROWN_SIZES = (4, 5, 6, 8, 12, 16, 32, 64)
 CALIBRATION_BATCH = 8
 
 
