@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from medusa_jax.acceptance import Acceptance
+from medusa_jax.acceptance import Acceptance, Greedy
 from medusa_jax.errors import InputError
 from medusa_jax.grow import Grown
 from medusa_jax.hf import Model
@@ -95,17 +95,18 @@ def find(model: Model, acceptance: Acceptance, batch_size: int, dtype: str) -> T
     """The tree tuned for this model here, else one that came with it for such a device.
 
     The same acceptance is looked for first, then its scheme at another
-    temperature, then any; among equals the nearest batch size.
+    temperature, then greedy's, then any; among equals the nearest batch size.
     """
     wanted = describe(acceptance)
     backend = jax.default_backend()
     here = read(cache_file(model, dtype))
     brought = [one for one in read(model.directory / BESIDE) if one.get("backend") == backend]
 
-    def far(tuning: dict[str, Any]) -> tuple[bool, bool, float]:
+    def far(tuning: dict[str, Any]) -> tuple[bool, bool, bool, float]:
         found = tuning["acceptance"]
         apart = max(batch_size, tuning["batch_size"]) / min(batch_size, tuning["batch_size"])
-        return found != wanted, found["scheme"] != wanted["scheme"], apart
+        scheme = found["scheme"]
+        return found != wanted, scheme != wanted["scheme"], scheme != Greedy.__name__, apart
 
     for tunings in (here, brought):
         if tunings:

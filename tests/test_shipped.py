@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from medusa_jax import choices, tuned
-from medusa_jax.acceptance import Greedy, Lossless
+from medusa_jax.acceptance import Greedy, Lossless, Typical
 from medusa_jax.decode import Decoder, outputs
 from medusa_jax.hf import Model, load_model
 from medusa_jax.records import read_requests
@@ -36,12 +36,13 @@ def test_it_is_small_and_whole(shipped: Model):
 
 
 def test_a_tree_tuned_for_it_comes_with_it(shipped: Model):
-    greedy, lossless = (
-        tuned.find(shipped, scheme, 1, "float32") for scheme in (Greedy(), Lossless(1.0))
+    greedy, lossless, typical = (
+        tuned.find(shipped, scheme, 1, "float32") for scheme in (Greedy(), Lossless(1.0), Typical())
     )
     assert greedy is not None
     assert greedy.size > 1
     assert lossless is not None  # the root alone, where nothing is to be gained
+    assert typical == greedy  # the nearest that was tuned
 
 
 def test_a_story_and_the_ratio(run: Any):
