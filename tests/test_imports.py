@@ -28,6 +28,7 @@ LEVELS = [
     ["training.config_file", "training.encoding", "training.packing", "training.batches"],
     ["training.lora", "training.stack", "training.losses", "training.objective"],
     ["training.optimizer", "training.sharding", "training.state", "training.weights"],
+    ["training.program"],
     ["training.export", "training.checkpoints", "training.metrics"],
     [
         "training.rows",
@@ -50,7 +51,7 @@ WALLS = {
     "matplotlib": {"bench.report", "tune"},
     "tqdm": {"console", "distill", "tune", "bench.__main__", "bench.runs", "training.metrics"},
     "datasets": {"training.corpus"},
-    "optax": {"training.optimizer", "training.state", "training.trainer"},
+    "optax": {"training.optimizer", "training.state", "training.program"},
     "orbax": {"training.checkpoints"},
     "tensorboardX": {"training.metrics"},
     "absl": {"training.config_file"},

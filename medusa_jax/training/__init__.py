@@ -16,9 +16,10 @@ Modules, in the order in which a conversation passes through them:
     sharding    which device holds what
     weights     files -> parameters, part by part
     state       what a step advances, and the step
+    program     both of a run, put together on its mesh
     checkpoints, metrics, export    what a run leaves behind
     loop, trainer                   the run
-    topology, compile_only          the same step for a TPU that is not here
+    compile_only                    the same step for a TPU that is not here
 
 Nothing that decodes imports this package.
 """
