@@ -12,7 +12,8 @@
 
 Purpose: of the greedy texts that the first two stages learn from, two in five are one of a few,
 told again: many stories begin alike. Heads that know those by heart know others less well.
-Recipe: as `shipped_medusa1`, from the heads of Medusa-2 and on its backbone; no greedy text twice.
+Recipe: as `shipped_medusa1`, from the heads of Medusa-2 and on its backbone; no greedy text more
+than twice (once a shard).
 Hardware: 2 CPU cores and 4 GB.
 """
 
