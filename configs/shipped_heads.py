@@ -1,19 +1,19 @@
 """The shipped model's heads once more, on many different texts; the backbone stays.
 
     own() {
-      python -m medusa_jax.distill --model runs/shipped_pretrain/model \\
-          --heads runs/shipped_medusa1/heads --tree grow:8 --data data/shipped/tales.jsonl \\
-          --shard $2 --max_documents 12576 --temperature 0 --unique --batch_size 16 \\
-          --output data/shipped/own_$1.jsonl
+      python -m medusa_jax.distill --data data/shipped/tales.jsonl --shard $2 --temperature 0 \\
+          --unique --tree grow:8 --batch_size 16 --output data/shipped/own_$1.jsonl "${@:3}"
     }
-    own greedy0 0/3
-    own greedy1 1/3
+    base="--model runs/shipped_pretrain/model --heads runs/shipped_medusa1/heads"
+    own greedy0 0/3 $base --max_documents 12576
+    own greedy1 1/3 $base --max_documents 12576
+    own greedy2 2/3 --model runs/shipped_medusa2/model
     python train.py --config configs/shipped_heads.py --workdir runs/shipped_heads
 
 Purpose: of the greedy texts that the first two stages learn from, two in five are one of a few,
 told again: many stories begin alike. Heads that know those by heart know others less well.
 Recipe: as `shipped_medusa1`, from the heads of Medusa-2 and on its backbone; no greedy text more
-than twice (once a shard).
+than three times (once a shard).
 Hardware: 2 CPU cores and 4 GB.
 """
 
@@ -30,7 +30,8 @@ def get_config() -> Config:
         heads=Heads(number=4, layers=2, shared=True, path="runs/shipped_medusa2"),
         data=Data(
             train=tuple(
-                f"{DATA}/own_{kind}.jsonl" for kind in ("greedy0", "greedy1", "tales", "dialogues")
+                f"{DATA}/own_{kind}.jsonl"
+                for kind in ("greedy0", "greedy1", "greedy2", "tales", "dialogues")
             ),
             eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
             eval_rows=64,
@@ -42,7 +43,7 @@ def get_config() -> Config:
             heads_multiplier=4.0,
             batch_size=4,
             accumulation=4,
-            epochs=3,
+            epochs=5,
             warmup_steps=40,
             beta2=0.99,
         ),

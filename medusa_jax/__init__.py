@@ -20,7 +20,8 @@ and around them:
     text, records               text <-> token ids, JSON Lines
     answer, figures             prompts -> answers, and what they cost
     console, cli, choices       for a person at a terminal
-    tune, calibration, tuned    the fastest tree for these heads and this device
+    tune, calibration           the fastest tree for these heads and this device
+    tune_report, tuned          ... as a table and a plot, and where it is kept
     bench                       speed and acceptance beside plain decoding and others
     distill, talks              a dataset's prompts -> the model's own answers
     training, export            heads, and backbones with them

@@ -162,14 +162,19 @@ def mean_accepted_length(texts: Sequence[Ranks], tree: Tree) -> float:
     return made / max(len(starts), 1)
 
 
-def best_tree(texts: Sequence[Ranks], size: int, top_k: int, rounds: int = 3) -> Tree:
+def best_tree(
+    texts: Sequence[Ranks], size: int, top_k: int, depth: int | None = None, rounds: int = 3
+) -> Tree:
     """The best tree of `size` tokens for the positions at which steps do begin.
+
+    It is at most `depth` deep, by default as deep as there are heads.
 
     Steps begin where the last one failed, where guessing is harder than
     elsewhere; and where they begin depends on the tree. So: grow it from all
     positions, see where its steps begin, grow it again from those, and keep
     what replays best.
     """
+    texts = [ranks[:, :depth] for ranks in texts]
     table = np.concatenate(texts)
     best, most = Tree(), 0.0
     visited = np.arange(len(table))

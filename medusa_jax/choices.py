@@ -35,7 +35,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--tree",
         default="auto",
         help="auto: the one tuned for this model "
-        "and device; a published name; a JSON file; grow:SIZE: grown anew at every step",
+        "and device; a published name; a JSON file; grow:SIZE or grow:SIZE:DEPTH: grown anew at "
+        "every step",
     )
     add("--acceptance", default="greedy", help=" | ".join(SCHEMES))
     add("--temperature", type=float, help="default: 1.0 lossless, 0.7 typical")
@@ -104,6 +105,13 @@ def ranks(model: Model) -> int:
     return min(MOST_RANKS, model.heads.truncated or model.config.vocab_size)
 
 
+def grown(model: Model, size: int, depth: int | None = None) -> Grown:
+    """Trees of `size` tokens grown at every step, at most `depth` deep (default: as the heads)."""
+    deep = model.heads.num_heads if depth is None else depth
+    wide = max(size - 1, 1)  # a node has no more children than that: further ranks would be idle
+    return Grown(size, deep, min(ranks(model), wide))
+
+
 def shipped(name: str) -> Path:
     """A file of the model that comes with the project, or, for "", its directory."""
     return Path(__file__).parent / "shipped" / name
@@ -126,15 +134,15 @@ def choose_tree(flags: argparse.Namespace, model: Model, scheme: Acceptance) -> 
     if flags.tree == "auto":
         found = tuned.find(model, scheme, getattr(flags, "batch_size", 1), dtype(flags))
         return found or Tree.default(num_heads, _accelerated(), str(flags.model))
-    if grown := re.fullmatch(r"grow:(\d+)", flags.tree):
-        return Grown(int(grown[1]), num_heads, ranks(model))
+    if found := re.fullmatch(r"grow:(\d+)(?::(\d+))?", flags.tree):
+        return grown(model, int(found[1]), None if found[2] is None else int(found[2]))
     if flags.tree in published_names():
         return Tree.published(flags.tree)
     if Path(flags.tree).is_file():
         return Tree.from_json(flags.tree)
     raise InputError(
-        f"--tree {flags.tree}: neither auto, nor grow:SIZE, nor a JSON file, nor one of "
-        f"{', '.join(published_names())}"
+        f"--tree {flags.tree}: neither auto, nor grow:SIZE, nor grow:SIZE:DEPTH, nor a JSON file, "
+        f"nor one of {', '.join(published_names())}"
     )
 
 

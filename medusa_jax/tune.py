@@ -5,7 +5,9 @@
 2. For every size the best tree is built, and decoding with it replayed on those
    ranks: its mean accepted length.
 3. On this device the trees take turns decoding: the time of a step.
-4. The highest product, tokens per second, wins. It is kept where `--tree auto`
+4. The fastest do so again, beside the best trees of their size that are less deep:
+   those ask fewer heads.
+5. The highest product, tokens per second, wins. It is kept where `--tree auto`
    finds it, with the table and a plot of both curves.
 
 Sampled text is less predictable: give the acceptance and temperature you will
@@ -25,7 +27,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from medusa_jax import calibration, choices, cli, tuned
+from medusa_jax import calibration, choices, cli, tune_report, tuned
 from medusa_jax.acceptance import Typical
 from medusa_jax.answer import Answerer
 from medusa_jax.decode import Output, bucket
@@ -39,6 +41,7 @@ EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.j
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PLAIN = "1"  # name of the root alone
 GROWN_SIZES = (4, 5, 6, 8, 12, 16, 32, 64)
+FINALISTS = 3  # trees of which shallower ones are timed too
 CALIBRATION_BATCH = 8
 
 
@@ -70,30 +73,38 @@ def main(flags: argparse.Namespace) -> None:
         raise InputError(f"--sizes: a tree has at least one token, got {min(flags.sizes)}")
     choices.check_output(flags.output)
     answerer = choices.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
-    heads = answerer.model.heads.num_heads
     prompts = read_prompts(flags, answerer)
     if len(prompts) < flags.batch_size:
         raise InputError(f"{len(prompts)} prompts do not fill a batch of {flags.batch_size}")
 
-    texts = write_texts(answerer, prompts)
-    ranks = rank_texts(answerer, texts)
+    ranks = rank_texts(answerer, write_texts(answerer, prompts))
+    rows: dict[str, dict[str, Any]] = {}
+
+    def measure(some: dict[str, Tree | Grown]) -> None:
+        found = time_trees(answerer, some, prompts, flags)
+        for name, row in found.items():
+            row["mean_accepted_length"] = accepted_length(answerer, some[name], ranks, prompts)
+        rows.update(found)
+        predict(rows, flags)
+
     top_k = choices.ranks(answerer.model)
     trees: dict[str, Tree | Grown] = {PLAIN: Tree()}
     for size in tqdm(sorted(set(flags.sizes) - {1}), desc="trees", unit=" trees"):
         tree = calibration.best_tree(ranks, size, top_k)
         trees[str(tree.size)] = tree
     if flags.grown:
-        trees |= {f"grow:{size}": Grown(size, heads, top_k) for size in GROWN_SIZES}
-    rows = time_trees(answerer, trees, prompts, flags)
-    for row in rows:
-        tree = trees[row["tree"]]
-        if isinstance(tree, Tree):
-            row["mean_accepted_length"] = calibration.mean_accepted_length(ranks, tree)
-        else:
-            row["mean_accepted_length"] = decoded_length(answerer.with_tree(tree), prompts)
-        predict(row, flags)
-    best = max(rows, key=lambda row: row["tokens_per_second"])
-    tuning = _tuning(answerer, flags, trees[best["tree"]], best, rows)
+        trees |= {f"grow:{size}": choices.grown(answerer.model, size) for size in GROWN_SIZES}
+    measure(trees)
+    finalists = sorted(set(trees) - {PLAIN}, key=lambda name: -speed(rows[name]))[:FINALISTS]
+    final = {name: trees[name] for name in (PLAIN, *finalists)}
+    for name in finalists:
+        for depth in range(2, trees[name].depth):
+            final[f"{name}:{depth}"] = shallower(trees[name], depth, ranks, top_k)
+    trees |= final
+    measure(final)
+    table = list(rows.values())
+    best = max(table, key=speed)
+    tuning = _tuning(answerer, flags, trees[best["tree"]], best, table)
     tuning["accuracy"] = calibration.accuracy(ranks, top_k).round(5).tolist()
     path = (
         Path(flags.output)
@@ -101,9 +112,9 @@ def main(flags: argparse.Namespace) -> None:
         else tuned.cache_file(answerer.model, choices.dtype(flags))
     )
     tuned.save(path, tuning)
-    print(markdown(rows, best))
+    print(tune_report.markdown(table, best))
     print(f"\nwrote {path}", file=sys.stderr)
-    plot(rows, best, Path(flags.plot) if flags.plot else path.with_suffix(".png"))
+    tune_report.plot(table, best, Path(flags.plot) if flags.plot else path.with_suffix(".png"))
 
 
 def write_texts(answerer: Answerer, prompts: list[list[int]]) -> list[Output]:
@@ -118,12 +129,26 @@ def write_texts(answerer: Answerer, prompts: list[list[int]]) -> list[Output]:
     return texts
 
 
-def decoded_length(answerer: Answerer, prompts: list[list[int]]) -> float:
-    """Mean accepted length of decoding the prompts, for what cannot be replayed."""
+def accepted_length(
+    answerer: Answerer, tree: Tree | Grown, ranks: list[calibration.Ranks], prompts: list[list[int]]
+) -> float:
+    """Mean accepted length: replayed on the ranks or, for what cannot be replayed, decoded."""
+    if isinstance(tree, Tree):
+        return calibration.mean_accepted_length(ranks, tree)
+    answerer = answerer.with_tree(tree)
     for start in range(0, len(prompts), CALIBRATION_BATCH):
         batch = prompts[start : start + CALIBRATION_BATCH]
         answerer.run(batch, [(start + row, 0) for row in range(len(batch))], CALIBRATION_BATCH)
     return answerer.figures.mean_accepted_length
+
+
+def shallower(
+    tree: Tree | Grown, depth: int, ranks: list[calibration.Ranks], top_k: int
+) -> Tree | Grown:
+    """The best tree of the same size that is at most `depth` deep."""
+    if isinstance(tree, Grown):
+        return dataclasses.replace(tree, depth=depth)
+    return calibration.best_tree(ranks, tree.size, top_k, depth)
 
 
 def rank_texts(answerer: Answerer, texts: list[Output]) -> list[calibration.Ranks]:
@@ -149,12 +174,11 @@ def time_trees(
     trees: dict[str, Tree | Grown],
     prompts: list[list[int]],
     flags: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """A row a tree: median seconds of a step and of a prefill.
+) -> dict[str, dict[str, Any]]:
+    """A row a tree: its step over a plain step, and seconds of a plain step and of a prefill.
 
-    The trees take turns, in another order each round, and a step's time is the
-    median over the rounds of its ratio to the plain step, times the plain step's
-    median: a machine whose speed drifts from round to round hurts all alike.
+    The trees take turns, in another order each round, and a step is compared with
+    the plain step of its round: a machine whose speed drifts hurts all alike.
     """
     timed = {name: answerer.with_tree(tree, stops=False) for name, tree in trees.items()}
     steps: dict[str, list[float]] = {name: [] for name in trees}
@@ -173,74 +197,35 @@ def time_trees(
             bar.update()
     bar.close()
     prefill = statistics.median(one for some in prefills.values() for one in some)
-    plain = statistics.median(steps[PLAIN])
-
-    ratios = {
-        name: [a / b for a, b in zip(some, steps[PLAIN], strict=True)]
-        for name, some in steps.items()
-    }
-    return [
-        {
+    return {
+        name: {
             "tree": name,
             "nodes": tree.size,
-            "step_seconds": plain * statistics.median(ratios[name]),
+            "step_over_plain": statistics.median(np.divide(steps[name], steps[PLAIN]).tolist()),
+            "plain_seconds": statistics.median(steps[PLAIN]),
             "step_seconds_spread": [min(steps[name]), max(steps[name])],
             "prefill_seconds": prefill,
         }
         for name, tree in trees.items()
-    ]
+    }
 
 
-def predict(row: dict[str, Any], flags: argparse.Namespace) -> None:
-    """Adds tokens per second, prefill included, for texts of `--max_new_tokens`."""
-    steps = flags.max_new_tokens / row["mean_accepted_length"]
-    seconds = row["prefill_seconds"] + steps * row["step_seconds"]
-    row["tokens_per_second"] = flags.batch_size * flags.max_new_tokens / seconds
+def predict(rows: dict[str, dict[str, Any]], flags: argparse.Namespace) -> None:
+    """Sets each row's seconds a step, and tokens per second for texts of `--max_new_tokens`.
+
+    All are as fast as the machine was when it last took plain steps; prefill is included.
+    """
+    plain = rows[PLAIN]
+    for row in rows.values():
+        row["step_seconds"] = row["step_over_plain"] * plain["plain_seconds"]
+        steps = flags.max_new_tokens / row["mean_accepted_length"]
+        seconds = plain["prefill_seconds"] + steps * row["step_seconds"]
+        row["tokens_per_second"] = flags.batch_size * flags.max_new_tokens / seconds
 
 
-def markdown(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
-    """The table, the best row marked."""
-    plain = next(row for row in rows if row["tree"] == PLAIN)
-    lines = [
-        "| tree | step ms (min to max) | mean accepted length | tokens/s | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["step_seconds_spread"]
-        lines.append(
-            f"| {row['tree']}{' *' if row is best else ''} | {1e3 * row['step_seconds']:.2f} "
-            f"({1e3 * low:.2f} to {1e3 * high:.2f}) | {row['mean_accepted_length']:.2f} | "
-            f"{row['tokens_per_second']:.0f} | "
-            f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], best: dict[str, Any], path: Path) -> None:
-    """Both curves over the size of the tree, and their product."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    static = [row for row in rows if not row["tree"].startswith("grow")]
-    grown = [row for row in rows if row["tree"].startswith("grow")]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    panels = (
-        ("mean_accepted_length", "mean accepted length", 1),
-        ("step_seconds", "ms a step", 1e3),
-        ("tokens_per_second", "tokens/s", 1),
-    )
-    for axis, (key, label, scale) in zip(axes, panels, strict=True):
-        for some, name, mark in ((static, "static", "o-"), (grown, "grown", "s--")):
-            if some:
-                values = [scale * row[key] for row in some]
-                axis.plot([row["nodes"] for row in some], values, mark, label=name, markersize=4)
-        axis.axvline(best["nodes"], color="grey", linewidth=0.8)
-        axis.set(xlabel="tokens in the tree", ylabel=label, ylim=(0, None))
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def speed(row: dict[str, Any]) -> float:
+    """Predicted tokens per second."""
+    return row["tokens_per_second"]
 
 
 def read_prompts(flags: argparse.Namespace, answerer: Answerer) -> list[list[int]]:

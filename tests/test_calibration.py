@@ -80,6 +80,15 @@ def test_grown_tree_is_the_best_of_all(size: int):
     assert Tree(tuple(nodes)).size == size
 
 
+def test_best_tree_keeps_to_its_depth():
+    texts = [random_table(20_000)]
+    trees = [best_tree(texts, 5, 4, depth) for depth in (1, 2, None)]
+    assert [tree.depth for tree in trees] == [1, 2, 3]
+    assert {tree.size for tree in trees} == {5}
+    lengths = [mean_accepted_length(texts, tree) for tree in trees]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[2]
+
+
 def test_paths_are_counted_not_multiplied():
     """Head 2 is right when head 1 is, or never: independence would put (1,) before (0, 0)."""
     table = np.array([[0, 0]] * 40 + [[1, 9]] * 35 + [[9, 9]] * 25, np.int32)

@@ -186,6 +186,7 @@ def test_a_prompt_that_does_not_fit_keeps_what_came_before(
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--acceptance", "nucleus"], "unknown acceptance 'nucleus'"),
         (["--prompt", "a", "--tree", "mc_sim"], "--tree mc_sim: neither auto"),
+        (["--prompt", "a", "--tree", "grow:8:9"], "9 deep was asked for, but there are"),
         (["--prompt", "a", "--acceptance", "lossless", "--temperature", "0"], "temperature"),
         (["--prompt", "a", "--max_new_tokens", "600"], "exceed the model's context of 512"),
         (["--prompt", "a", "--max_length", "513"], "max_length 513 must lie in 2..512"),

@@ -72,6 +72,14 @@ def test_certain_guesses_keep_parents_first():
     np.testing.assert_array_equal(made.parents, [[-1, 0, 1, 2]])
 
 
+def test_ranks_beyond_the_tree_change_nothing():
+    """A tree of N tokens has no place for a guess of rank N - 1: `choices.grown` leaves it out."""
+    scores = random_scores(4, 3, 10)
+    wide, narrow = grow(scores, 5), grow(scores[:, :, :4], 5)
+    for row in range(4):
+        assert paths(wide, row, 10) == paths(narrow, row, 4)
+
+
 @pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.8)], ids=["greedy", "lossless"])
 def test_text_is_that_of_plain_decoding(tiny: TinyModel, scheme: Acceptance):
     """The lossless scheme draws by position, so it too writes the very same text."""

@@ -11,7 +11,7 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A module may import those of earlier lines, and those before it on its own.
 LEVELS = [
-    ["errors", "shapes", "tree_paths"],
+    ["errors", "shapes", "tree_paths", "tune_report"],
     ["config", "tree", "cli"],
     ["topology", "compile_only"],
     ["sharding", "layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
@@ -48,7 +48,7 @@ WALLS = {
     "torch": {"tensor_files", "bench.peers"},
     "transformers": {"text", "bench.peers"},
     "huggingface_hub": {"hf"},
-    "matplotlib": {"bench.report", "tune"},
+    "matplotlib": {"bench.report", "tune_report"},
     "tqdm": {"console", "distill", "tune", "bench.__main__", "bench.runs", "training.metrics"},
     "datasets": {"training.corpus"},
     "optax": {"training.optimizer", "training.state", "training.program"},

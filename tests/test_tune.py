@@ -45,9 +45,10 @@ def test_tunes_and_is_found_again(shared: Path, home: Path, capsys: pytest.Captu
     table = capsys.readouterr().out
     (path,) = (home / "trees").glob("*.json")
     (made,) = json.loads(path.read_text())["tunings"]
-    assert [row["nodes"] for row in made["table"]] == [1, 3, 6]
+    assert [row["tree"] for row in made["table"]] == ["1", "3", "6", "6:2"]
+    assert [row["nodes"] for row in made["table"]] == [1, 3, 6, 6]
     lengths = [row["mean_accepted_length"] for row in made["table"]]
-    assert lengths[0] == 1 < lengths[1] < lengths[2]
+    assert lengths[0] == 1 < lengths[1] < lengths[3] <= lengths[2]
     speeds = [row["tokens_per_second"] for row in made["table"]]
     assert made["best"]["tokens_per_second"] >= 0.99 * max(speeds)
     assert len(made["tree"]) + 1 == made["best"]["nodes"]

@@ -1,0 +1,60 @@
+"""What `tune` measured, as a table and as a picture.
+
+A row is of one tree: its name ("8" is the best static one of 8 tokens, "8:2" the
+best at most 2 deep, "grow:8" and "grow:8:2" those grown at every step), its tokens,
+mean accepted length, seconds a step, and predicted tokens per second.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+def markdown(rows: list[dict[str, Any]], best: dict[str, Any]) -> str:
+    """The table, the best row marked."""
+    plain = next(row for row in rows if row["nodes"] == 1)
+    lines = [
+        "| tree | step ms (min to max) | mean accepted length | tokens/s | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["step_seconds_spread"]
+        lines.append(
+            f"| {row['tree']}{' *' if row is best else ''} | {1e3 * row['step_seconds']:.2f} "
+            f"({1e3 * low:.2f} to {1e3 * high:.2f}) | {row['mean_accepted_length']:.2f} | "
+            f"{row['tokens_per_second']:.0f} | "
+            f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], best: dict[str, Any], path: Path) -> None:
+    """Both curves over the size of the tree, and their product."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = (
+        ("static", r"\d+", "o-"),
+        ("grown", r"grow:\d+", "s--"),
+        ("static, less deep", r"\d+:\d+", "o"),
+        ("grown, less deep", r"grow:\d+:\d+", "s"),
+    )
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("mean_accepted_length", "mean accepted length", 1),
+        ("step_seconds", "ms a step", 1e3),
+        ("tokens_per_second", "tokens/s", 1),
+    )
+    for axis, (key, label, scale) in zip(axes, panels, strict=True):
+        for name, names, mark in kinds:
+            some = [row for row in rows if re.fullmatch(names, row["tree"])]
+            if some:
+                values = [scale * row[key] for row in some]
+                axis.plot([row["nodes"] for row in some], values, mark, label=name, markersize=4)
+        axis.axvline(best["nodes"], color="grey", linewidth=0.8)
+        axis.set(xlabel="tokens in the tree", ylabel=label, ylim=(0, None))
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
