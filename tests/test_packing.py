@@ -265,7 +265,7 @@ np.testing.assert_array_equal(np.asarray(made["segments"]).any(-1), last >= 0)
 def test_a_batch_is_the_same_on_four_devices():
     """Made shard by shard, on as many devices as a process of its own can pretend to have."""
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_NUM_CPU_DEVICES": "4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.path.dirname(__file__),
     }

@@ -20,11 +20,10 @@ MESHES = ("8,1,1", "2,2,2")
 
 
 def start(out: Path, *runs: str, devices: int, **env: str) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(STEPS), str(out), *runs]
     return subprocess.Popen(
         command,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | env,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"} | env,
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -50,13 +50,21 @@ def test_tunes_and_is_found_again(shared: Path, home: Path, capsys: pytest.Captu
     lengths = [row["mean_accepted_length"] for row in made["table"]]
     assert lengths[0] == 1 < lengths[1] < lengths[3] <= lengths[2]
     speeds = [row["tokens_per_second"] for row in made["table"]]
-    assert made["best"]["tokens_per_second"] >= 0.99 * max(speeds)
+    assert made["best"]["tokens_per_second"] >= 0.97 * max(speeds)
     assert len(made["tree"]) + 1 == made["best"]["nodes"]
     assert all(0 < sum(head) <= 1 for head in made["accuracy"])
     assert "| 6" in table and path.with_suffix(".png").stat().st_size > 1000
     model = choices.load_model(flags.model, flags.heads)
     flags.tree, flags.batch_size = "auto", 1
     assert choices.choose_tree(flags, model, Greedy()) == Tree.from_lists(made["tree"])
+
+
+def test_among_equally_fast_trees_the_one_that_accepts_most_is_taken():
+    rows = [
+        {"tokens_per_second": speed, "mean_accepted_length": length}
+        for speed, length in ((100.0, 1.0), (200.0, 2.4), (195.0, 2.9), (190.0, 3.3))
+    ]
+    assert tune.choose(rows) == rows[2]
 
 
 def test_bad_flags(shared: Path, home: Path):
