@@ -72,8 +72,10 @@ class Grown:
 
     def check(self, num_heads: int, vocab_size: int) -> None:
         """Raises InputError if such trees cannot be had from these heads."""
-        if self.size < 2 or self.depth < 1:
+        if self.size < 2:
             raise InputError(f"a grown tree has 2 tokens or more, got size {self.size}")
+        if self.depth < 1:
+            raise InputError(f"a grown tree is 1 deep or more, got depth {self.depth}")
         if self.depth > num_heads:
             raise InputError(
                 f"a tree {self.depth} deep was asked for, but there are {num_heads} Medusa heads"

@@ -112,6 +112,7 @@ def test_every_path_grown_accepts_as_the_full_tree(tiny: TinyModel):
     ("tree", "message"),
     [
         (Grown(1, 1), "2 tokens or more, got size 1"),
+        (Grown(6, 0), "1 deep or more, got depth 0"),
         (Grown(8, 4), "4 deep was asked for, but there are 3 Medusa heads"),
         (Grown(8, 2, 99), "top_k 99 exceeds the vocabulary of 40"),
         (Grown(9, 2, 2), "there are 7 nodes at most, and 9 were asked for"),
