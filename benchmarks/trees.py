@@ -33,13 +33,13 @@ def candidates(
     named: dict[Tree, list[str]] = {}
     for name in tqdm(published_names(), desc="replay", unit=" trees"):
         whole = Tree.published(name).limit_depth(heads)
-        cuts = [whole.cut(size) for size in range(2, min(whole.size, max(sizes)) + 1)]
+        cuts = map(whole.cut, range(2, min(whole.size, max(sizes)) + 1))
         speeds = {
             tree: calibration.mean_accepted_length(ranks, tree)
             / float(np.interp(tree.size, sizes, times))
             for tree in cuts
         }
-        for tree in sorted(cuts, key=lambda tree: -speeds[tree])[:2]:
+        for tree in sorted(speeds, key=lambda tree: -speeds[tree])[:2]:
             named.setdefault(tree, []).append(name)
     return {f"{', '.join(names)} cut to {tree.size}": tree for tree, names in named.items()}
 

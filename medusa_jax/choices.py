@@ -134,8 +134,8 @@ def choose_tree(flags: argparse.Namespace, model: Model, scheme: Acceptance) -> 
     if flags.tree == "auto":
         found = tuned.find(model, scheme, getattr(flags, "batch_size", 1), dtype(flags))
         return found or Tree.default(num_heads, _accelerated(), str(flags.model))
-    if found := re.fullmatch(r"grow:(\d+)(?::(\d+))?", flags.tree):
-        return grown(model, int(found[1]), None if found[2] is None else int(found[2]))
+    if recipe := re.fullmatch(r"grow:(\d+)(?::(\d+))?", flags.tree):
+        return grown(model, *(int(part) for part in recipe.groups() if part))
     if flags.tree in published_names():
         return Tree.published(flags.tree)
     if Path(flags.tree).is_file():

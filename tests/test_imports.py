@@ -11,7 +11,7 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A module may import those of earlier lines, and those before it on its own.
 LEVELS = [
-    ["errors", "shapes", "tree_paths", "tune_report"],
+    ["errors", "shapes", "tree_paths"],
     ["config", "tree", "cli"],
     ["topology", "compile_only"],
     ["sharding", "layout", "grow", "presets", "layers", "sampling", "cache", "tensor_files"],
@@ -36,7 +36,7 @@ LEVELS = [
         "training.trainer",
         "training.compile_only",
     ],
-    ["export", "distill", "tune", "convert"],
+    ["export", "distill", "tune_report", "tune", "convert"],
     ["bench.peers", "bench.runs", "bench.figures", "bench.report", "bench.random_weights"],
     ["bench.compile_only"],
     ["bench.__main__"],
