@@ -21,7 +21,7 @@ from medusa_jax.config import ModelConfig, from_hf
 from medusa_jax.dialects import StoredHeads, head_file, open_heads
 from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig
-from medusa_jax.layout import placed
+from medusa_jax.layout import placed, stacked
 from medusa_jax.places import backbone_places, matched
 from medusa_jax.sharding import decode_mesh, spec
 from medusa_jax.tensor_files import StoredTensor, Tensors
@@ -125,11 +125,16 @@ def backbone_tensors(model: str | Path) -> dict[str, StoredTensor]:
 
 
 def head_tensors(source: Path, expected: HeadsConfig) -> dict[str, StoredTensor]:
-    """The same of heads, which must have the expected shape."""
+    """The same of heads, which must have the expected shape.
+
+    Heads without a projection of their own can be truncated without further ado.
+    """
     stored = open_heads(source)
     found = stored.config
     if found.shared or found.truncated:  # then their tensors do not say V
         found = dataclasses.replace(found, vocab_size=expected.vocab_size)
+    if found.shared and not found.truncated and "vocab" not in stored.tensors:
+        found = dataclasses.replace(found, truncated=expected.truncated)
     if found != expected:
         raise InputError(f"{source} holds {found}, expected {expected}")
     return stored.tensors
@@ -190,19 +195,20 @@ def _loaded(
 
     Of each, the digest gets the name, the shape and the first numbers.
     """
-    leaves = {}
+    leaves: Tensors = {}
     for path, tensor in tensors.items():
-        kind = jnp.dtype("int32" if path == "token_map" else dtype)
+        kind = _kind(path, dtype)
         rows = min(-(-64 // max(math.prod(tensor.shape[1:]), 1)), tensor.shape[0])
         first = np.asarray(tensor.read((slice(0, rows),)), kind).reshape(-1)[:64]
         digest.update(f"{path} {tensor.shape}".encode() + first.tobytes())
-        for where, one in placed(path, tensor, tied=tied).items():
-            leaves[where] = _put(where, one, kind, mesh)
-    return nested(leaves)
+        leaves |= placed(path, tensor, tied=tied)
+    leaves = stacked(leaves, StoredTensor.stack)
+    return nested({path: _put(path, one, dtype, mesh) for path, one in leaves.items()})
 
 
-def _put(path: str, tensor: StoredTensor, kind: np.dtype, mesh: Mesh | None) -> jax.Array:
+def _put(path: str, tensor: StoredTensor, dtype: str, mesh: Mesh | None) -> jax.Array:
     """A parameter on its devices, each of which gets no more than its part."""
+    kind = _kind(path, dtype)
 
     def read(index: Any = ...) -> np.ndarray:
         return np.ascontiguousarray(tensor.read(index), kind)
@@ -211,6 +217,10 @@ def _put(path: str, tensor: StoredTensor, kind: np.dtype, mesh: Mesh | None) -> 
         return jax.device_put(read())
     place = NamedSharding(mesh, spec(path, tensor.shape, mesh))
     return jax.make_array_from_callback(tensor.shape, place, read)
+
+
+def _kind(path: str, dtype: str) -> np.dtype:
+    return jnp.dtype("int32" if path == "token_map" else dtype)
 
 
 def _ignorable(name: str) -> bool:

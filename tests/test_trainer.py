@@ -389,8 +389,14 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
 
 
 def test_truncated_heads_through_both_stages_to_vllm(place: Path, tmp_path: Path):
-    """The map is chosen once, from the data; a resumed run and a second stage keep it."""
-    flags = ["--config.heads.truncated=12", "--config.heads.shared=True", "--config.optim.steps=3"]
+    """The map is chosen once, from the data; a resumed run and a second stage keep it.
+
+    Heads for all tokens that share the lm_head can be those that the first stage begins with.
+    """
+    flags = ["--config.heads.shared=True", "--config.optim.steps=3"]
+    code, err = train(place, tmp_path / "whole", *flags)
+    assert code == 0, err
+    flags += ["--config.heads.truncated=12", f"--config.heads.path={tmp_path / 'whole'}"]
     code, err = train(place, tmp_path / "one", *flags)
     assert code == 0, err
     ids = json.loads((tmp_path / "one/data.json").read_text())["token_map"]

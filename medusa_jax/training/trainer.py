@@ -107,15 +107,15 @@ def train(config: Config, workdir: str | Path) -> None:
 def token_map_of(config: Config, rows: Rows, workdir: Path | None) -> list[int]:
     """The tokens that truncated heads guess among; none where they are not.
 
-    Those of the run that `workdir` holds, else of the heads to start from, else the most
-    frequent of the training data.
+    Those of the run that `workdir` holds, else of the heads to start from, if they are
+    truncated, else the most frequent of the training data.
     """
     if not config.heads.truncated:
         return []
     if workdir is not None:
         return read_json(workdir / DATA)["token_map"]
-    if config.heads.path:
-        return starting_token_map(config)
+    if config.heads.path and (started := starting_token_map(config)):
+        return started
     return rows.most_frequent(config.heads.truncated)
 
 

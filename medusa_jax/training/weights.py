@@ -233,10 +233,10 @@ def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def starting_token_map(config: Config) -> list[int]:
-    """The tokens that the heads to start from, which are truncated, guess among."""
+    """The tokens that the heads to start from guess among; none where they are not truncated."""
     heads = heads_shape(config, model_shape(config))
     stored = hf.head_tensors(_starting_heads(config.heads.path), heads)
-    return stored["token_map"].read().tolist()
+    return stored["token_map"].read().tolist() if "token_map" in stored else []
 
 
 def _starting_heads(path: str) -> Path:
