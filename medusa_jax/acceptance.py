@@ -79,7 +79,9 @@ class Greedy:
     def accept(
         self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
     ) -> Accepted:
-        return walk(tree, tokens, logits, lambda row, _: argmax(row))
+        best = argmax(logits)
+        rows = jnp.arange(tokens.shape[0])
+        return walk(tree, tokens, lambda slots, _: best[rows, slots])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +111,13 @@ class Lossless:
     def accept(
         self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
     ) -> Accepted:
-        def choose(row: Array, depth: int) -> Array:
-            after = dataclasses.replace(context, position=context.position + depth + 1)
-            return self.root(row, after)
+        rows = jnp.arange(tokens.shape[0])
 
-        return walk(tree, tokens, logits, choose)
+        def choose(slots: Array, depth: int) -> Array:
+            after = dataclasses.replace(context, position=context.position + depth + 1)
+            return self.root(logits[rows, slots], after)
+
+        return walk(tree, tokens, choose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,29 +184,25 @@ SCHEMES = {"greedy": Greedy, "typical": Typical, "lossless": Lossless}
 def walk(
     tree: Tree | Branches,
     tokens: Int[Array, "B N"],
-    logits: Float[Array, "B N V"],
     choose: Callable[[Array, int], Array],
 ) -> Accepted:
     """Follows from the root the child that equals the token chosen at each node.
-
-    Chooses only at nodes it visits, E times a row, not at all N.
 
     Example: root 7 with children 3 and 5, and under 5 the child 9. If the
     choices are 5 at the root and 2 at node 5, the path is (7, 5), `last` the
     slot of 5, and 2 is the next root.
 
     Args:
-      choose: (logits of the visited node [B, V], its depth) -> tokens [B].
+      choose: (slots of the nodes visited [B], their depth) -> tokens that follow them [B].
     """
-    rows = jnp.arange(tokens.shape[0])
     last = jnp.zeros(tokens.shape[0], jnp.int32)
     going = jnp.ones(tokens.shape[0], bool)
-    chosen = choose(logits[:, 0], 0)
+    chosen = choose(last, 0)
     for depth in range(1, tree.depth + 1):
         child = (tree.parents == last[:, None]) & (tokens == chosen[:, None])
         going &= child.any(axis=1)
         last = jnp.where(going, child.argmax(axis=1), last)
-        chosen = jnp.where(going, choose(logits[rows, last], depth), chosen)
+        chosen = jnp.where(going, choose(last, depth), chosen)
     return Accepted(last, chosen)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from medusa_jax.acceptance import Acceptance
-from medusa_jax.decode import Decoder, Output, State, outputs
+from medusa_jax.decode import SLOTS_MULTIPLE, Decoder, Output, State, outputs, round_up
 from medusa_jax.errors import InputError
 from medusa_jax.figures import Figures
 from medusa_jax.grow import Grown
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256
 SMALLEST_CAPACITY = 128
+FINE_CAPACITY = 512
 
 # Which random stream a row draws from: (prompt number, sample number).
 RowName = tuple[int, int]
@@ -256,11 +257,14 @@ class Answerer:
     ) -> tuple[Decoder, jax.Array]:
         """A decoder of a fitting capacity, compiled for this batch, and the rows' keys.
 
-        Capacities are powers of two, so that few are compiled, and no larger
-        than needed, since attention reads every slot.
+        Attention reads every slot, so there are hardly more than needed; long texts get a
+        power of two, so that few numbers of them are compiled.
         """
         need = max(len(prompt) + self._new_tokens(len(prompt)) for prompt in prompts)
         capacity = max(SMALLEST_CAPACITY, 1 << (need - 1).bit_length())
+        if capacity <= FINE_CAPACITY:
+            tail = self.tree.path_cells
+            capacity = max(SMALLEST_CAPACITY, round_up(need + tail, SLOTS_MULTIPLE) - tail)
         decoder = dataclasses.replace(self._decoder, capacity=min(capacity, self._max_length))
         keys = row_keys(self.seed, list(rows))
         width = decoder.padded_length(max(map(len, prompts)))

@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, rope: tuple[Array, Array], mask: Array, past: Parts
     ) -> tuple[Array, Array, Array]:
-        """x [B, T, D], mask [B, T, T], past parts -> (out [B, T, D], keys, values [B, K, T, C])."""
+        """x [B, T, D], mask [B, T, T], past parts -> (out [B, T, D], keys, values of a `Block`)."""
         config = self.config
 
         def heads(name: str, count: int) -> Array:
@@ -73,7 +73,7 @@ class Attention(nn.Module):
             queries = RMSNorm(config.norm_eps, name="query_norm")(queries)
             keys = RMSNorm(config.norm_eps, name="key_norm")(keys)
         queries = rotate(queries, *rope)
-        keys = rotate(keys, *rope).swapaxes(1, 2)
+        keys = rotate(keys, *rope).transpose(0, 2, 3, 1)
         values = values.swapaxes(1, 2)
         mixed = attend(queries, [*past, (keys, values, mask)])
         mixed = mixed.reshape(*x.shape[:2], -1)
@@ -145,8 +145,8 @@ class Backbone(nn.Module):
 
         Returns:
           hidden states after the final norm [B, T, D] (the `h_t` of the paper,
-          input of lm_head and Medusa heads alike), and the block's own keys and
-          values, per layer [B, K, T, C].
+          input of lm_head and Medusa heads alike), and the block's own keys
+          [B, K, C, T] and values [B, K, T, C], per layer.
         """
         rope = rope_tables(self.config, positions)
         x = self.embed(tokens)

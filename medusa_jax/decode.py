@@ -31,7 +31,7 @@ from medusa_jax.cache import KVCache, commit, init_cache, write_block
 from medusa_jax.config import ModelConfig
 from medusa_jax.errors import InputError
 from medusa_jax.grow import Grown
-from medusa_jax.heads import NO_HEADS, HeadsConfig, MedusaHeads, top_guesses
+from medusa_jax.heads import NO_HEADS, HeadsConfig, MedusaHeads, first_heads, top_guesses
 from medusa_jax.sampling import row_keys
 from medusa_jax.sharding import CACHE, everywhere
 from medusa_jax.state import LENGTH, RUNNING, STOP, Emitted, Output, State, outputs
@@ -94,7 +94,7 @@ class Decoder:
     @property
     def slots(self) -> int:
         """S: capacity plus room for the unread tail of the last accepted path."""
-        return _round_up(self.capacity + self.tree.path_cells, SLOTS_MULTIPLE)
+        return round_up(self.capacity + self.tree.path_cells, SLOTS_MULTIPLE)
 
     def prefill(
         self,
@@ -202,7 +202,7 @@ class Decoder:
             (cache, last_hidden), _ = jax.lax.scan(run_block, (cache, last_hidden), starts)
 
         logits = self._logits(params, last_hidden)
-        guesses, scores = self._guesses(params, last_hidden)
+        guesses, scores = self._guesses(self._asked(params), last_hidden)
         state = State(
             cache=dataclasses.replace(cache, length=lengths),
             sequence=jnp.zeros((batch, self.slots), jnp.int32).at[:, :padded].set(tokens),
@@ -222,11 +222,12 @@ class Decoder:
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def step(self, params: Params, state: State) -> tuple[State, Emitted]:
         """Verifies one tree a row and appends the accepted path. Finished rows stay as they are."""
-        return self._step(params, state)
+        return self._step(self._asked(params), state)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def generate(self, params: Params, state: State) -> State:
         """Steps until every row is finished, without returning to the host."""
+        params = self._asked(params)
         return jax.lax.while_loop(
             lambda state: (state.finish == RUNNING).any(),
             lambda state: self._step(params, state)[0],
@@ -321,6 +322,10 @@ class Decoder:
     def _unembed(self, params: Params, hidden: Array) -> Array:
         return _apply(Backbone(self.config), params["backbone"], hidden, method="unembed")
 
+    def _asked(self, params: Params) -> Params:
+        """Without the heads that the tree has no use for."""
+        return params | {"heads": first_heads(params.get("heads", {}), self.tree.depth)}
+
     def _guesses(
         self, params: Params, hidden: Float[Array, "B D"]
     ) -> tuple[Int[Array, "B M R"], Float[Array, "B _ _"]]:
@@ -329,7 +334,8 @@ class Decoder:
         if not self.tree.depth:
             return nothing.astype(jnp.int32), nothing
         unembed = functools.partial(self._unembed, params)
-        logits = _apply(MedusaHeads(self.heads), params["heads"], hidden, unembed, self.tree.depth)
+        asked = dataclasses.replace(self.heads, num_heads=self.tree.depth)
+        logits = _apply(MedusaHeads(asked), params["heads"], hidden, unembed)
         token_map = params["heads"].get("token_map")
         guesses, values = top_guesses(logits, self.tree.top_k, token_map)
         if not isinstance(self.tree, Grown):
@@ -344,7 +350,7 @@ def bucket(length: int) -> int:
     (5, 17, 512, 700) -> (16, 32, 512, 1024).
     """
     if length > PREFILL_BLOCK:
-        return _round_up(length, PREFILL_BLOCK)
+        return round_up(length, PREFILL_BLOCK)
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
@@ -382,5 +388,6 @@ def _dtype(params: Params) -> Any:
     return params["backbone"]["embed"]["embedding"].dtype
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not less: (149, 64) -> 192."""
     return -(-value // multiple) * multiple

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from medusa_jax.decode import Decoder, Output, Params
+from medusa_jax.tree_paths import flat
 
 # Peak memory bandwidth in bytes per second, by a part of JAX's `device_kind`; data sheets.
 BANDWIDTH = {
@@ -118,16 +119,26 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
     config, backbone = decoder.config, dict(params["backbone"])
     if not config.tied or "lm_head_kernel" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
-    heads = [params["heads"][f"head_{i}"] for i in range(decoder.tree.depth)]
-    if heads and decoder.heads.shared:
+    depth, heads = decoder.tree.depth, decoder.heads
+    leaves = jax.tree.leaves(backbone)
+    weights = float(sum(map(_bytes, leaves)))
+    for path, leaf in flat(params["heads"] if depth else {}).items():
+        if path.startswith("block_"):  # of all heads
+            weights += _bytes(leaf) * depth / heads.num_heads
+        elif path.startswith(tuple(f"head_{i}/" for i in range(depth))):
+            weights += _bytes(leaf)
+    if depth and heads.shared:
         # Heads wait for the accepted node, so a projection of the backbone's is read once more.
         lies = ("lm_head_kernel", "lm_head", "embed")
         unembedding = next(backbone[name] for name in lies if name in backbone)
-        heads.append(params["heads"].get("vocab_kernel", unembedding))
-    leaves = jax.tree.leaves((backbone, heads))
-    weights = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-    )
+        weights += sum(
+            map(_bytes, jax.tree.leaves(params["heads"].get("vocab_kernel", unembedding)))
+        )
     kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
     per_token = 2 * config.num_layers * kv_heads * config.head_dim * leaves[0].dtype.itemsize
     return weights + cached_tokens * per_token
+
+
+def _bytes(leaf: jax.Array) -> int:
+    """Of the part that one device has."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -14,6 +14,7 @@ over all V, so what a head cannot say costs a guess and never changes a text.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.backbone import Linear
-from medusa_jax.layout import multiply, project
+from medusa_jax.layout import multiply, multiply_each, project
 from medusa_jax.shapes import typed
 
 
@@ -90,17 +91,16 @@ class Head(nn.Module):
 class MedusaHeads(nn.Module):
     """All heads.
 
-    Parameters: a nested dict, one sub-dict a head; beside them, where heads are truncated,
-    `token_map`, and, where a shared projection lies with them, `vocab` [W, D].
+    Parameters: a nested dict, one sub-dict a head, but for decoding the blocks of all together
+    (`layout.py`); beside them, where heads are truncated, `token_map`, and, where a shared
+    projection lies with them, `vocab` [W, D].
     """
 
     config: HeadsConfig
 
     @nn.compact
-    def __call__(
-        self, hidden: Array, unembed: Callable[[Array], Array], count: int | None = None
-    ) -> list[Array]:
-        """Logits of the first `count` heads (all by default), float32 [*dims, W] each.
+    def __call__(self, hidden: Array, unembed: Callable[[Array], Array]) -> list[Array]:
+        """Logits of each head, float32 [*dims, W].
 
         Args:
           hidden: the backbone's hidden states after its final norm [*dims, D].
@@ -110,13 +110,37 @@ class MedusaHeads(nn.Module):
             unembed = functools.partial(
                 multiply, kernel=self.get_variable("params", "vocab_kernel")
             )
-        numbers = range(self.config.num_heads if count is None else count)
-        heads = [Head(self.config, name=f"head_{i}") for i in numbers]
-        if not self.config.shared or self.is_initializing():
+        heads = [Head(self.config, name=f"head_{i}") for i in range(self.config.num_heads)]
+        if self.is_initializing():
             return [head(hidden, unembed) for head in heads]
-        # One product reads the shared projection once, not once a head.
-        features = jnp.stack([head.features(hidden) for head in heads], axis=-2)
-        return list(jnp.moveaxis(unembed(features), -2, 0))
+        if self.has_variable("params", "block_0"):
+            features = self._features(hidden)
+        else:
+            features = jnp.stack([head.features(hidden) for head in heads], axis=-2)
+        if self.config.shared:  # one product reads the projection once, not once a head
+            return list(jnp.moveaxis(unembed(features), -2, 0))
+        return [head.project(features[..., i, :], unembed) for i, head in enumerate(heads)]
+
+    def _features(self, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims M D"]:
+        """`Head.features` of all heads, whose blocks lie stacked."""
+        heads, width = self.config.num_heads, hidden.shape[-1]
+        x = jnp.broadcast_to(hidden[..., None, :], (*hidden.shape[:-1], heads, width))
+        for i in range(self.config.num_layers):
+            block = self.get_variable("params", f"block_{i}")
+            y = multiply_each(x, block["kernel"]).astype(x.dtype)
+            x = x + nn.silu(y + block["bias"])
+        return x
+
+
+def first_heads(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """Heads' parameters, of stacked blocks those of the first `count` heads alone.
+
+    To cut a stack copies what is left of it: do it before a loop, not in it.
+    """
+    return {
+        name: jax.tree.map(lambda stack: stack[:count], one) if name.startswith("block_") else one
+        for name, one in params.items()
+    }
 
 
 @typed

@@ -71,7 +71,7 @@ def within_window(
 @typed
 def attend(
     queries: Float[Array, "B T H C"],
-    parts: list[tuple[Float[Array, "B K _ C"], Float[Array, "B K _ C"], Bool[Array, "B T _"]]],
+    parts: list[tuple[Float[Array, "B K C _"], Float[Array, "B K _ C"], Bool[Array, "B T _"]]],
 ) -> Float[Array, "B T H C"]:
     """Softmax attention over keys that lie in several arrays, as if they were one.
 
@@ -80,7 +80,7 @@ def attend(
 
     Args:
       queries: rotated queries [B, T, H, C].
-      parts: (keys [B, K, U, C], values [B, K, U, C], mask [B, T, U]) of each
+      parts: (keys [B, K, C, U], values [B, K, U, C], mask [B, T, U]) of each
         array; mask is True where a query sees a key. Every query must see at
         least one key in some part.
 
@@ -117,7 +117,7 @@ def _attend(queries: Array, parts: list[tuple[Array, Array, Array]]) -> Array:
     scaled = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, width)
     scores = []
     for keys, _, mask in parts:
-        score = jnp.einsum("bkqc,bkuc->bkqu", scaled, keys, preferred_element_type=jnp.float32)
+        score = jnp.einsum("bkqc,bkcu->bkqu", scaled, keys, preferred_element_type=jnp.float32)
         score = score.reshape(batch, kv_heads, group, length, -1)
         scores.append(jnp.where(mask[:, None, None], score, -jnp.inf))
     top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])

@@ -45,10 +45,11 @@ RULES = (
     (r"attention/out/kernel$", P(HEADS, None)),
     (r"(gate|up)/kernel$", P(None, ALL)),
     (r"down/kernel$", P(ALL, None)),
-    (r"(lm_head_|vocab_|block_\d+/)kernel$", P(None, ALL)),
+    (r"(lm_head_|vocab_)kernel$", P(None, ALL)),
+    (r"block_\d+/kernel$", P(None, None, ALL)),
     (r"(scale|bias|token_map)$", P(None)),
 )
-CACHE = P(None, "tensor", None, None)  # keys and values [B, K, S, C]
+CACHE = P(None, "tensor", None, None)  # keys [B, K, C, S] and values [B, K, S, C]
 
 
 def start_processes() -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,17 @@ class StoredTensor:
             return self.read(index if index is ... else index[::-1]).T
 
         return StoredTensor(self.shape[::-1], self.dtype, read)
+
+    @classmethod
+    def stack(cls, tensors: Sequence["StoredTensor"]) -> "StoredTensor":
+        """Tensors of one shape as one, along a new first dimension; each is read where it lies."""
+
+        def read(index: Any = ...) -> np.ndarray:
+            if index is ...:
+                return np.stack([one.read() for one in tensors])
+            return np.stack([one.read(index[1:]) for one in tensors[index[0]]])
+
+        return cls((len(tensors), *tensors[0].shape), tensors[0].dtype, read)
 
     def rows(self, ids: np.ndarray) -> "StoredTensor":
         """These rows of it, in this order."""

@@ -83,8 +83,12 @@ def heads_file(directory: Path, tensors: NPZ) -> Path:
 def stored(params: dict[str, Any]) -> dict[str, Any]:
     """Nested parameters [out, in], as in files, of those that are laid out for decoding."""
     names = {"kernel": "weight", "lm_head_kernel": "lm_head", "vocab_kernel": "vocab"}
-    leaves = {}
+    single = {}
     for path, leaf in flat(params).items():
+        heads = enumerate(leaf) if path.startswith("block_") else ()
+        single |= {f"head_{i}/{path}": one for i, one in heads} or {path: leaf}
+    leaves = {}
+    for path, leaf in single.items():
         *inner, name = path.split("/")
         there = "/".join([*inner, names.get(name, name)])
         leaves[there] = np.asarray(leaf).T if name in names else np.asarray(leaf)

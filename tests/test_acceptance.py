@@ -16,7 +16,6 @@ from medusa_jax.acceptance import (
     Greedy,
     Lossless,
     Typical,
-    argmax,
     walk,
 )
 from medusa_jax.errors import InputError
@@ -80,11 +79,11 @@ def test_walk_docstring_example():
     tree = Tree(((0,), (1,), (1, 0)))  # root 7; children 3 and 5; under 5, 9
     asked = []
 
-    def choose(row, depth):
+    def choose(slots, depth):
         asked.append(depth)
-        return argmax(row)
+        return jnp.array([5, 0, 2, 0])[slots]
 
-    accepted = walk(tree, jnp.array([[7, 3, 5, 9]]), jnp.asarray(peaks(5, 0, 2, 0)), choose)
+    accepted = walk(tree, jnp.array([[7, 3, 5, 9]]), choose)
     assert (accepted.last.item(), accepted.root.item()) == (2, 2)
     assert asked == [0, 1, 2]  # once a depth, not once a node
 

@@ -164,8 +164,9 @@ def test_a_block_after_the_cache_equals_one_block(config: ModelConfig):
     first = np.broadcast_to(np.arange(lengths.max()), (2, 9))  # row 1 is padded on the right
     head, block = run(first)
     cache = init_cache(config, 2, capacity, jnp.float32)
-    unread = jax.tree.map(lambda slots: slots + 1e3, cache.keys)  # would show if it were read
-    cache = dataclasses.replace(cache, keys=unread, values=unread, length=jnp.asarray(lengths))
+    # Would show if it were read.
+    keys, values = jax.tree.map(lambda slots: slots + 1e3, (cache.keys, cache.values))
+    cache = dataclasses.replace(cache, keys=keys, values=values, length=jnp.asarray(lengths))
     cache = write_block(cache, block, 0)
     second = lengths[:, None] + np.arange(new)
     tail, _ = run(second, cache)
@@ -218,7 +219,12 @@ def test_attention_over_parts_equals_attention_over_all_keys(seed: int):
     expected = naive_attention(queries, keys, values, mask)
     for cuts in ((), (3,), (4,), (3, 4)):
         parts = [
-            tuple(map(jnp.asarray, (keys[:, :, a:b], values[:, :, a:b], mask[:, :, a:b])))
+            tuple(
+                map(
+                    jnp.asarray,
+                    (keys[:, :, a:b].swapaxes(2, 3), values[:, :, a:b], mask[:, :, a:b]),
+                )
+            )
             for a, b in itertools.pairwise((0, *cuts, total))
         ]
         got = attend(jnp.asarray(queries), parts)
@@ -228,10 +234,10 @@ def test_attention_over_parts_equals_attention_over_all_keys(seed: int):
 def test_attention_of_large_scores_stays_finite():
     """Softmax subtracts the largest score of all parts, not of each."""
     queries = jnp.full((1, 1, 1, 2), 100.0)
-    keys = jnp.asarray([[[[100.0, 0.0], [90.0, 0.0]]]])
+    keys = jnp.asarray([[[[100.0, 90.0], [0.0, 0.0]]]])
     values = jnp.asarray([[[[1.0, 2.0], [3.0, 4.0]]]])
     mask = jnp.ones((1, 1, 1), bool)
-    parts = [(keys[:, :, i : i + 1], values[:, :, i : i + 1], mask) for i in (0, 1)]
+    parts = [(keys[..., i : i + 1], values[:, :, i : i + 1], mask) for i in (0, 1)]
     for order in (parts, parts[::-1]):
         np.testing.assert_allclose(attend(queries, order)[0, 0, 0], [1.0, 2.0])
 
@@ -252,13 +258,14 @@ ONE_LAYER = dataclasses.replace(TINY, num_layers=1, windows=(), num_heads=1, num
 
 def numbered_block(batch: int, nodes: int) -> tuple[tuple[jax.Array], tuple[jax.Array]]:
     row = jnp.arange(nodes, dtype=jnp.float32)[None, None, :, None]
-    keys = jnp.broadcast_to(row, (batch, 1, nodes, ONE_LAYER.head_dim))
-    return (keys,), (keys + 100,)
+    numbers = jnp.broadcast_to(row, (batch, 1, nodes, ONE_LAYER.head_dim))
+    return (numbers.swapaxes(2, 3),), (numbers + 100,)
 
 
 def slots_of(cache: Any) -> tuple[np.ndarray, np.ndarray]:
     """The number in each slot of the keys, and of the values [B, S]; each slot holds one number."""
     (keys,), (values,) = cache.keys, cache.values
+    keys = keys.swapaxes(2, 3)
     for slots in (keys, values):
         np.testing.assert_array_equal(slots.min(axis=-1), slots.max(axis=-1))
     return np.asarray(keys[:, 0, :, 0]), np.asarray(values[:, 0, :, 0])

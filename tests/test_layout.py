@@ -11,8 +11,15 @@ from checkpoints import stored
 from conftest import TINY, TinyModel
 
 from medusa_jax.backbone import Backbone, causal_mask
-from medusa_jax.heads import HeadsConfig, MedusaHeads
-from medusa_jax.layout import for_decoding, multiply, placed, project
+from medusa_jax.heads import HeadsConfig, MedusaHeads, first_heads
+from medusa_jax.layout import (
+    for_decoding,
+    multiply,
+    multiply_each,
+    placed,
+    project,
+    stacked,
+)
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5]])
 
@@ -26,6 +33,11 @@ def logits(config, params):
 def test_both_products_are_one():
     x, weight = jax.random.normal(jax.random.key(0), (3, 8)), jnp.arange(40.0).reshape(5, 8)
     np.testing.assert_allclose(multiply(x, weight.T), project(x, weight), rtol=1e-5)
+    kernels = jnp.stack([weight.T, -weight.T, 2 * weight.T])
+    for count in (1, 3):
+        each = multiply_each(x[None, :count], kernels[:count])
+        expected = multiply(x, weight.T)[:count] * jnp.array([1, -1, 2])[:count, None]
+        np.testing.assert_allclose(each, expected[None], rtol=1e-5)
 
 
 def test_names_and_shapes():
@@ -76,3 +88,13 @@ def test_heads_give_the_same_logits(shared: bool):
     )
     np.testing.assert_allclose(jnp.stack(one), jnp.stack(other), atol=1e-4)
     assert len(one) == 2 and not np.allclose(one[0], one[1])
+    first = MedusaHeads(dataclasses.replace(heads, num_heads=1))
+    (alone,) = first.apply({"params": first_heads(laid, 1)}, hidden, unembed)
+    np.testing.assert_allclose(alone, one[0], atol=1e-4)
+    chex.assert_trees_all_equal(stored(laid), jax.tree.map(np.asarray, params))
+
+
+def test_blocks_of_heads_are_stacked_in_order():
+    leaves = {f"head_{i}/block_1/bias": i for i in (10, 2, 0)} | {"head_2/vocab": 7}
+    assert stacked(leaves, sum) == {"head_2/vocab": 7, "block_1/bias": 12}
+    assert stacked(leaves, list)["block_1/bias"] == [0, 2, 10]

@@ -206,6 +206,27 @@ def test_each_tensor_has_its_own_type(tmp_path: Path, name: str):
     assert opened["int64"].cast("float16").read((slice(1, 2),)).tolist() == [[2.0, 3.0]]
 
 
+def test_a_stack_reads_what_is_asked_of_it():
+    arrays = [np.arange(6).reshape(2, 3) + 10 * i for i in range(4)]
+    asked: list[Any] = []
+
+    def tensor(array: np.ndarray) -> StoredTensor:
+        def read(index: Any = ...) -> np.ndarray:
+            asked.append(index)
+            return array[index]
+
+        return StoredTensor(array.shape, "int64", read)
+
+    stack = StoredTensor.stack([tensor(array).T for array in arrays])
+    whole = np.stack(arrays).swapaxes(1, 2)
+    assert (stack.shape, stack.dtype) == ((4, 3, 2), "int64")
+    np.testing.assert_array_equal(stack.read(), whole)
+    part = (slice(1, 3), slice(None), slice(0, 1))
+    asked.clear()
+    np.testing.assert_array_equal(stack.read(part), whole[part])
+    assert asked == [(slice(0, 1), slice(None))] * 2
+
+
 def test_types_that_numpy_lacks_are_refused_by_name(tmp_path: Path):
     file = tmp_path / "t.safetensors"
     safetensors.torch.save_file({"q": torch.ones(2).to(torch.float8_e4m3fn)}, file)

@@ -43,13 +43,14 @@ def check(case: dict[str, Any]) -> None:
     assert case["copies"] == 0
     assert case["aliased"] >= case["cache_bytes"]
     # Two sums of hidden states a layer and one for the embedding, and nothing larger anywhere
-    # than hidden states or the logits of one node a row and head: no cache, no weights.
+    # than hidden states or, of one node a row, the features or the logits of all heads: no cache,
+    # no weights.
     rows, nodes, width, vocab = 3, case["nodes"], case["width"], case["vocab"]
     sizes = [(kind, math.prod(shape)) for kind, shape in case["collectives"]]
     hidden = [kind for kind, size in sizes if size == rows * nodes * width]
     assert hidden == ["all-reduce"] * (2 * case["layers"] + 1)
     others = [size for _, size in sizes if size != rows * nodes * width]
-    assert max(others) <= rows * max(width, vocab)
+    assert max(others) <= rows * case["heads"] * max(width, vocab)
 
 
 def test_as_many_heads_as_devices(found):
@@ -138,6 +139,8 @@ def test_where_parameters_for_decoding_lie():
     assert of("backbone/lm_head_kernel", 32, 40) == P(None, both)
     assert of("heads/head_0/vocab_kernel", 32, 40) == P(None, both)
     assert of("heads/vocab_kernel", 32, 40) == P(None, both)
+    assert of("heads/block_0/kernel", 3, 32, 32) == P(None, None, both)
+    assert of("heads/block_0/bias", 3, 32) == P(None, None)
     assert of("heads/token_map", 40) == P(None)
     # What four devices do not divide is split by two, or stays whole.
     assert of("backbone/lm_head_kernel", 32, 42) == P(None, "tensor")
