@@ -120,7 +120,9 @@ def _found(heads: StoredHeads) -> str:
 def _refuse(heads: StoredHeads, target: str) -> None:
     """Raises InputError where the target has no place for something."""
     config, kind = heads.config, DIALECTS[target]
-    if config.truncated and not kind.truncated:
+    # v1.0 holds a map for us; its other readers, who do not see it, guess among all tokens.
+    held = kind.truncated or (target == "v1.0" and config.shared)
+    if config.truncated and not held:
         raise InputError(
             f"--to {target}: its readers know no token_map, and these heads guess only "
             f"{config.truncated} of the tokens; vllm can hold them"
@@ -186,8 +188,10 @@ def _with_projection(
         whole = backbone.unembedding
         tensors["vocab"] = whole.rows(tensors["token_map"].read()) if config.truncated else whole
     elif target != "vllm" and "vocab" in tensors:
-        own = tensors.pop("vocab")
-        if not _same(own, backbone.unembedding.cast(own.dtype)):
+        own, whole = tensors.pop("vocab"), backbone.unembedding
+        if config.truncated:
+            whole = whole.rows(tensors["token_map"].read())
+        if not _same(own, whole.cast(own.dtype)):
             raise InputError(
                 f"--to {target}: the projection that these heads share is not that of "
                 f"{backbone.directory}; vllm can hold it"

@@ -5,8 +5,8 @@
 2. For every size the best tree is built, and decoding with it replayed on those
    ranks: its mean accepted length.
 3. On this device the trees take turns decoding: the time of a step.
-4. The fastest do so again, beside the best trees of their size that are less deep:
-   those ask fewer heads.
+4. The fastest do so again and for longer, beside the best trees of their size that
+   are less deep: those ask fewer heads.
 5. The highest product, tokens per second, wins; among equals the longest accepted
    length. It is kept where `--tree auto` finds it, with the table and a plot.
 
@@ -42,7 +42,8 @@ SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PLAIN = "1"  # name of the root alone
 GROWN_SIZES = (4, 5, 6, 8, 12, 16, 32, 64)
 FINALISTS = 3  # trees of which shallower ones are timed too
-TIE = 0.03  # of tokens per second: less is the noise of a shared machine
+FINAL_ROUNDS = 4  # times as many rounds for these
+TIE = 0.01  # of tokens per second: less is noise
 CALIBRATION_BATCH = 8
 
 
@@ -82,8 +83,8 @@ def main(flags: argparse.Namespace) -> None:
     lengths: dict[str, float] = {}
     rows: dict[str, dict[str, Any]] = {}
 
-    def measure(some: dict[str, Tree | Grown]) -> None:
-        found = time_trees(answerer, some, prompts, flags)
+    def measure(some: dict[str, Tree | Grown], rounds: int) -> None:
+        found = time_trees(answerer, some, prompts, flags, rounds)
         for name, row in found.items():
             if name not in lengths:
                 lengths[name] = accepted_length(answerer, some[name], ranks, prompts)
@@ -98,13 +99,13 @@ def main(flags: argparse.Namespace) -> None:
         trees[str(tree.size)] = tree
     if flags.grown:
         trees |= {f"grow:{size}": choices.grown(answerer.model, size) for size in GROWN_SIZES}
-    measure(trees)
+    measure(trees, flags.repeats)
     finalists = sorted(set(trees) - {PLAIN}, key=lambda name: -speed(rows[name]))[:FINALISTS]
     final = {name: trees[name] for name in (PLAIN, *finalists)}
     for name in finalists:
         for depth in range(2, trees[name].depth):
             final[f"{name}:{depth}"] = shallower(trees[name], depth, ranks, top_k)
-    measure(final)
+    measure(final, FINAL_ROUNDS * flags.repeats)
     table, best = list(rows.values()), choose([rows[name] for name in final])
     tuning = _tuning(answerer, flags, final[best["tree"]], best, table)
     tuning["accuracy"] = calibration.accuracy(ranks, top_k).round(5).tolist()
@@ -176,18 +177,19 @@ def time_trees(
     trees: dict[str, Tree | Grown],
     prompts: list[list[int]],
     flags: argparse.Namespace,
+    rounds: int,
 ) -> dict[str, dict[str, Any]]:
     """A row a tree: its step over a plain step, and seconds of a plain step and of a prefill.
 
     The trees take turns, in another order each round, and a step is compared with
-    the plain step of its round: a machine whose speed drifts hurts all alike.
+    those of all trees in its round: a machine whose speed drifts hurts all alike.
     """
     timed = {name: answerer.with_tree(tree, stops=False) for name, tree in trees.items()}
     steps: dict[str, list[float]] = {name: [] for name in trees}
     prefills: dict[str, list[float]] = {name: [] for name in trees}
     order = np.random.default_rng(flags.seed)
-    bar = tqdm(total=flags.repeats * len(trees), desc="steps", unit=" runs")
-    for repeat in range(flags.repeats):
+    bar = tqdm(total=rounds * len(trees), desc="steps", unit=" runs")
+    for repeat in range(rounds):
         first = repeat * flags.batch_size % (len(prompts) - flags.batch_size + 1)
         batch = prompts[first : first + flags.batch_size]
         for name in order.permutation(list(trees)):
@@ -199,11 +201,13 @@ def time_trees(
             bar.update()
     bar.close()
     prefill = statistics.median(one for some in prefills.values() for one in some)
+    logs = np.log([steps[name] for name in trees])
+    relative = dict(zip(trees, np.median(logs - logs.mean(axis=0), axis=1), strict=True))
     return {
         name: {
             "tree": name,
             "nodes": tree.size,
-            "step_over_plain": statistics.median(np.divide(steps[name], steps[PLAIN]).tolist()),
+            "step_over_plain": float(np.exp(relative[name] - relative[PLAIN])),
             "plain_seconds": statistics.median(steps[PLAIN]),
             "step_seconds_spread": [min(steps[name]), max(steps[name])],
             "prefill_seconds": prefill,
@@ -226,7 +230,7 @@ def predict(rows: dict[str, dict[str, Any]], flags: argparse.Namespace) -> None:
 
 
 def choose(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows as fast as the fastest, the one that accepts most: that is known more exactly."""
+    """Of the rows as fast as the fastest, the one that accepts most: that is known exactly."""
     fastest = speed(max(rows, key=speed))
     equals = [row for row in rows if speed(row) >= (1 - TIE) * fastest]
     return max(equals, key=lambda row: row["mean_accepted_length"])

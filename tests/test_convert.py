@@ -89,6 +89,9 @@ def test_truncated_heads_of_our_trainer_go_to_vllm(
     settings = json.loads((place / "config.json").read_text())
     assert (settings["vocab_size"], settings["truncated_vocab_size"]) == (VOCAB, len(MAP))
     chex.assert_trees_all_equal(load_model(saved, place).params, load_model(saved, first).params)
+    if shared:  # the map lies with the backbone too, for us alone
+        merged = go(place, "v1.0")
+        chex.assert_trees_all_equal(load_model(merged).params, load_model(saved, first).params)
 
 
 def test_tensorrt_llm_to_the_original(go: Any, tmp_path: Path):

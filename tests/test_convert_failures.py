@@ -68,7 +68,7 @@ def test_refusals(tmp_path: Path, tensors: NPZ, target: str, message: str):
 
 
 @pytest.mark.parametrize("target", ["v0.1", "v2", "v1.0", "tgi", "mlc", "modelopt"])
-def test_truncated_heads_go_to_vllm_only(tmp_path: Path, saved: Path, target: str):
+def test_truncated_projections_go_to_vllm_only(tmp_path: Path, saved: Path, target: str):
     theirs = renamed(random_heads(2, vocab=len(MAP)), "vllm", 2, 1) | {"token_map": MAP}
     first = heads_directory(tmp_path / "first", theirs)
     message = refusal(str(first), target, tmp_path / "out", base=str(saved))
