@@ -148,7 +148,11 @@ class Backbone(nn.Module):
           input of lm_head and Medusa heads alike), and the block's own keys
           [B, K, C, T] and values [B, K, T, C], per layer.
         """
-        rope = rope_tables(self.config, positions)
+        if cache is None:
+            rope = rope_tables(self.config, positions)
+        else:
+            cos, sin = cache.rope
+            rope = cos[positions], sin[positions]
         x = self.embed(tokens)
         windows = set(self.config.windows)
         masks = {w: mask & within_window(positions, positions, w) for w in windows}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from medusa_jax.config import ModelConfig
+from medusa_jax.layers import rope_tables
 from medusa_jax.shapes import typed
 
 # Keys and values of one block of tokens, layer by layer: [B, K, C, T] each and [B, K, T, C] each.
@@ -33,11 +34,14 @@ class KVCache:
       keys: per layer [B, K, C, S], rotated.
       values: per layer [B, K, S, C].
       length: valid slots of each row [B] int32.
+      rope: `layers.rope_tables` of every slot, [S, C / 2] each: looked up by a step, whose
+        every layer XLA would have compute them anew on a CPU, for queries and for keys.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     length: Array
+    rope: tuple[Array, Array]
 
     @property
     def capacity(self) -> int:
@@ -53,6 +57,7 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype)
         keys=tuple(jnp.zeros((*heads, width, capacity), dtype) for _ in layers),
         values=tuple(jnp.zeros((*heads, capacity, width), dtype) for _ in layers),
         length=jnp.zeros(batch, jnp.int32),
+        rope=rope_tables(config, jnp.arange(capacity)),
     )
 
 
@@ -106,7 +111,8 @@ def commit(
         )
 
     keys, values = block
-    return KVCache(
+    return dataclasses.replace(
+        cache,
         keys=append(cache.keys, keys, 2),
         values=append(cache.values, values, 1),
         length=cache.length + count,

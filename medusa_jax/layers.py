@@ -36,9 +36,9 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 @typed
 def rope_tables(
-    config: ModelConfig, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T c"], Float[Array, "B T c"]]:
-    """cos and sin of every position's angles, float32 [B, T, C / 2] each."""
+    config: ModelConfig, positions: Int[Array, "*dims"]
+) -> tuple[Float[Array, "*dims c"], Float[Array, "*dims c"]]:
+    """cos and sin of every position's angles, float32 [*dims, C / 2] each."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
 

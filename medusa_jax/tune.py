@@ -40,8 +40,8 @@ from medusa_jax.tree import Tree
 EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PLAIN = "1"  # name of the root alone
-GROWN_SIZES = (4, 5, 6, 8, 12, 16, 32, 64)
-FINALISTS = 3  # trees of which shallower ones are timed too
+GROWN_SIZES = (4, 5, 6, 7, 8, 12, 16, 32, 64)
+FINALISTS = 5  # trees of which shallower ones are timed too
 FINAL_ROUNDS = 4  # times as many rounds for these
 TIE = 0.01  # of tokens per second: less is noise
 CALIBRATION_BATCH = 8
