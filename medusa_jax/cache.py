@@ -28,7 +28,7 @@ class KVCache:
     stack copies it. Each head's keys and values are one contiguous matrix, laid out
     as the product that reads it wants: q K with K [C, S], then p V with V [S, C].
     Were keys [S, C], a CPU would gather them column by column from cold memory,
-    which took five times as long.
+    which took up to four times as long.
 
     Attributes:
       keys: per layer [B, K, C, S], rotated.
