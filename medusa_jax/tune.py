@@ -20,6 +20,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,8 @@ EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.j
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PLAIN = "1"  # name of the root alone
 GROWN_SIZES = (4, 5, 6, 7, 8, 12, 16, 32, 64)
-FINALISTS = 5  # trees of which shallower ones are timed too
-FINAL_ROUNDS = 4  # times as many rounds for these
-TIE = 0.01  # of tokens per second: less is noise
+TIE = 0.05  # of tokens per second: by so much does a tuning differ from the next on a shared host
+FINAL_ROUNDS = 2  # times as many rounds for the fastest
 CALIBRATION_BATCH = 8
 
 
@@ -100,7 +100,8 @@ def main(flags: argparse.Namespace) -> None:
     if flags.grown:
         trees |= {f"grow:{size}": choices.grown(answerer.model, size) for size in GROWN_SIZES}
     measure(trees, flags.repeats)
-    finalists = sorted(set(trees) - {PLAIN}, key=lambda name: -speed(rows[name]))[:FINALISTS]
+    near = tied(rows.values())
+    finalists = [name for name in trees if name != PLAIN and rows[name] in near]
     final = {name: trees[name] for name in (PLAIN, *finalists)}
     for name in finalists:
         for depth in range(2, trees[name].depth):
@@ -231,9 +232,14 @@ def predict(rows: dict[str, dict[str, Any]], flags: argparse.Namespace) -> None:
 
 def choose(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the rows as fast as the fastest, the one that accepts most: that is known exactly."""
-    fastest = speed(max(rows, key=speed))
-    equals = [row for row in rows if speed(row) >= (1 - TIE) * fastest]
-    return max(equals, key=lambda row: row["mean_accepted_length"])
+    return max(tied(rows), key=lambda row: row["mean_accepted_length"])
+
+
+def tied(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as fast as the fastest, as far as can be told."""
+    rows = list(rows)
+    fastest = max(map(speed, rows))
+    return [row for row in rows if speed(row) >= (1 - TIE) * fastest]
 
 
 def speed(row: dict[str, Any]) -> float:
