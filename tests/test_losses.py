@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkpoints import stored
 from conftest import stacked
 
 from medusa_jax.hf import Model
@@ -30,6 +31,12 @@ from medusa_jax.training.packing import row
 def reference(shared: Path) -> dict[str, Any]:
     """Every loss term and accuracy of a fixed batch, computed in float64 elsewhere."""
     return json.loads((shared / "golden/losses_stories260K.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def params(stories: Model) -> dict[str, Any]:
+    """The real model's as training has them: layers stacked, heads apart."""
+    return stacked(stories.params | {"heads": stored(stories.params["heads"])}, 5)
 
 
 def batch_of(reference: dict[str, Any], layout: list[list[int]], length: int) -> dict[str, Any]:
@@ -53,11 +60,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk", [0, 16, 37])
 def test_losses_equal_the_reference(
-    stories: Model, reference: dict[str, Any], layout: str, chunk: int
+    stories: Model, params: dict[str, Any], reference: dict[str, Any], layout: str, chunk: int
 ):
     batch = batch_of(reference, *LAYOUTS[layout])
     objective = Objective(stories.config, stories.heads, "medusa2", chunk=chunk)
-    terms = jax.jit(objective.terms)(stacked(stories.params, 5), {}, batch)
+    terms = jax.jit(objective.terms)(params, {}, batch)
     found = report(terms, 0.2, objective)
     assert found["lm_loss"] == pytest.approx(reference["lm_ce"], abs=1e-5)
     assert found["head_losses"] == pytest.approx(reference["head_ce"], abs=1e-5)
@@ -69,10 +76,12 @@ def test_losses_equal_the_reference(
 
 
 @pytest.mark.parametrize("chunk", [0, 16, 37])
-def test_kl_equals_the_reference(stories: Model, reference: dict[str, Any], chunk: int):
+def test_kl_equals_the_reference(
+    stories: Model, params: dict[str, Any], reference: dict[str, Any], chunk: int
+):
     batch = batch_of(reference, *LAYOUTS["packed"])
     # The reference's student is the teacher with its logits times 1.1, that is, its last norm's.
-    teacher = stacked(stories.params, 5)
+    teacher = params
     norm = {"scale": 1.1 * teacher["backbone"]["final_norm"]["scale"]}
     student = teacher | {"backbone": teacher["backbone"] | {"final_norm": norm}}
     objective = Objective(stories.config, stories.heads, "medusa2", distill=True, chunk=chunk)
