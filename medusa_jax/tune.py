@@ -100,15 +100,14 @@ def main(flags: argparse.Namespace) -> None:
     if flags.grown:
         trees |= {f"grow:{size}": choices.grown(answerer.model, size) for size in GROWN_SIZES}
     measure(trees, flags.repeats)
-    near = tied(rows.values())
-    finalists = [name for name in trees if name != PLAIN and rows[name] in near]
+    finalists = [row["tree"] for row in tied(rows[name] for name in trees if name != PLAIN)]
     final = {name: trees[name] for name in (PLAIN, *finalists)}
     for name in finalists:
         for depth in range(2, trees[name].depth):
             final[f"{name}:{depth}"] = shallower(trees[name], depth, ranks, top_k)
     measure(final, FINAL_ROUNDS * flags.repeats)
-    table, best = list(rows.values()), choose([rows[name] for name in final])
-    tuning = _tuning(answerer, flags, final[best["tree"]], best, table)
+    table, best = list(rows.values()), choose(rows.values())
+    tuning = _tuning(answerer, flags, (trees | final)[best["tree"]], best, table)
     tuning["accuracy"] = calibration.accuracy(ranks, top_k).round(5).tolist()
     path = (
         Path(flags.output)
@@ -230,7 +229,7 @@ def predict(rows: dict[str, dict[str, Any]], flags: argparse.Namespace) -> None:
         row["tokens_per_second"] = flags.batch_size * flags.max_new_tokens / seconds
 
 
-def choose(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def choose(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of the rows as fast as the fastest, the one that accepts most: that is known exactly."""
     return max(tied(rows), key=lambda row: row["mean_accepted_length"])
 
@@ -238,7 +237,7 @@ def choose(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def tied(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows as fast as the fastest, as far as can be told."""
     rows = list(rows)
-    fastest = max(map(speed, rows))
+    fastest = max(map(speed, rows), default=0.0)
     return [row for row in rows if speed(row) >= (1 - TIE) * fastest]
 
 

@@ -45,10 +45,13 @@ def test_tunes_and_is_found_again(shared: Path, home: Path, capsys: pytest.Captu
     table = capsys.readouterr().out
     (path,) = (home / "trees").glob("*.json")
     (made,) = json.loads(path.read_text())["tunings"]
-    assert [row["tree"] for row in made["table"]] == ["1", "3", "6", "6:2"]
-    assert [row["nodes"] for row in made["table"]] == [1, 3, 6, 6]
+    # The less deep one only where 6 tokens were about as fast as 3.
+    names, nodes = ["1", "3", "6", "6:2"], [1, 3, 6, 6]
+    count = len(made["table"])
+    assert count >= 3 and [row["tree"] for row in made["table"]] == names[:count]
+    assert [row["nodes"] for row in made["table"]] == nodes[:count]
     lengths = [row["mean_accepted_length"] for row in made["table"]]
-    assert lengths[0] == 1 < lengths[1] < lengths[3] <= lengths[2]
+    assert lengths[0] == 1 < lengths[1] < lengths[-1] <= lengths[2]
     assert made["best"] == tune.choose(made["table"])
     assert len(made["tree"]) + 1 == made["best"]["nodes"]
     assert all(0 < sum(head) <= 1 for head in made["accuracy"])
@@ -61,7 +64,7 @@ def test_tunes_and_is_found_again(shared: Path, home: Path, capsys: pytest.Captu
 def test_among_equally_fast_trees_the_one_that_accepts_most_is_taken():
     rows = [
         {"tokens_per_second": speed, "mean_accepted_length": length}
-        for speed, length in ((100.0, 1.0), (200.0, 2.4), (199.0, 2.9), (190.0, 3.3))
+        for speed, length in ((100.0, 1.0), (200.0, 2.4), (195.0, 2.9), (185.0, 3.3))
     ]
     assert tune.choose(rows) == rows[2]
 
