@@ -50,7 +50,7 @@ def check(case: dict[str, Any]) -> None:
     hidden = [kind for kind, size in sizes if size == rows * nodes * width]
     assert hidden == ["all-reduce"] * (2 * case["layers"] + 1)
     others = [size for _, size in sizes if size != rows * nodes * width]
-    assert max(others) <= rows * case["heads"] * max(width, vocab)
+    assert max(others) <= rows * max(case["heads"] * width, vocab)
 
 
 def test_as_many_heads_as_devices(found):
