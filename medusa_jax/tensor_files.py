@@ -58,9 +58,14 @@ class StoredTensor:
         """Tensors of one shape as one, along a new first dimension; each is read where it lies."""
 
         def read(index: Any = ...) -> np.ndarray:
-            if index is ...:
-                return np.stack([one.read() for one in tensors])
-            return np.stack([one.read(index[1:]) for one in tensors[index[0]]])
+            rows, inner = (slice(None), ...) if index is ... else (index[0], index[1:])
+            members = tensors[rows]
+            first = members[0].read(inner)
+            whole = np.empty((len(members), *first.shape), first.dtype)  # never all of it twice
+            whole[0] = first
+            for number, member in enumerate(members[1:], start=1):
+                whole[number] = member.read(inner)
+            return whole
 
         return cls((len(tensors), *tensors[0].shape), tensors[0].dtype, read)
 

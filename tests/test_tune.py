@@ -64,12 +64,21 @@ def test_tunes_and_is_found_again(
     assert choices.choose_tree(flags, model, Greedy()) == Tree.from_lists(made["tree"])
 
 
+def rows_of(*figures: tuple[str, float, float]) -> list[dict]:
+    names = ("tree", "tokens_per_second", "mean_accepted_length")
+    return [dict(zip(names, row, strict=True)) for row in figures]
+
+
 def test_among_equally_fast_trees_the_one_that_accepts_most_is_taken():
-    rows = [
-        {"tokens_per_second": speed, "mean_accepted_length": length}
-        for speed, length in ((100.0, 1.0), (200.0, 2.4), (195.0, 2.9), (185.0, 3.3))
-    ]
+    rows = rows_of(("1", 100.0, 1.0), ("4", 200.0, 2.4), ("8", 195.0, 2.9), ("16", 185.0, 3.3))
     assert tune.choose(rows) == rows[2]
+
+
+def test_no_tree_slower_than_plain_decoding_is_taken():
+    rows = rows_of(("1", 100.0, 1.0), ("4", 99.0, 1.2), ("8", 97.0, 1.3))
+    assert tune.choose(rows) == rows[0]
+    rows[1]["tokens_per_second"] = 101.0  # now as fast as plain, and the 97 still slower
+    assert tune.choose(rows) == rows[1]
 
 
 def test_bad_flags(shared: Path, home: Path):

@@ -149,27 +149,18 @@ def load(
         return NamedSharding(mesh, spec(path, table[path].shape, mesh))
 
     def put(path: str, tensors: list[StoredTensor]) -> jax.Array:
-        shape, kind = table[path].shape, jnp.dtype(table[path].dtype)
+        shape = table[path].shape
+        cast = [tensor.cast(table[path].dtype) for tensor in tensors]
+        source = cast[0] if cast[0].shape == shape else StoredTensor.stack(cast)
         parts: dict[str, np.ndarray] = {}  # devices with the same part share what was read
 
         def part(index: Any) -> np.ndarray:
-            if tensors[0].shape == shape:
-                return np.asarray(tensors[0].read(index), kind)
-            layers, inner = tensors[index[0]], index[1:]
-            first = np.asarray(layers[0].read(inner), kind)
-            stacked = np.empty((len(layers), *first.shape), kind)
-            stacked[0] = first
-            for number, tensor in enumerate(layers[1:], start=1):
-                stacked[number] = tensor.read(inner)
-            return stacked
-
-        def shared(index: Any) -> np.ndarray:
             key = str(index)
             if key not in parts:
-                parts[key] = part(index)
+                parts[key] = source.read(index)
             return parts[key]
 
-        return jax.make_array_from_callback(shape, sharding(path), shared)
+        return jax.make_array_from_callback(shape, sharding(path), part)
 
     def made(path: str) -> jax.Array:
         one = table[path]
