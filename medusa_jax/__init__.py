@@ -7,6 +7,7 @@ Modules, in the order in which tokens pass through them:
     cache       keys and values of accepted tokens
     backbone    tokens -> hidden states          heads      hidden state -> guesses
     tree        which guesses to verify          grow       ... chosen anew at every step
+    bigrams     which tokens follow which, for trees grown
     sampling    target distribution and draws    acceptance which path becomes text
     state       what a step advances             decode     prefill, step, generate, stream
 
@@ -24,6 +25,7 @@ and around them:
     tune_report, tuned          ... as a table and a plot, and where it is kept
     bench                       speed and acceptance beside plain decoding and others
     distill, talks              a dataset's prompts -> the model's own answers
+    count_bigrams               ... -> bigrams
     training, export            heads, and backbones with them
     presets, tree_paths         known shapes; parameters by path
     shipped                     the model that comes along

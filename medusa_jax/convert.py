@@ -9,6 +9,7 @@ at a time, and compared with what was written before it takes its place.
 import argparse
 import dataclasses
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from medusa_jax import cli, dialects, hf, tensor_files
+from medusa_jax import bigrams, cli, dialects, hf, tensor_files
 from medusa_jax.config import ModelConfig, from_hf
 from medusa_jax.dialects import DIALECTS, StoredHeads, head_settings, open_heads
 from medusa_jax.directories import Replacing, copy_beside
@@ -96,6 +97,8 @@ def convert(
             tensor_files.write_pickle(directory / f"{kind.stem}.safetensors")
         if kind.merged and backbone:
             copy_beside(backbone.directory, directory)
+        if table := bigrams.beside(hf.resolve(source)):
+            shutil.copy(table, directory)
         tensor_files.write_json(directory / "config.json", settings)
         _verify(directory, target, tensors)
     size = sum(math.prod(one.shape) * jnp.dtype(one.dtype).itemsize for one in tensors.values())

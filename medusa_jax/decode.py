@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from medusa_jax import bigrams
 from medusa_jax.acceptance import Acceptance, Context, Greedy
 from medusa_jax.backbone import Backbone, causal_mask
 from medusa_jax.cache import KVCache, commit, init_cache, write_block
@@ -40,7 +41,7 @@ from medusa_jax.tree_paths import map_with_path
 
 __all__ = ["Decoder", "Emitted", "Output", "Params", "State", "bucket", "outputs"]
 
-Params = dict[str, Any]  # {"backbone": ..., "heads": ...}
+Params = dict[str, Any]  # {"backbone": ..., "heads": ...}, "bigrams" too where they were counted
 
 # Prompts longer than this are prefilled in blocks of it, which bounds the memory of attention.
 PREFILL_BLOCK = 512
@@ -250,7 +251,9 @@ class Decoder:
 
     def _step(self, params: Params, state: State) -> tuple[State, Emitted]:
         length = state.cache.length
-        tree = self.tree.branches(state.scores) if isinstance(self.tree, Grown) else self.tree
+        tree = self.tree
+        if isinstance(tree, Grown):
+            tree = tree.branches(_path_scores(params, state))
         rows = jnp.arange(length.shape[0])
 
         # 1. Assemble the tree's tokens and verify them in one pass.
@@ -355,6 +358,16 @@ def bucket(length: int) -> int:
     if length > PREFILL_BLOCK:
         return round_up(length, PREFILL_BLOCK)
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _path_scores(params: Params, state: State) -> Float[Array, "B M R R"]:
+    """Log-probability of each guess after each of the head before it, or after the root."""
+    scores, guesses = state.scores[:, :, None, :], state.guesses
+    if bigrams.NAME not in params:
+        return jnp.broadcast_to(scores, (*guesses.shape, guesses.shape[-1]))
+    roots = jnp.broadcast_to(state.root[:, None, None], guesses[:, :1].shape)
+    before = jnp.concatenate((roots, guesses[:, :-1]), axis=1)
+    return jnp.minimum(scores + bigrams.links(params[bigrams.NAME], before, guesses), 0)
 
 
 def _cut(tokens: Array, made: Array, room: Array, stop_ids: Array) -> tuple[Array, Array]:

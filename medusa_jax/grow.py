@@ -2,10 +2,12 @@
 
 A static tree spends its nodes where guesses are right on average. The heads
 know more: after "Once upon a" the first guess is nearly sure and deserves depth,
-elsewhere several first guesses are about equal and deserve breadth. Taking the
-heads as independent, a path's log-probability is the sum of its guesses', and
-the best tree of N tokens is the root with the N - 1 likeliest paths. A path is
-never likelier than its beginning, so these paths are prefix-closed.
+elsewhere several first guesses are about equal and deserve breadth. A path's
+log-probability is the sum of its guesses', each given the guess before it: what
+the heads, which do not know each other's guesses, say of it, and how well the two
+go together where that was counted (`bigrams.py`). The best tree of N tokens is
+the root with the N - 1 likeliest paths. A path is never likelier than its
+beginning, so these paths are prefix-closed.
 """
 
 import dataclasses
@@ -86,32 +88,39 @@ class Grown:
         if self.size > paths:
             raise InputError(f"there are {paths} nodes at most, and {self.size} were asked for")
 
-    def branches(self, scores: Float[Array, "B M R"]) -> Branches:
-        """This step's trees from the guesses' log-probabilities."""
+    def branches(self, scores: Float[Array, "B M R R"]) -> Branches:
+        """This step's trees from the guesses' log-probabilities after each other."""
         return grow(scores, self.size)
 
 
 @typed
-def grow(scores: Float[Array, "B M R"], size: int) -> Branches:
+def grow(scores: Float[Array, "B M R R"], size: int) -> Branches:
     """The root and the `size - 1` likeliest paths, in order of likelihood.
 
-    Example: two heads whose guesses have probabilities (0.6, 0.3) and (0.9, 0.1),
-    size 4. Paths: (0) 0.6, (0, 0) 0.54, (1) 0.3, (1, 0) 0.27, ... The tree is the
-    root with the first three: parents (-1, 0, 1, 0), depths (0, 1, 2, 1).
+    Args:
+      scores: [b, k, q, r] is the log-probability, 0 or less, of guess r of head k where guess q
+        of the head before is right; with k = 0, where q means nothing, of guess r after the root.
+
+    Example: two heads whose guesses have probabilities (0.6, 0.3) and, after either of
+    these, (0.9, 0.1), size 4. Paths: (0) 0.6, (0, 0) 0.54, (1) 0.3, (1, 0) 0.27, ... The
+    tree is the root with the first three: parents (-1, 0, 1, 0), depths (0, 1, 2, 1).
 
     Level by level: of each level at most size - 1 nodes can be in the tree, and
     they hang from the best of the level above.
     """
-    batch, levels, ranks = scores.shape
+    batch, levels, _, ranks = scores.shape
     keep, rows = size - 1, jnp.arange(batch)[:, None]
     best = jnp.zeros((batch, 1))  # of the level above; the root is certain
+    rank = jnp.zeros((batch, 1), jnp.int32)  # ... among the guesses of its head
     score, cell, parent, depth = [], [], [], []
     start = 0  # number of the first node of the level above, counting the root as 0
     for level in range(levels):
-        paths = (best[:, :, None] + scores[:, level, None, :] - _STEP).reshape(batch, -1)
+        after = jnp.take_along_axis(scores[:, level], rank[:, :, None], axis=1)
+        paths = (best[:, :, None] + after - _STEP).reshape(batch, -1)
         best, chosen = jax.lax.top_k(paths, min(keep, paths.shape[1]))
+        rank = chosen % ranks
         score.append(best)
-        cell.append(1 + level * ranks + chosen % ranks)
+        cell.append(1 + level * ranks + rank)
         parent.append(start + chosen // ranks)
         depth.append(jnp.full_like(chosen, level + 1))
         start = 1 + sum(one.shape[1] for one in score[:-1])

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from medusa_jax import dialects, tensor_files
+from medusa_jax import bigrams, dialects, tensor_files
 from medusa_jax.config import ModelConfig, from_hf
 from medusa_jax.dialects import StoredHeads, head_file, open_heads
 from medusa_jax.errors import InputError
 from medusa_jax.heads import NO_HEADS, HeadsConfig
 from medusa_jax.layout import placed, stacked
 from medusa_jax.places import backbone_places, matched
-from medusa_jax.sharding import decode_mesh, spec
+from medusa_jax.sharding import decode_mesh, everywhere, spec
 from medusa_jax.tensor_files import StoredTensor, Tensors
 from medusa_jax.tree_paths import nested
 
@@ -37,7 +37,8 @@ class Model:
 
     Attributes:
       config, heads: shapes; `NO_HEADS` where there are none.
-      params: {"backbone": ..., "heads": ...}, laid out for decoding (`layout.py`).
+      params: {"backbone": ..., "heads": ...}, laid out for decoding (`layout.py`); also
+        {"bigrams": ...} where their file lies beside the heads.
       stop_ids: end-of-sequence tokens from its generation settings.
       suppress: tokens never to produce, from the same.
       directory: where the backbone, and so its tokenizer, was found.
@@ -85,9 +86,10 @@ def load_model(
     config = from_hf(settings)
     devices = decode_mesh(mesh, config) if mesh else None
     merged, rest = dialects.divide(tensor_files.open_model(directory))
-    stored = None
+    stored, source = None, directory
     if heads is not None:
-        stored = open_heads(resolve(heads))
+        source = resolve(heads)
+        stored = open_heads(source)
     elif merged:
         stored = open_heads(directory, dialects.merged_dialect(merged))
     elif found := head_file(directory):
@@ -101,6 +103,10 @@ def load_model(
             whole = backbone["embed/embedding" if config.tied else "lm_head"]
             tensors = tensors | {"vocab": whole.rows(tensors["token_map"].read())}
         params["heads"] = _loaded(tensors, dtype, digest, devices)
+        if file := bigrams.beside(source):
+            table = bigrams.load(file, config.vocab_size)
+            digest.update(table["scores"].tobytes())
+            params[bigrams.NAME] = everywhere(table, devices)
     params["backbone"] = _loaded(backbone, dtype, digest, devices, tied=config.tied)
     generation = directory / "generation_config.json"
     settings |= tensor_files.read_json(generation) if generation.is_file() else {}

@@ -9,7 +9,7 @@ Every public docstring, annotation and einsum string uses these letters:
     E  path cells, tree depth + 1      H  query heads
     M  Medusa heads                    K  key/value heads
     R  ranks kept of each head         G  query heads per key/value head, H / K
-                                       C  width of one attention head
+    L  tokens of a bigram table        C  width of one attention head
 
 Slot s of a cache row holds the token at position s of that row.
 """

@@ -48,6 +48,7 @@ RULES = (
     (r"(lm_head_|vocab_)kernel$", P(None, ALL)),
     (r"block_\d+/kernel$", P(None, None, ALL)),
     (r"(scale|bias|token_map)$", P(None)),
+    (r"^bigrams/", P()),  # of which a step reads a few numbers here and there
 )
 CACHE = P(None, "tensor", None, None)  # keys [B, K, C, S] and values [B, K, S, C]
 

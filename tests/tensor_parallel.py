@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from conftest import TINY, random_model
 
@@ -69,6 +70,10 @@ def random(devices: int, tree: Any, acceptance: Any, **shape: Any) -> dict[str, 
     config = dataclasses.replace(TINY, **shape)
     model = random_model(config)
     params = for_decoding(model.params, tied=config.tied)
+    if isinstance(tree, Grown):
+        size = config.vocab_size
+        scores = jax.random.normal(jax.random.key(0), (size + 1, size + 1))
+        params["bigrams"] = {"rows": jnp.arange(size, dtype=jnp.int32), "scores": scores}
     mesh = decode_mesh(f"tensor={devices}", config)
     split = jax.device_put(params, shardings(params, mesh))
     alone = Decoder(config, model.heads, tree, acceptance)

@@ -32,8 +32,13 @@ def random_scores(batch: int, heads: int, ranks: int) -> Array:
     return jax.lax.top_k(jax.nn.log_softmax(logits), ranks)[0]
 
 
+def alone(scores: Array) -> Array:
+    """Scores [B, M, R] of guesses that do not depend on the one before them [B, M, R, R]."""
+    return jnp.broadcast_to(scores[:, :, None, :], (*scores.shape, scores.shape[-1]))
+
+
 def test_worked_example():
-    made = grow(jnp.log(jnp.array([[[0.6, 0.3], [0.9, 0.1]]])), 4)
+    made = grow(alone(jnp.log(jnp.array([[[0.6, 0.3], [0.9, 0.1]]]))), 4)
     np.testing.assert_array_equal(made.parents, [[-1, 0, 1, 0]])
     np.testing.assert_array_equal(made.depths, [[0, 1, 2, 1]])
     np.testing.assert_array_equal(made.cells, [[0, 1, 3, 2]])
@@ -41,11 +46,12 @@ def test_worked_example():
 
 @pytest.mark.parametrize("size", [2, 7, 24])
 def test_the_likeliest_paths_of_all_are_taken(size: int):
-    scores = random_scores(4, 3, 4)
+    """Where a guess is likelier after one guess than after another."""
+    scores = alone(random_scores(4, 3, 4)) - jax.random.uniform(jax.random.key(1), (4, 3, 4, 4))
     made = grow(scores, size)
     for row, heads in enumerate(np.asarray(scores)):
         every = {
-            path: sum(heads[level][rank] for level, rank in enumerate(path))
+            path: sum(heads[k, (0, *path)[k], rank] for k, rank in enumerate(path))
             for depth in (1, 2, 3)
             for path in itertools.product(range(4), repeat=depth)
         }
@@ -54,7 +60,7 @@ def test_the_likeliest_paths_of_all_are_taken(size: int):
 
 
 def test_tables_are_those_of_the_same_static_tree():
-    made = grow(random_scores(3, 3, 4), 12)
+    made = grow(alone(random_scores(3, 3, 4)), 12)
     for row in range(3):
         nodes = paths(made, row, 4)
         tree = Tree(tuple(nodes[1:]))
@@ -68,14 +74,14 @@ def test_tables_are_those_of_the_same_static_tree():
 
 def test_certain_guesses_keep_parents_first():
     """Probability 1 makes a child as likely as its parent: it must still come after it."""
-    made = grow(jnp.log(jnp.array([[[1.0, 1e-9]] * 3])), 4)
+    made = grow(alone(jnp.log(jnp.array([[[1.0, 1e-9]] * 3]))), 4)
     np.testing.assert_array_equal(made.parents, [[-1, 0, 1, 2]])
 
 
 def test_ranks_beyond_the_tree_change_nothing():
     """A tree of N tokens has no place for a guess of rank N - 1: `choices.grown` leaves it out."""
     scores = random_scores(4, 3, 10)
-    wide, narrow = grow(scores, 5), grow(scores[:, :, :4], 5)
+    wide, narrow = grow(alone(scores), 5), grow(alone(scores[:, :, :4]), 5)
     for row in range(4):
         assert paths(wide, row, 10) == paths(narrow, row, 4)
 
