@@ -38,7 +38,7 @@ Bigrams = dict[str, Array]  # {"rows": [V] int32, "scores": [L + 1, L + 1]}
 
 
 def count(
-    texts: Iterable[tuple[np.ndarray, np.ndarray]], most: int, weight: float = _WEIGHT
+    texts: Iterable[tuple[np.ndarray, np.ndarray]], most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `most` frequent tokens [L] and the scores of their pairs [L, L].
 
@@ -70,7 +70,7 @@ def count(
     followed = np.bincount(before, minlength=ids)[tokens]
     alone = times[tokens] / len(after)
     after_it = (seen + _PRIOR * alone) / (followed[:, None] + _PRIOR)
-    return tokens, weight * np.log(after_it / alone)
+    return tokens, _WEIGHT * np.log(after_it / alone)
 
 
 def beside(heads: Path) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from medusa_jax import bigrams, tuned
+from medusa_jax import tuned
 from medusa_jax.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
 from medusa_jax.answer import DEFAULT_NEW_TOKENS, Answerer, Limits
 from medusa_jax.errors import InputError
@@ -107,12 +107,11 @@ def ranks(model: Model) -> int:
 
 def grown(model: Model, size: int, depth: int | None = None) -> Grown:
     """Trees of `size` tokens grown at every step, at most `depth` deep (default: as the heads)."""
-    deep, wide = model.heads.num_heads if depth is None else depth, ranks(model)
-    if bigrams.NAME not in model.params:
-        # A node has at most that many children, the first of its head's guesses. Bigrams may
-        # lift any of them.
-        wide = min(wide, max(size - 1, 1))
-    return Grown(size, deep, wide)
+    deep = model.heads.num_heads if depth is None else depth
+    # A node has no more children than that. Bigrams may lift a guess of a later rank, but to
+    # ask for more ranks costs what these then accept.
+    wide = max(size - 1, 1)
+    return Grown(size, deep, min(ranks(model), wide))
 
 
 def shipped(name: str) -> Path:

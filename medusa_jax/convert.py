@@ -98,7 +98,7 @@ def convert(
         if kind.merged and backbone:
             copy_beside(backbone.directory, directory)
         if table := bigrams.beside(hf.resolve(source)):
-            shutil.copy(table, directory)
+            shutil.copyfile(table, directory / table.name)
         tensor_files.write_json(directory / "config.json", settings)
         _verify(directory, target, tensors)
     size = sum(math.prod(one.shape) * jnp.dtype(one.dtype).itemsize for one in tensors.values())

@@ -42,7 +42,9 @@ EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.j
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PLAIN = "1"  # name of the root alone
 GROWN_SIZES = (4, 5, 6, 7, 8, 12, 16, 32, 64)
-TIE = 0.05  # of tokens per second: by so much does a tuning differ from the next on a shared host
+# On a shared host one timing differs from the next by as much, of tokens per second.
+FINAL = 0.05  # so near the fastest in the first rounds, a tree is timed again
+EQUAL = 0.02  # so near the fastest in the end, a tree is as fast
 FINAL_ROUNDS = 2  # times as many rounds for the fastest
 CALIBRATION_BATCH = 8
 
@@ -100,7 +102,8 @@ def main(flags: argparse.Namespace) -> None:
     if flags.grown:
         trees |= {f"grow:{size}": choices.grown(answerer.model, size) for size in GROWN_SIZES}
     measure(trees, flags.repeats)
-    finalists = [row["tree"] for row in tied(rows[name] for name in trees if name != PLAIN)]
+    real_trees = [rows[name] for name in trees if name != PLAIN]
+    finalists = [row["tree"] for row in near(real_trees, FINAL)]
     final = {name: trees[name] for name in (PLAIN, *finalists)}
     for name in finalists:
         for depth in range(2, trees[name].depth):
@@ -236,15 +239,14 @@ def choose(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """
     rows = list(rows)
     plain = max(speed(row) for row in rows if row["tree"] == PLAIN)
-    able = [row for row in tied(rows) if speed(row) >= plain]
+    able = [row for row in near(rows, EQUAL) if speed(row) >= plain]
     return max(able, key=lambda row: row["mean_accepted_length"])
 
 
-def tied(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as fast as the fastest, as far as can be told."""
-    rows = list(rows)
+def near(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """The rows that are slower than the fastest by that share of its speed at most."""
     fastest = max(map(speed, rows), default=0.0)
-    return [row for row in rows if speed(row) >= (1 - TIE) * fastest]
+    return [row for row in rows if speed(row) >= (1 - share) * fastest]
 
 
 def speed(row: dict[str, Any]) -> float:
