@@ -19,6 +19,7 @@ so no text changes. The table lies beside the heads in `bigrams.safetensors`:
 `python -m medusa_jax.count_bigrams` makes it.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -100,9 +101,12 @@ def load(file: Path, vocab_size: int) -> dict[str, np.ndarray]:
     """
     stored = open_file(file)
     shapes = {name: one.shape for name, one in stored.items()}
-    length = shapes.get("tokens", (0,))[0]
+    length = math.prod(shapes.get("tokens", ()))
     if shapes != {"tokens": (length,), "scores": (length, length)} or not length:
         raise InputError(f"{file}: expected tokens [L] and scores [L, L], got {shapes}")
+    if stored["tokens"].dtype != "int32" or not stored["scores"].dtype.startswith("float"):
+        kinds = {name: one.dtype for name, one in stored.items()}
+        raise InputError(f"{file}: expected tokens in int32 and scores in float16, got {kinds}")
     tokens, scores = stored["tokens"].read(), stored["scores"].read().astype(np.float32)
     if tokens.min() < 0 or tokens.max() >= vocab_size or len(np.unique(tokens)) != length:
         raise InputError(f"{file}: expected different tokens of a vocabulary of {vocab_size}")

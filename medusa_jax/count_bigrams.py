@@ -21,6 +21,8 @@ from medusa_jax.training.encoding import encode
 
 EXAMPLE = "python -m medusa_jax.count_bigrams --model DIR --data answers.jsonl --output HEADS_DIR"
 
+MOST_TOKENS = 8192  # a table of 134 MB
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; argparse exits with 2 where they are wrong."""
@@ -41,8 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(flags: argparse.Namespace) -> None:
     """Reads, counts, writes and reports."""
-    if flags.tokens < 1:
-        raise InputError(f"--tokens must be at least 1, got {flags.tokens}")
+    if not 1 <= flags.tokens <= MOST_TOKENS:
+        raise InputError(f"--tokens must be 1 to {MOST_TOKENS}, got {flags.tokens}")
     directory = Path(flags.output)
     if not directory.is_dir():
         raise InputError(f"--output {directory} is no directory; expected that of the heads")

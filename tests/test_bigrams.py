@@ -99,6 +99,8 @@ def test_the_file_beside_heads_is_loaded_and_goes_with_them(saved: Path, tmp_pat
         ({"tokens": np.array([1, 24], np.int32)}, f"different tokens of a vocabulary of {VOCAB}"),
         ({"tokens": np.array([1, 1], np.int32)}, f"different tokens of a vocabulary of {VOCAB}"),
         ({"tokens": np.array([1], np.int32)}, r"expected tokens \[L\] and scores \[L, L\]"),
+        ({"tokens": np.array(2, np.int32)}, r"expected tokens \[L\] and scores \[L, L\]"),
+        ({"tokens": np.array([1.0, 2.0])}, "expected tokens in int32 and scores in float16"),
         ({"scores": np.full((2, 2), np.nan, np.float16)}, "scores that are no numbers"),
         ({"more": np.zeros(2)}, r"expected tokens \[L\] and scores \[L, L\]"),
     ],
@@ -153,7 +155,7 @@ def test_the_command_counts_what_the_assistant_says(count: Any, tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--tokens", 0), "--tokens must be at least 1, got 0"),
+        (("--tokens", 0), "--tokens must be 1 to 8192, got 0"),
         (("--output", "nowhere"), "--output nowhere is no directory"),
         (("--data", "none.jsonl"), "none.jsonl does not exist"),
         (("--on_bad", "refuse"), "record 1: expected one of the keys"),
