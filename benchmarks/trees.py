@@ -93,9 +93,10 @@ def main(flags: argparse.Namespace) -> None:
     predicted = {row["tree"]: row["tokens_per_second"] for row in found[0]["table"]}
     chosen = found[0]["best"]["tokens_per_second"]
     ratio = chosen / predicted[tune.PLAIN]
+    now = ratio * statistics.median(speeds["plain"])
     print(
         f"\ntuned tree, predicted: {chosen:.0f} tokens/s, {ratio:.3f} times plain decoding: "
-        f"{ratio * statistics.median(speeds['plain']):.0f} tokens/s as fast as plain decoding is now"
+        f"{now:.0f} tokens/s as fast as plain decoding is now"
     )
 
 
