@@ -84,7 +84,9 @@ def save(directory: Path, tokens: np.ndarray, scores: np.ndarray) -> Path:
     """Writes the file into a directory of heads, whole or not at all; returns its path."""
     arrays = {"tokens": tokens.astype(np.int32), "scores": scores.astype(np.float16)}
     tensors = {
-        name: StoredTensor(array.shape, str(array.dtype), lambda index=..., array=array: array)
+        name: StoredTensor(
+            array.shape, str(array.dtype), lambda index=..., array=array: array[index]
+        )
         for name, array in arrays.items()
     }
     write_model(directory, f"{NAME}.tmp", tensors)

@@ -68,7 +68,8 @@ def convert(
     """
     if output.exists():
         raise InputError(f"{output} exists already; give another --output")
-    heads = open_heads(hf.resolve(source), dialect or None)
+    local = hf.resolve(source)
+    heads = open_heads(local, dialect or None)
     print(_found(heads))
     _refuse(heads, target)
     reason = _why_backbone(heads, target)
@@ -97,7 +98,7 @@ def convert(
             tensor_files.write_pickle(directory / f"{kind.stem}.safetensors")
         if kind.merged and backbone:
             copy_beside(backbone.directory, directory)
-        if table := bigrams.beside(hf.resolve(source)):
+        if table := bigrams.beside(local):
             shutil.copyfile(table, directory / table.name)
         tensor_files.write_json(directory / "config.json", settings)
         _verify(directory, target, tensors)

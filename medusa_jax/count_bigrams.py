@@ -7,10 +7,8 @@ helps more. What is counted, and what for: `bigrams.py`.
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from medusa_jax import bigrams, choices, cli, hf
@@ -50,17 +48,12 @@ def main(flags: argparse.Namespace) -> None:
         raise InputError(f"--output {directory} is no directory; expected that of the heads")
     text = Text(hf.resolve(flags.model), template=flags.chat_template)
     corpus = Corpus(flags.data, on_bad=flags.on_bad)
-    read = 0
-
-    def texts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal read
-        for one in tqdm(encode(corpus, text), desc="texts", unit=" texts"):
-            read += int(one.learnt.sum())
-            yield one.ids, one.learnt
-
-    tokens, scores = bigrams.count(texts(), flags.tokens)
+    found = tqdm(encode(corpus, text), desc="texts", unit=" texts")
+    texts = [(one.ids, one.learnt) for one in found]
+    tokens, scores = bigrams.count(texts, flags.tokens)
     path = bigrams.save(directory, tokens, scores)
     left_out = f", {len(corpus.skipped)} records left out" if corpus.skipped else ""
+    read = sum(int(learnt.sum()) for _, learnt in texts)
     print(f"{read} tokens read{left_out}; wrote pairs of {len(tokens)} to {path}", file=sys.stderr)
 
 

@@ -82,6 +82,22 @@ def run(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def run_module(monkeypatch, capsys):
+    """Runs a module of the package in this process, as `python -m` does: (exit code, stderr)."""
+
+    def call(name: str, *flags: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        monkeypatch.delitem(sys.modules, f"medusa_jax.{name}", raising=False)
+        with pytest.raises(SystemExit) as done:
+            runpy.run_module(f"medusa_jax.{name}", run_name="__main__")
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err and out.out == ""
+        return int(done.value.code or 0), out.err
+
+    return call
+
+
 TINY = ModelConfig(
     vocab_size=40,
     hidden_size=32,

@@ -1,7 +1,6 @@
 """Pairs of tokens: how they are counted and kept, and that they shape trees but never a text."""
 
-import runpy
-import sys
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +60,13 @@ def test_links_worked_example(tmp_path: Path):
 
 @pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.8)], ids=["greedy", "lossless"])
 def test_pairs_of_its_own_texts_lengthen_the_paths_and_leave_the_texts(
-    tiny: TinyModel, scheme: Acceptance
+    tiny: TinyModel, scheme: Acceptance, tmp_path: Path
 ):
     """The lossless scheme draws by position, so it too writes the very same text."""
     plain = decode(tiny, Tree(), scheme)
     texts = every(*(one.prompt_ids + one.token_ids for one in plain))
-    tokens, scores = bigrams.count(texts, most=30)
-    rows = np.full(tiny.config.vocab_size, len(tokens), np.int32)
-    rows[tokens] = np.arange(len(tokens))
-    table = {"rows": jnp.asarray(rows), "scores": jnp.asarray(np.pad(scores, (0, 1)), jnp.float32)}
+    path = bigrams.save(tmp_path, *bigrams.count(texts, most=30))
+    table = jax.tree.map(jnp.asarray, bigrams.load(path, tiny.config.vocab_size))
     tree = Grown(6, 3, 10)
     without, with_them = decode(tiny, tree, scheme), decode(tiny, tree, scheme, bigrams=table)
     assert [one.token_ids for one in with_them] == [one.token_ids for one in plain]
@@ -119,19 +116,8 @@ def test_what_is_no_table_is_refused(
 
 
 @pytest.fixture
-def count(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Runs the module in this process: (exit code, stderr)."""
-
-    def call(*flags: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["count_bigrams.py", *map(str, flags)])
-        monkeypatch.delitem(sys.modules, "medusa_jax.count_bigrams", raising=False)
-        with pytest.raises(SystemExit) as done:
-            runpy.run_module("medusa_jax.count_bigrams", run_name="__main__")
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err and out.out == ""
-        return int(done.value.code or 0), out.err
-
-    return call
+def count(run_module: Any):
+    return functools.partial(run_module, "count_bigrams")
 
 
 def test_the_command_counts_what_the_assistant_says(count: Any, tmp_path: Path):

@@ -1,9 +1,8 @@
 """`python -m medusa_jax.distill` as a user runs it: what it writes, resumes and refuses."""
 
+import functools
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,19 +21,8 @@ LIMITS = Limits(max_length=128, stop_ids=(1, 2, FULL_STOP))
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the module in this process: (exit code, stderr)."""
-
-    def call(*flags: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
-        monkeypatch.delitem(sys.modules, "medusa_jax.distill", raising=False)
-        with pytest.raises(SystemExit) as done:
-            runpy.run_module("medusa_jax.distill", run_name="__main__")
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err and out.out == ""
-        return int(done.value.code or 0), out.err
-
-    return call
+def run(run_module):
+    return functools.partial(run_module, "distill")
 
 
 @pytest.fixture
