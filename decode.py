@@ -6,19 +6,19 @@ import os
 
 import jax
 
-from medusa_jax import choices, cli, console
-from medusa_jax.answer import Answerer
+from medusa_jax.cli import decoding_flags, runner, terminal
+from medusa_jax.data.prompts import Request, count_requests, read_requests
+from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
-from medusa_jax.records import Request, count_requests, read_requests
-from medusa_jax.sharding import start_processes
+from medusa_jax.serving.generator import Answerer
 
 EXAMPLE = "python decode.py --model DIR --heads DIR --prompt 'Once upon a time'"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; argparse exits with 2 where they are wrong."""
-    parser = cli.parser(__doc__ or "", EXAMPLE)
-    choices.add_flags(parser)
+    parser = runner.parser(__doc__ or "", EXAMPLE)
+    decoding_flags.add_flags(parser)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a text; may be given again")
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def build(flags: argparse.Namespace) -> Answerer:
     """Loads the model, over several processes where there are, and returns an `Answerer`."""
-    scheme = choices.acceptance(flags)  # flags first: loading takes long
+    scheme = decoding_flags.acceptance(flags)  # flags first: loading takes long
     for name in ("num_samples", "batch_size"):
         if getattr(flags, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
@@ -47,8 +47,10 @@ def build(flags: argparse.Namespace) -> Answerer:
             "a keyboard; give --prompt or --prompts, the same to all"
         )
     if jax.process_index() == 0:
-        choices.check_output(flags.output)
-    answerer = choices.build(flags, scheme, raw=flags.raw, max_new_tokens=flags.max_new_tokens)
+        decoding_flags.check_output(flags.output)
+    answerer = decoding_flags.build(
+        flags, scheme, raw=flags.raw, max_new_tokens=flags.max_new_tokens
+    )
     if flags.chat and answerer.text.template is None and not flags.raw:
         raise InputError(
             "--chat: the tokenizer has no chat template; give --chat_template or --raw"
@@ -60,7 +62,7 @@ def main(flags: argparse.Namespace) -> None:
     """Loads the model, then chats or decodes."""
     answerer = build(flags)
     if flags.chat:
-        console.chat(answerer)
+        terminal.chat(answerer)
         return
     first = jax.process_index() == 0
     requests, total = map(Request.of_text, flags.prompt or ()), None
@@ -71,7 +73,7 @@ def main(flags: argparse.Namespace) -> None:
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
             stack.enter_context(contextlib.redirect_stderr(silence))
-        console.decode(
+        terminal.decode(
             answerer,
             requests,
             num_samples=flags.num_samples,
@@ -84,4 +86,4 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse())
+    runner.run(main, parse())

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from medusa_jax import cli
+from medusa_jax.cli import runner
 
 EXAMPLE = """python train.py --config configs/vicuna7b_medusa2.py --workdir runs/vicuna7b
   python train.py --config configs/vicuna7b_medusa2.py --config.optim.learning_rate=1e-4 ...
@@ -12,7 +12,7 @@ EXAMPLE = """python train.py --config configs/vicuna7b_medusa2.py --workdir runs
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The flags; what begins with --config. is left in `overrides`."""
-    parser = cli.parser(__doc__ or "", EXAMPLE)
+    parser = runner.parser(__doc__ or "", EXAMPLE)
     add = parser.add_argument
     add("--config", required=True, help="a Python file with get_config(); see configs/")
     add("--workdir", help="where the run is kept, and resumed if it is there already")
@@ -33,7 +33,7 @@ def main(flags: argparse.Namespace) -> None:
 
     config = read_config(flags.config, flags.overrides)
     if flags.compile_only:
-        from medusa_jax.training.compile_only import compile_step
+        from medusa_jax.training.aot import compile_step
 
         compile_step(config, flags.compile_only)
     else:
@@ -43,4 +43,4 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse(sys.argv[1:]))
+    runner.run(main, parse(sys.argv[1:]))

@@ -5,7 +5,7 @@
 
 Trains the same Medusa-1 recipe four times. Of each: the bytes that its heads add to a step, and
 the mean accepted length on the prompts (greedy; replayed exactly on the model's own texts,
-`calibration.py`) of the published tree and of the best tree of each size for these very heads,
+`head_ranks.py`) of the published tree and of the best tree of each size for these very heads,
 which is built on the calibration prompts. Runs that are there already are not repeated.
 """
 
@@ -14,15 +14,17 @@ import copy
 import sys
 from pathlib import Path
 
-from medusa_jax import calibration, choices, cli, tune
-from medusa_jax.acceptance import Greedy
-from medusa_jax.answer import Answerer
+from medusa_jax import tune
 from medusa_jax.bench.report import table
-from medusa_jax.decode import Decoder
-from medusa_jax.figures import step_bytes
+from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.decoding.acceptance import Greedy
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.stats import step_bytes
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.serving.generator import Answerer
 from medusa_jax.training.config_file import read_config
 from medusa_jax.training.trainer import train
-from medusa_jax.tree import Tree
+from medusa_jax.tuning import head_ranks
 
 PUBLISHED = "mc_sim_7b_63"
 
@@ -41,17 +43,17 @@ def bytes_of_heads(answerer: Answerer) -> tuple[float, float]:
 def lengths(answerer: Answerer, flags: argparse.Namespace) -> dict[str, float]:
     """Mean accepted length on the held-out prompts, by tree."""
 
-    def ranks(files: list[str]) -> list[calibration.Ranks]:
+    def ranks(files: list[str]) -> list[head_ranks.Ranks]:
         some = copy.copy(flags)
         some.prompts = files
         prompts = tune.read_prompts(some, answerer)
         return tune.rank_texts(answerer, tune.write_texts(answerer, prompts))
 
     seen, held_out = ranks(flags.calibration), ranks(flags.prompts)
-    top_k = choices.ranks(answerer.model)
+    top_k = decoding_flags.ranks(answerer.model)
     trees = {PUBLISHED: Tree.published(PUBLISHED).limit_depth(answerer.model.heads.num_heads)}
-    trees |= {f"best of {n}": calibration.best_tree(seen, n, top_k) for n in flags.sizes}
-    return {name: calibration.mean_accepted_length(held_out, tree) for name, tree in trees.items()}
+    trees |= {f"best of {n}": head_ranks.best_tree(seen, n, top_k) for n in flags.sizes}
+    return {name: head_ranks.mean_accepted_length(held_out, tree) for name, tree in trees.items()}
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -72,7 +74,9 @@ def main(flags: argparse.Namespace) -> None:
             train(config, workdir)
         some = copy.copy(flags)
         some.model, some.heads = config.model.path, str(workdir / "heads")
-        answerer = choices.build(some, Greedy(), raw=flags.raw, max_new_tokens=flags.max_new_tokens)
+        answerer = decoding_flags.build(
+            some, Greedy(), raw=flags.raw, max_new_tokens=flags.max_new_tokens
+        )
         heads, backbone = bytes_of_heads(answerer)
         found = lengths(answerer, flags)
         head = ["heads", "MB a step", "of the backbone's", *found]
@@ -82,10 +86,10 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = cli.parser(
+    parser = runner.parser(
         __doc__ or "", "python benchmarks/cheap_heads.py --config configs/stories_medusa1.py ..."
     )
-    choices.add_flags(parser)  # of which --model and --heads come from the runs
+    decoding_flags.add_flags(parser)  # of which --model and --heads come from the runs
     add = parser.add_argument
     add("--config", required=True, help="a Medusa-1 recipe; --config.name=value as for train.py")
     add("--workdir", required=True, help="a run a kind of heads goes under it")
@@ -97,4 +101,4 @@ if __name__ == "__main__":
     add("--sizes", type=int, nargs="+", default=(8, 16, 64))
     add("--raw", action="store_true", help="no chat template")
     flags, flags.overrides = parser.parse_known_args(sys.argv[1:])
-    cli.run(main, flags)
+    runner.run(main, flags)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from medusa_jax import cli
+from medusa_jax.cli import runner
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = (
@@ -162,8 +162,8 @@ def main(flags: Any) -> None:
 
 
 if __name__ == "__main__":
-    parser = cli.parser(
+    parser = runner.parser(
         __doc__ or "", "python benchmarks/compile_matrix.py > docs/compile_matrix.md"
     )
     parser.add_argument("--log", default="compile_matrix.jsonl", help="what is done already")
-    cli.run(main, parser.parse_args())
+    runner.run(main, parser.parse_args())

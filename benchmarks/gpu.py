@@ -21,20 +21,21 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from medusa_jax import choices, cli
-from medusa_jax.bench.figures import about, copy_bandwidth, spread
-from medusa_jax.bench.random_weights import time_prefill, time_steps
 from medusa_jax.bench.report import BANDWIDTH, NO_ACCEPTANCE, spread_cell, steps_table, table
-from medusa_jax.compile_only import Memory
+from medusa_jax.bench.summary import about, copy_bandwidth, spread
+from medusa_jax.bench.synthetic import time_prefill, time_steps
+from medusa_jax.checkpoints.tensors import read_json, write_json
+from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.data.encoding import Encoded
+from medusa_jax.data.loader import global_arrays
+from medusa_jax.data.packing import Rows
+from medusa_jax.distributed.aot import Memory
+from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
-from medusa_jax.heads import HeadsConfig
-from medusa_jax.presets import PRESETS
-from medusa_jax.tensor_files import read_json, write_json
-from medusa_jax.training import settings, sharding
-from medusa_jax.training.batches import global_arrays
-from medusa_jax.training.encoding import Encoded
-from medusa_jax.training.packing import Rows
-from medusa_jax.training.program import assemble
+from medusa_jax.model.presets import PRESETS
+from medusa_jax.training import settings
+from medusa_jax.training.mesh import BATCH, make_mesh
+from medusa_jax.training.setup import assemble
 from medusa_jax.training.weights import load
 
 PARTS = ("steps", "prefill", "train")
@@ -44,7 +45,7 @@ Parts = Iterator[tuple[str, Callable[[], Any]]]
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
-    parser = cli.parser(__doc__ or "", "python benchmarks/gpu.py --output gpu.json")
+    parser = runner.parser(__doc__ or "", "python benchmarks/gpu.py --output gpu.json")
     add = parser.add_argument
     add("--output", required=True, metavar="FILE", help="JSON, written part by part")
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -62,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(flags: argparse.Namespace) -> None:
     """Measures what is not in the file yet, writes it, and prints it as Markdown."""
-    choices.check_output(flags.output)
+    decoding_flags.check_output(flags.output)
     file = Path(flags.output)
     report = read_json(file) if file.is_file() else {}
     if "copy_bandwidth" not in report:
@@ -134,7 +135,7 @@ def time_training(flags: argparse.Namespace, mode: str) -> dict[str, Any]:
         mesh=settings.Mesh(fsdp=1),
     )
     settings.check(config)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     weights = load(config, mesh)
     state, program = assemble(config, weights, mesh, steps=100)
     ids = np.random.default_rng(0).integers(
@@ -142,9 +143,7 @@ def time_training(flags: argparse.Namespace, mode: str) -> dict[str, Any]:
     )
     pieces = [Encoded(row, np.ones(len(row), bool), "") for row in ids]
     rows = Rows(pieces, [[row] for row in range(len(pieces))], flags.train_tokens)
-    batch = global_arrays(
-        rows, np.arange(flags.train_rows)[None], NamedSharding(mesh, sharding.BATCH)
-    )
+    batch = global_arrays(rows, np.arange(flags.train_rows)[None], NamedSharding(mesh, BATCH))
     compiled = program.step.lower(state, weights.frozen, batch).compile()
     times = []
     for _ in range(flags.repeats + 1):
@@ -207,4 +206,4 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse())
+    runner.run(main, parse())

@@ -1,10 +1,10 @@
 """The tuned tree beside every published one, each cut to its two best sizes, on held-out prompts.
 
-    python -m medusa_jax.tune --prompts calibration.jsonl
+    python -m medusa_jax.tune --prompts head_ranks.jsonl
     python benchmarks/trees.py --prompts held_out.jsonl
 
 Every cut of every published tree is replayed on the model's texts to the held-out prompts
-(`calibration.py`), which gives its exact mean accepted length; steps are timed by size. The two
+(`head_ranks.py`), which gives its exact mean accepted length; steps are timed by size. The two
 best cuts of each tree, `mc_sim_7b_63` whole, the tuned tree and a grown one of its size then take
 turns decoding the prompts; cuts that are the same tree are one. Printed are the predictions, what
 was measured, and, of each repeat, how much faster the tuned tree was than each other.
@@ -17,16 +17,19 @@ import statistics
 import numpy as np
 from tqdm import tqdm
 
-from medusa_jax import calibration, choices, cli, tune, tuned
-from medusa_jax.bench.figures import spread
+from medusa_jax import tune
 from medusa_jax.bench.report import spread_cell, table
+from medusa_jax.bench.summary import spread
+from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.tree import Tree, published_names
 from medusa_jax.errors import InputError
-from medusa_jax.grow import Grown
-from medusa_jax.tree import Tree, published_names
+from medusa_jax.serving import tree_store
+from medusa_jax.tuning import head_ranks
 
 
 def candidates(
-    ranks: list[calibration.Ranks], heads: int, seconds: dict[int, float]
+    ranks: list[head_ranks.Ranks], heads: int, seconds: dict[int, float]
 ) -> dict[str, Tree]:
     """The two fastest cuts of every published tree by replayed length and time of their size."""
     sizes, times = zip(*sorted(seconds.items()), strict=True)
@@ -35,7 +38,7 @@ def candidates(
         whole = Tree.published(name).limit_depth(heads)
         cuts = map(whole.cut, range(2, min(whole.size, max(sizes)) + 1))
         speeds = {
-            tree: calibration.mean_accepted_length(ranks, tree)
+            tree: head_ranks.mean_accepted_length(ranks, tree)
             / float(np.interp(tree.size, sizes, times))
             for tree in cuts
         }
@@ -46,22 +49,24 @@ def candidates(
 
 def main(flags: argparse.Namespace) -> None:
     """Replays, times and prints."""
-    scheme = choices.acceptance(flags)
-    answerer = choices.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
+    scheme = decoding_flags.acceptance(flags)
+    answerer = decoding_flags.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
     heads = answerer.model.heads.num_heads
-    path = tuned.cache_file(answerer.model, choices.dtype(flags))
-    found = [one for one in tuned.read(path) if one["acceptance"] == tuned.describe(scheme)]
+    path = tree_store.cache_file(answerer.model, decoding_flags.dtype(flags))
+    found = [
+        one for one in tree_store.read(path) if one["acceptance"] == tree_store.describe(scheme)
+    ]
     if not found:
         raise InputError(f"nothing was tuned for this model, device and acceptance ({path})")
     seconds = {
         row["nodes"]: row["step_seconds"] for row in found[0]["table"] if row["tree"].isdigit()
     }
-    best = tuned.tree_of(found[0])
+    best = tree_store.tree_of(found[0])
     prompts = tune.read_prompts(flags, answerer)
     ranks = tune.rank_texts(answerer, tune.write_texts(answerer, prompts))
     trees: dict[str, Tree | Grown] = {"plain": Tree()}
     if best.size > 1:
-        trees[f"grown, {best.size}"] = choices.grown(answerer.model, best.size)
+        trees[f"grown, {best.size}"] = decoding_flags.grown(answerer.model, best.size)
     trees = {name: tree for name, tree in trees.items() if tree != best} | {"tuned": best}
     trees |= candidates(ranks, heads, seconds)
     trees["mc_sim_7b_63"] = Tree.published("mc_sim_7b_63").limit_depth(heads)
@@ -101,10 +106,10 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = cli.parser(__doc__ or "", "python benchmarks/trees.py --prompts held_out.jsonl")
-    choices.add_flags(parser)
+    parser = runner.parser(__doc__ or "", "python benchmarks/trees.py --prompts held_out.jsonl")
+    decoding_flags.add_flags(parser)
     parser.add_argument("--prompts", action="append", metavar="FILE")
     parser.add_argument("--max_prompts", type=int, default=200)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
-    cli.run(main, parser.parse_args())
+    runner.run(main, parser.parse_args())

@@ -31,13 +31,13 @@ and around them:
     shipped                     the model that comes along
 """
 
-from medusa_jax.acceptance import Greedy, Lossless, Typical
-from medusa_jax.config import ModelConfig
-from medusa_jax.decode import Decoder, Output, State, outputs
+from medusa_jax.checkpoints.load import Model, load_model
+from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
+from medusa_jax.decoding.decoder import Decoder, Output, State, outputs
+from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.grow import Grown
-from medusa_jax.hf import Model, load_model
-from medusa_jax.tree import Tree
+from medusa_jax.model.config import ModelConfig
 
 __all__ = [
     "Decoder",

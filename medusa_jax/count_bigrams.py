@@ -11,11 +11,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from medusa_jax import bigrams, choices, cli, hf
+from medusa_jax.checkpoints.load import resolve
+from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.data.corpus import Corpus
+from medusa_jax.data.encoding import encode
+from medusa_jax.data.tokenizer import Text
+from medusa_jax.drafting import bigrams
 from medusa_jax.errors import InputError
-from medusa_jax.text import Text
-from medusa_jax.training.corpus import Corpus
-from medusa_jax.training.encoding import encode
 
 EXAMPLE = "python -m medusa_jax.count_bigrams --model DIR --data answers.jsonl --output HEADS_DIR"
 
@@ -24,10 +26,10 @@ MOST_TOKENS = 8192  # a table of 134 MB
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; argparse exits with 2 where they are wrong."""
-    parser = cli.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
+    parser = runner.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
     add = parser.add_argument
-    add("--model", default=str(choices.shipped("")), help="directory or hub id, for its tokenizer "
-        "(default: the small model that comes with the project)")  # fmt: skip
+    add("--model", default=str(decoding_flags.shipped("")), help="directory or hub id, for its "
+        "tokenizer (default: the small model that comes with the project)")  # fmt: skip
     add("--data", action="append", required=True, metavar="SOURCE", help="a file .json, .jsonl, "
         ".parquet or .txt, or a hub dataset owner/name[:split]; may be given again")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="the directory of the heads, where decoding "
@@ -46,7 +48,7 @@ def main(flags: argparse.Namespace) -> None:
     directory = Path(flags.output)
     if not directory.is_dir():
         raise InputError(f"--output {directory} is no directory; expected that of the heads")
-    text = Text(hf.resolve(flags.model), template=flags.chat_template)
+    text = Text(resolve(flags.model), template=flags.chat_template)
     corpus = Corpus(flags.data, on_bad=flags.on_bad)
     found = tqdm(encode(corpus, text), desc="texts", unit=" texts")
     texts = [(one.ids, one.learnt) for one in found]
@@ -58,4 +60,4 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse())
+    runner.run(main, parse())

@@ -26,12 +26,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from medusa_jax import choices, cli
+from medusa_jax.checkpoints.tensors import write_json
+from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.data.corpus import Corpus, Document
+from medusa_jax.data.prompts import (
+    CONVERSATIONS,
+    Request,
+    numbered_lines,
+    read_requests,
+    write_record,
+)
 from medusa_jax.errors import InputError
-from medusa_jax.records import CONVERSATIONS, Request, numbered_lines, read_requests, write_record
-from medusa_jax.talks import converse
-from medusa_jax.tensor_files import write_json
-from medusa_jax.training.corpus import Corpus, Document
+from medusa_jax.serving.conversations import converse
 
 EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.json.gz \\
       --output answers.jsonl --batch_size 64
@@ -45,8 +51,8 @@ _WORDS = "a number of words N, or a range N-M"
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; argparse exits with 2 where they are wrong."""
-    parser = cli.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
-    choices.add_flags(parser)
+    parser = runner.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
+    decoding_flags.add_flags(parser)
     parser.set_defaults(acceptance="lossless")
     add = parser.add_argument
     add("--data", action="append", required=True, metavar="SOURCE", help="a file .json, .jsonl, "
@@ -72,20 +78,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(flags: argparse.Namespace) -> None:
     """Reads the inputs, answers those that the output lacks, and reports."""
-    scheme = choices.acceptance(flags)  # flags first: loading takes long
+    scheme = decoding_flags.acceptance(flags)  # flags first: loading takes long
     for name in ("batch_size", "max_new_tokens"):
         if getattr(flags, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
     shard = _numbers(flags.shard, r"(\d+)/(\d+)")
     if shard is None or shard[0] >= shard[1]:
         raise InputError(f"--shard {flags.shard}: expected I/N with 0 <= I < N")
-    choices.check_output(flags.output)
+    decoding_flags.check_output(flags.output)
     skipped = Skipped(flags.on_bad)
     first = resume(Path(flags.output), settings(flags))
     inputs = enumerate(read(flags, skipped))
     inputs = list(unique(inputs) if flags.unique else inputs)[shard[0] :: shard[1]]
     to_do = [one for one in inputs if one[0] >= first]
-    answerer = choices.build(flags, scheme, at_most=flags.max_new_tokens, need_heads=False)
+    answerer = decoding_flags.build(flags, scheme, at_most=flags.max_new_tokens, need_heads=False)
     written, early = 0, Skipped("skip")
     with (
         tqdm(total=len(inputs), initial=len(inputs) - len(to_do), unit=" inputs") as bar,
@@ -227,7 +233,7 @@ def _numbers(flag: str, form: str) -> tuple[int, int] | None:
 def settings(flags: argparse.Namespace) -> dict[str, Any]:
     """The flags that records depend on."""
     chosen = {name: value for name, value in vars(flags).items() if name not in _FREE}
-    return chosen | {"dtype": choices.dtype(flags)}
+    return chosen | {"dtype": decoding_flags.dtype(flags)}
 
 
 def resume(output: Path, now: dict[str, Any]) -> int:
@@ -266,4 +272,4 @@ def resume(output: Path, now: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse())
+    runner.run(main, parse())

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import jax
 
-from medusa_jax import cli
+from medusa_jax.checkpoints.tensors import read_json
+from medusa_jax.cli import runner
+from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
-from medusa_jax.sharding import start_processes
-from medusa_jax.tensor_files import read_json
-from medusa_jax.training import export, settings, sharding
+from medusa_jax.training import export, settings
 from medusa_jax.training.checkpoints import Checkpoints
+from medusa_jax.training.mesh import make_mesh
 from medusa_jax.training.optimizer import optimizer
-from medusa_jax.training.program import starting_state
+from medusa_jax.training.setup import starting_state
 from medusa_jax.training.trainer import DATA
 from medusa_jax.training.weights import load
 
@@ -26,7 +27,7 @@ from medusa_jax.training.weights import load
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The flags."""
     description, example = (__doc__ or "").split("\n\n")[:2]
-    parser = cli.parser(description, example.strip())
+    parser = runner.parser(description, example.strip())
     add = parser.add_argument
     add("--workdir", required=True, help="of the run")
     add("--step", type=int, help="of the checkpoint (default: the newest)")
@@ -53,7 +54,7 @@ def main(flags: argparse.Namespace) -> None:
     made = export.destination(config, target)
     if flags.output and made.exists():
         raise InputError(f"{made} exists already; give another --output")
-    mesh = sharding.make_mesh(settings.Mesh())
+    mesh = make_mesh(settings.Mesh())
     token_map = read_json(workdir / DATA).get("token_map", ())
     weights = load(config, mesh, token_map, with_learnt=False, with_frozen=config.mode != "medusa1")
     state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
@@ -63,4 +64,4 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse(sys.argv[1:]))
+    runner.run(main, parse(sys.argv[1:]))

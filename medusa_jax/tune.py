@@ -1,7 +1,7 @@
 """Finds the tree that decodes fastest: for these heads, this device, batch and acceptance.
 
 1. The model writes texts to the calibration prompts, and every head is asked at
-   every position how it ranks the token that came (`calibration.py`).
+   every position how it ranks the token that came (`head_ranks.py`).
 2. For every size the best tree is built, and decoding with it replayed on those
    ranks: its mean accepted length.
 3. On this device the trees take turns decoding: the time of a step.
@@ -28,15 +28,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from medusa_jax import calibration, choices, cli, tune_report, tuned
-from medusa_jax.acceptance import Typical
-from medusa_jax.answer import Answerer
-from medusa_jax.decode import Output, bucket
+from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.data.prompts import read_requests
+from medusa_jax.decoding.acceptance import Typical
+from medusa_jax.decoding.decoder import Output, bucket
+from medusa_jax.distributed.rules import everywhere
+from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.grow import Grown
-from medusa_jax.records import read_requests
-from medusa_jax.sharding import everywhere
-from medusa_jax.tree import Tree
+from medusa_jax.serving import tree_store
+from medusa_jax.serving.generator import Answerer
+from medusa_jax.tuning import head_ranks, report
 
 EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
@@ -51,8 +53,8 @@ CALIBRATION_BATCH = 8
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; argparse exits with 2 where they are wrong."""
-    parser = cli.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
-    choices.add_flags(parser)
+    parser = runner.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
+    decoding_flags.add_flags(parser)
     add = parser.add_argument
     add("--prompts", action="append", metavar="FILE", help="JSON Lines to calibrate with, first "
         "turns (default: those that come with the project)")  # fmt: skip
@@ -69,14 +71,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(flags: argparse.Namespace) -> None:
     """Calibrates, times, writes and reports."""
-    scheme = choices.acceptance(flags)  # flags first: loading takes long
+    scheme = decoding_flags.acceptance(flags)  # flags first: loading takes long
     for name in ("max_prompts", "max_new_tokens", "batch_size", "repeats"):
         if getattr(flags, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
     if min(flags.sizes) < 1:
         raise InputError(f"--sizes: a tree has at least one token, got {min(flags.sizes)}")
-    choices.check_output(flags.output)
-    answerer = choices.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
+    decoding_flags.check_output(flags.output)
+    answerer = decoding_flags.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
     prompts = read_prompts(flags, answerer)
     if len(prompts) < flags.batch_size:
         raise InputError(f"{len(prompts)} prompts do not fill a batch of {flags.batch_size}")
@@ -94,13 +96,15 @@ def main(flags: argparse.Namespace) -> None:
         rows.update(found)
         predict(rows, flags)
 
-    top_k = choices.ranks(answerer.model)
+    top_k = decoding_flags.ranks(answerer.model)
     trees: dict[str, Tree | Grown] = {PLAIN: Tree()}
     for size in tqdm(sorted(set(flags.sizes) - {1}), desc="trees", unit=" trees"):
-        tree = calibration.best_tree(ranks, size, top_k)
+        tree = head_ranks.best_tree(ranks, size, top_k)
         trees[str(tree.size)] = tree
     if flags.grown:
-        trees |= {f"grow:{size}": choices.grown(answerer.model, size) for size in GROWN_SIZES}
+        trees |= {
+            f"grow:{size}": decoding_flags.grown(answerer.model, size) for size in GROWN_SIZES
+        }
     measure(trees, flags.repeats)
     real_trees = [rows[name] for name in trees if name != PLAIN]
     finalists = [row["tree"] for row in near(real_trees, FINAL)]
@@ -111,16 +115,16 @@ def main(flags: argparse.Namespace) -> None:
     measure(final, FINAL_ROUNDS * flags.repeats)
     table, best = list(rows.values()), choose(rows.values())
     tuning = _tuning(answerer, flags, (trees | final)[best["tree"]], best, table)
-    tuning["accuracy"] = calibration.accuracy(ranks, top_k).round(5).tolist()
+    tuning["accuracy"] = head_ranks.accuracy(ranks, top_k).round(5).tolist()
     path = (
         Path(flags.output)
         if flags.output
-        else tuned.cache_file(answerer.model, choices.dtype(flags))
+        else tree_store.cache_file(answerer.model, decoding_flags.dtype(flags))
     )
-    tuned.save(path, tuning)
-    print(tune_report.markdown(table, best))
+    tree_store.save(path, tuning)
+    print(report.markdown(table, best))
     print(f"\nwrote {path}", file=sys.stderr)
-    tune_report.plot(table, best, Path(flags.plot) if flags.plot else path.with_suffix(".png"))
+    report.plot(table, best, Path(flags.plot) if flags.plot else path.with_suffix(".png"))
 
 
 def write_texts(answerer: Answerer, prompts: list[list[int]]) -> list[Output]:
@@ -136,11 +140,11 @@ def write_texts(answerer: Answerer, prompts: list[list[int]]) -> list[Output]:
 
 
 def accepted_length(
-    answerer: Answerer, tree: Tree | Grown, ranks: list[calibration.Ranks], prompts: list[list[int]]
+    answerer: Answerer, tree: Tree | Grown, ranks: list[head_ranks.Ranks], prompts: list[list[int]]
 ) -> float:
     """Mean accepted length: replayed on the ranks or, for what cannot be replayed, decoded."""
     if isinstance(tree, Tree):
-        return calibration.mean_accepted_length(ranks, tree)
+        return head_ranks.mean_accepted_length(ranks, tree)
     answerer = answerer.with_tree(tree)
     for start in range(0, len(prompts), CALIBRATION_BATCH):
         batch = prompts[start : start + CALIBRATION_BATCH]
@@ -149,15 +153,15 @@ def accepted_length(
 
 
 def shallower(
-    tree: Tree | Grown, depth: int, ranks: list[calibration.Ranks], top_k: int
+    tree: Tree | Grown, depth: int, ranks: list[head_ranks.Ranks], top_k: int
 ) -> Tree | Grown:
     """The best tree of the same size that is at most `depth` deep."""
     if isinstance(tree, Grown):
         return dataclasses.replace(tree, depth=depth)
-    return calibration.best_tree(ranks, tree.size, top_k, depth)
+    return head_ranks.best_tree(ranks, tree.size, top_k, depth)
 
 
-def rank_texts(answerer: Answerer, texts: list[Output]) -> list[calibration.Ranks]:
+def rank_texts(answerer: Answerer, texts: list[Output]) -> list[head_ranks.Ranks]:
     """How the heads rank the tokens of the texts, text by text."""
     model, found = answerer.model, []
     for start in tqdm(range(0, len(texts), CALIBRATION_BATCH), desc="ranks", unit=" batches"):
@@ -166,12 +170,12 @@ def rank_texts(answerer: Answerer, texts: list[Output]) -> list[calibration.Rank
         tokens = np.zeros((CALIBRATION_BATCH, bucket(max(map(len, ids)))), np.int32)
         for row, one in enumerate(ids):
             tokens[row, : len(one)] = one
-        table = calibration.right_ranks(
+        table = head_ranks.right_ranks(
             model.config, model.heads, model.params, everywhere(tokens, model.mesh)
         )
         for row, one in enumerate(batch):
             mine = np.asarray(table[row])
-            found.append(calibration.text_ranks(mine, len(one.prompt_ids), len(ids[row])))
+            found.append(head_ranks.text_ranks(mine, len(one.prompt_ids), len(ids[row])))
     return found
 
 
@@ -257,7 +261,7 @@ def speed(row: dict[str, Any]) -> float:
 def read_prompts(flags: argparse.Namespace, answerer: Answerer) -> list[list[int]]:
     """Prompt ids of the first turns of `--prompts`."""
     prompts: list[list[int]] = []
-    for path in flags.prompts or [choices.shipped("prompts.jsonl")]:
+    for path in flags.prompts or [decoding_flags.shipped("prompts.jsonl")]:
         for request in read_requests(path):
             if len(prompts) < flags.max_prompts:
                 prompts.append(answerer.prompt(request, list(request.history), 0) or [])
@@ -276,11 +280,11 @@ def _tuning(
     grown = isinstance(tree, Grown)
     made = vars(tree) if grown else [list(node) for node in tree.nodes]
     return {
-        "acceptance": tuned.describe(answerer.acceptance),
+        "acceptance": tree_store.describe(answerer.acceptance),
         "batch_size": flags.batch_size,
-        "dtype": choices.dtype(flags),
+        "dtype": decoding_flags.dtype(flags),
         "backend": jax.default_backend(),
-        "device": tuned.device(),
+        "device": tree_store.device(),
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "tree": made,
@@ -290,4 +294,4 @@ def _tuning(
 
 
 if __name__ == "__main__":
-    cli.run(main, parse())
+    runner.run(main, parse())

@@ -28,9 +28,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from medusa_jax import cli
-from medusa_jax.tensor_files import write_json
-from medusa_jax.training.corpus import Corpus
+from medusa_jax.checkpoints.tensors import write_json
+from medusa_jax.cli import runner
+from medusa_jax.data.corpus import Corpus
 
 END = "<|endoftext|>"
 NEXT = r"(?<!\n)\n(?!\n)"  # paragraphs have an empty line between them, stories none
@@ -175,11 +175,11 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = cli.parser(__doc__ or "", "python recipes/shipped_model.py --text DIR --chat DIR")
+    parser = runner.parser(__doc__ or "", "python recipes/shipped_model.py --text DIR --chat DIR")
     parser.add_argument("--text", required=True, help="directory of the TinyStories files")
     parser.add_argument("--chat", required=True, help="directory of sgd_sharegpt.json.gz")
     parser.add_argument("--output", default="data/shipped")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--dialogues", type=int, default=5000, help="how many to learn from")
     parser.add_argument("--seed", type=int, default=0)
-    cli.run(main, parser.parse_args())
+    runner.run(main, parser.parse_args())

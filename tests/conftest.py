@@ -5,7 +5,6 @@ that need them skip in a bare clone; CI refuses to run without.
 """
 
 import atexit
-import dataclasses
 import io
 import json
 import os
@@ -27,23 +26,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # over the program, and its kernels for matrix products, stay as they are.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import jax
-import jax.numpy as jnp
+from helpers.paths import ROOT, SCRIPT, SHARED, TESTS
+
+# Scripts that tests start find this checkout's package and the helpers.
+_PATHS = [str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(_PATHS)
+
 import pytest
 import torch
 import transformers
-from checkpoints import LAYERS, VOCAB, WIDTH
+from helpers.head_files import LAYERS, VOCAB, WIDTH
+from helpers.models import TINY, TinyModel, random_model
 
-from medusa_jax import convert
-from medusa_jax.backbone import Backbone, causal_mask
-from medusa_jax.config import ModelConfig
-from medusa_jax.heads import HeadsConfig, MedusaHeads
-from medusa_jax.hf import Model, load_model
-from medusa_jax.training import stack
-from medusa_jax.tree_paths import flat, nested
-
-SCRIPT = Path(__file__).resolve().parents[1] / "decode.py"
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+from medusa_jax.checkpoints import conversion
+from medusa_jax.checkpoints.load import Model, load_model
 
 
 @pytest.fixture(scope="session")
@@ -98,58 +94,6 @@ def run_module(monkeypatch, capsys):
     return call
 
 
-TINY = ModelConfig(
-    vocab_size=40,
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context=128,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class TinyModel:
-    """A random model whose heads are random too: right now and then."""
-
-    config: ModelConfig
-    heads: HeadsConfig
-    params: dict[str, Any]
-
-
-def random_model(config: ModelConfig, num_heads: int = 3, seed: int = 0) -> TinyModel:
-    """Random weights, large enough for the next token to be far from uniform."""
-    heads = HeadsConfig(num_heads, 1, config.hidden_size, config.vocab_size)
-    key_backbone, key_heads = jax.random.split(jax.random.key(seed))
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    backbone = jax.jit(Backbone(config).init)(key_backbone, tokens, tokens, causal_mask(2))
-    hidden = jnp.zeros((1, config.hidden_size))
-    medusa = MedusaHeads(heads).init(key_heads, hidden, lambda x: x)
-    return TinyModel(
-        config,
-        heads,
-        {
-            "backbone": jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, backbone["params"]),
-            "heads": medusa["params"],
-        },
-    )
-
-
-def stacked(params: dict[str, Any], layers: int) -> dict[str, Any]:
-    """Parameters of a model with the backbone as the trainer holds it: layers stacked."""
-    single = flat(params["backbone"])
-    shapes = stack.shapes({path: leaf.shape for path, leaf in single.items()}, layers)
-    leaves = {
-        path: single[path]
-        if path in single
-        else jnp.stack([single[name] for name in stack.members(path, layers)])
-        for path in shapes
-    }
-    return params | {"backbone": nested(leaves)}
-
-
 @pytest.fixture(scope="session")
 def tiny() -> TinyModel:
     """A two-layer random model that any clone can make."""
@@ -198,7 +142,7 @@ def go(saved: Path, tmp_path: Path):
 
     def call(source: Path, target: str, **options: Any) -> Path:
         output = tmp_path / f"{len(list(tmp_path.iterdir()))}-{target}"
-        convert.convert(str(source), target, output, **({"base": str(saved)} | options))
+        conversion.convert(str(source), target, output, **({"base": str(saved)} | options))
         return output
 
     return call

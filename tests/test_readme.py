@@ -1,9 +1,10 @@
 """The README's library example runs as it stands."""
 
 import re
-from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+from helpers.paths import ROOT
+
+README = ROOT / "README.md"
 
 
 def test_the_library_example_runs(shared, capsys):

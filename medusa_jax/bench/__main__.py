@@ -21,22 +21,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medusa_jax import choices, cli
-from medusa_jax.acceptance import Acceptance
-from medusa_jax.answer import Answerer
-from medusa_jax.bench.compile_only import compile_decoding
-from medusa_jax.bench.figures import about, copy_bandwidth, histogram, summarise
+from medusa_jax.bench.aot import compile_decoding
+from medusa_jax.bench.measure import make_jobs, make_systems, measure
 from medusa_jax.bench.peers import PEERS, HuggingFace, available
-from medusa_jax.bench.random_weights import TREE, time_steps, trees
 from medusa_jax.bench.report import markdown, plots
-from medusa_jax.bench.runs import make_jobs, make_systems, measure
-from medusa_jax.config import ModelConfig
+from medusa_jax.bench.summary import about, copy_bandwidth, histogram, summarise
+from medusa_jax.bench.synthetic import TREE, time_steps, trees
+from medusa_jax.checkpoints.tensors import write_json
+from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.data.prompts import Request, read_requests
+from medusa_jax.decoding.acceptance import Acceptance
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.heads import HeadsConfig
-from medusa_jax.presets import PRESETS
-from medusa_jax.records import Request, read_requests
-from medusa_jax.tensor_files import write_json
-from medusa_jax.tree import Tree
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.presets import PRESETS
+from medusa_jax.serving.generator import Answerer
 
 EXAMPLE = """python -m medusa_jax.bench --model DIR --heads DIR --prompts question.jsonl \\
       --acceptance greedy,lossless --output out/bench
@@ -47,8 +47,8 @@ _COUNTS = ("batch_size", "repeats", "max_new_tokens", "heads_number", "sizes", "
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; argparse exits with 2 where they are wrong."""
-    parser = cli.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
-    choices.add_flags(parser)  # --acceptance takes several here
+    parser = runner.parser((__doc__ or "").partition("\n")[0], EXAMPLE)
+    decoding_flags.add_flags(parser)  # --acceptance takes several here
     add = parser.add_argument
     add("--prompts", action="append", metavar="FILE", help="MT-bench, Spec-Bench or any JSON Lines "
         "that decode.py reads; may be given again (default: the shipped model's)")  # fmt: skip
@@ -98,7 +98,7 @@ def main(flags: argparse.Namespace) -> None:
 
 def check(flags: argparse.Namespace) -> None:
     """Raises InputError for flags that cannot be, before anything takes long."""
-    choices.check_output(flags.output)
+    decoding_flags.check_output(flags.output)
     if Path(flags.output).exists() and not Path(flags.output).is_dir():
         raise InputError(f"--output {flags.output} is no directory")
     for name in _COUNTS:
@@ -131,14 +131,14 @@ def prompts_report(flags: argparse.Namespace) -> dict[str, Any]:
     if peers:
         some = next(iter(medusa.values()))
         ends = (some.limits.stop_ids, some.suppress)
-        reference = HuggingFace(some.model.directory, choices.dtype(flags), *ends)
+        reference = HuggingFace(some.model.directory, decoding_flags.dtype(flags), *ends)
         reference.choose_threads(jobs[0].prompts[0])
     systems = make_systems(medusa, reference, peers, flags.batch_size)
     runs = list(measure(jobs, systems, flags.repeats))
     chosen = {name: answerer.tree for name, answerer in medusa.items()}
     return about() | {
         "kind": "prompts",
-        "dtype": choices.dtype(flags),
+        "dtype": decoding_flags.dtype(flags),
         "mesh": flags.mesh,
         "model": str(flags.model),
         "heads": flags.heads,
@@ -159,11 +159,13 @@ def answerers(flags: argparse.Namespace, schemes: dict[str, Acceptance]) -> dict
     """One model with each acceptance, and the tree that is chosen for it."""
     first, *others = schemes
     at_most = flags.max_new_tokens
-    built = choices.build(flags, schemes[first], raw=flags.raw, at_most=at_most, need_heads=False)
+    built = decoding_flags.build(
+        flags, schemes[first], raw=flags.raw, at_most=at_most, need_heads=False
+    )
     model, made = built.model, {first: built}
     for name in others:
         scheme = schemes[name]
-        tree = choices.choose_tree(flags, model, scheme) if model.heads.num_heads else Tree()
+        tree = decoding_flags.choose_tree(flags, model, scheme) if model.heads.num_heads else Tree()
         made[name] = built.with_tree(tree, acceptance=scheme)
     return made
 
@@ -174,14 +176,14 @@ def acceptances(flags: argparse.Namespace) -> dict[str, Acceptance]:
     for name in flags.acceptance.split(","):
         one = copy.copy(flags)
         one.acceptance = name.strip()
-        made[one.acceptance] = choices.acceptance(one)
+        made[one.acceptance] = decoding_flags.acceptance(one)
     return made
 
 
 def read(flags: argparse.Namespace) -> list[Request]:
     """The prompts of all files; those without a category take the name of their file."""
     found = []
-    for file in flags.prompts or [str(choices.shipped("prompts.jsonl"))]:
+    for file in flags.prompts or [str(decoding_flags.shipped("prompts.jsonl"))]:
         some = list(itertools.islice(read_requests(file), flags.max_prompts or None))
         if not some:
             raise InputError(f"--prompts {file} holds no prompts")
@@ -215,7 +217,7 @@ def random_report(flags: argparse.Namespace) -> dict[str, Any]:
         rows = time_steps(
             config,
             heads,
-            choices.dtype(flags),
+            decoding_flags.dtype(flags),
             sizes=flags.sizes,
             batch_sizes=flags.batch_sizes,
             new_tokens=flags.max_new_tokens,
@@ -233,7 +235,7 @@ def random_report(flags: argparse.Namespace) -> dict[str, Any]:
     return about() | {
         "kind": "random_weights",
         "preset": flags.random_weights,
-        "dtype": choices.dtype(flags),
+        "dtype": decoding_flags.dtype(flags),
         "mesh": flags.mesh,
         "tree": TREE,
         "heads": dataclasses.asdict(heads),
@@ -269,4 +271,4 @@ def heads_of(flags: argparse.Namespace, config: ModelConfig) -> HeadsConfig:
 
 
 if __name__ == "__main__":
-    cli.run(main, parse())
+    runner.run(main, parse())

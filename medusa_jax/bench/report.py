@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medusa_jax.bench.figures import OVERALL
-from medusa_jax.bench.runs import MEDUSA
+from medusa_jax.bench.measure import MEDUSA
+from medusa_jax.bench.summary import OVERALL
 
 Row = dict[str, Any]
 Report = dict[str, Any]

@@ -10,7 +10,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 
 from medusa_jax.errors import InputError
-from medusa_jax.training.state import TrainState
+from medusa_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
 

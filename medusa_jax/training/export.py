@@ -10,13 +10,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from medusa_jax import hf
-from medusa_jax.dialects import DIALECTS, head_settings
-from medusa_jax.directories import Replacing, copy_beside
-from medusa_jax.errors import InputError
-from medusa_jax.heads import HeadsConfig
-from medusa_jax.places import backbone_places, head_places
-from medusa_jax.tensor_files import (
+from medusa_jax.checkpoints.atomic import Replacing, copy_beside
+from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
+from medusa_jax.checkpoints.load import resolve
+from medusa_jax.checkpoints.names import backbone_places, head_places
+from medusa_jax.checkpoints.tensors import (
     StoredTensor,
     Tensors,
     read_json,
@@ -24,11 +22,13 @@ from medusa_jax.tensor_files import (
     write_model,
     write_pickle,
 )
-from medusa_jax.text import Text
-from medusa_jax.training import lora, stack
+from medusa_jax.data.tokenizer import Text
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.errors import InputError
+from medusa_jax.param_paths import flat, joined
+from medusa_jax.training import lora, scanned_backbone
 from medusa_jax.training.settings import Config
 from medusa_jax.training.weights import Weights
-from medusa_jax.tree_paths import flat, joined
 
 
 def export(config: Config, weights: Weights, target: Path, *, write: bool = True) -> Path:
@@ -84,7 +84,7 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
 def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
     params = flat(joined(weights.trainable, weights.frozen))
     scale = config.lora.alpha / config.lora.rank if config.adapted else 0.0
-    source = hf.resolve(config.model.path)
+    source = resolve(config.model.path)
     settings = read_json(source / "config.json") | {"torch_dtype": dtype}
     settings.pop("dtype", None)
     if weights.heads.num_heads:
@@ -121,7 +121,7 @@ def _backbone_tensors(
 ) -> Tensors:
     tensors = {}
     for name, one in backbone_places(weights.model).items():
-        path, layer = stack.place("/".join(one.path))
+        path, layer = scanned_backbone.place("/".join(one.path))
         give = _folded(params, path, path.removesuffix("/weight"), layer, scale)
         tensors[name] = _given(one.shape, dtype, give)
     if "adapters/lm_head/a" in params and weights.model.tied:

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from medusa_jax.training.batches import Batches, global_arrays, in_order
+from medusa_jax.data.loader import Batches, global_arrays, in_order
+from medusa_jax.data.packing import Rows
 from medusa_jax.training.checkpoints import CheckpointError, Checkpoints
 from medusa_jax.training.metrics import Metrics
 from medusa_jax.training.objective import Params, Terms, report
 from medusa_jax.training.optimizer import learning_rate
-from medusa_jax.training.packing import Rows
-from medusa_jax.training.program import Program
 from medusa_jax.training.settings import Config
-from medusa_jax.training.state import StepResult, TrainState
+from medusa_jax.training.setup import Program
+from medusa_jax.training.step import StepResult, TrainState
 
 
 class Diverged(RuntimeError):

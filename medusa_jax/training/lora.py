@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from medusa_jax.backbone import Linear
-from medusa_jax.layout import project
+from medusa_jax.model.backbone import Linear
+from medusa_jax.model.linear import project
 
 # One adapter: {"a": A, "b": B}; all of them, by the path of what they adapt.
 Adapters = Mapping[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medusa_jax.records import write_record
+from medusa_jax.data.prompts import write_record
 
 NAME = "metrics.jsonl"
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
-from medusa_jax.config import ModelConfig
-from medusa_jax.heads import Head, HeadsConfig, rows_of
-from medusa_jax.training import settings, stack
+from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, rows_of
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.param_paths import joined
+from medusa_jax.training import scanned_backbone, settings
 from medusa_jax.training.losses import (
     TOP,
     Sums,
@@ -20,7 +21,6 @@ from medusa_jax.training.losses import (
     over_chunks,
     targets_at,
 )
-from medusa_jax.tree_paths import joined
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
@@ -154,7 +154,7 @@ class Objective:
         hidden = self._hidden(params["backbone"], batch, params.get("adapters"), key)
 
         def logits(hidden: Array, rows: Array | None = None) -> Array:
-            return stack.logits(
+            return scanned_backbone.logits(
                 self.model,
                 params["backbone"],
                 hidden,
@@ -173,7 +173,9 @@ class Objective:
         def lm(hidden: Array, targets: Array, counted: Array, *theirs: Array) -> Any:
             ours, kl = logits(hidden), jnp.zeros(())
             for other in theirs:
-                kl = kl_divergence(stack.logits(self.model, teacher, other), ours, counted)
+                kl = kl_divergence(
+                    scanned_backbone.logits(self.model, teacher, other), ours, counted
+                )
             return cross_entropy(ours, targets, counted), kl
 
         lm_sums, kl = over_chunks(lm, self.chunk, hidden, targets, counted, *theirs)
@@ -190,7 +192,7 @@ class Objective:
                 return x
             return jax.lax.with_sharding_constraint(x, self.sharding)
 
-        return stack.hidden_states(
+        return scanned_backbone.hidden_states(
             self.model,
             weights,
             batch,

@@ -8,8 +8,8 @@ import optax
 from optax import contrib
 
 from medusa_jax.errors import InputError
+from medusa_jax.param_paths import map_with_path
 from medusa_jax.training.settings import Config, Optim
-from medusa_jax.tree_paths import map_with_path
 
 FROZEN = "frozen"
 _PLAIN = re.compile("(scale|bias)$")  # which weight decay leaves alone

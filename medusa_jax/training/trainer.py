@@ -11,19 +11,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from medusa_jax.config import ModelConfig
+from medusa_jax.checkpoints.tensors import read_json, write_json
+from medusa_jax.data.loader import Batches
+from medusa_jax.data.packing import Rows
+from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
-from medusa_jax.sharding import start_processes
-from medusa_jax.tensor_files import read_json, write_json
-from medusa_jax.training import export, settings, sharding
-from medusa_jax.training.batches import Batches
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.training import export, settings
 from medusa_jax.training.checkpoints import Checkpoints
+from medusa_jax.training.dataset import read_rows
 from medusa_jax.training.loop import Loop
+from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
 from medusa_jax.training.metrics import Metrics
-from medusa_jax.training.packing import Rows
-from medusa_jax.training.program import assemble
-from medusa_jax.training.rows import read_rows
 from medusa_jax.training.settings import Config
+from medusa_jax.training.setup import assemble
 from medusa_jax.training.weights import load, model_shape, starting_token_map
 
 # In the working directory: the settings as they are run, and which data they found.
@@ -48,8 +49,8 @@ def train(config: Config, workdir: str | Path) -> None:
     export.destination(config, workdir)
     start_processes()
     first = jax.process_index() == 0
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.optim)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.optim)
     check_shared(workdir)
     check_directory(workdir, config)
 
@@ -60,7 +61,7 @@ def train(config: Config, workdir: str | Path) -> None:
         config.optim.batch_size,
         config.optim.accumulation,
         config.seed,
-        NamedSharding(mesh, sharding.BATCH),
+        NamedSharding(mesh, BATCH),
     )
     total = config.optim.steps or math.ceil(config.optim.epochs * batches.steps_per_epoch)
 

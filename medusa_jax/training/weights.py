@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from medusa_jax import hf
-from medusa_jax.config import ModelConfig, from_hf
+from medusa_jax.checkpoints.load import backbone_tensors, head_tensors, resolve
+from medusa_jax.checkpoints.names import backbone_places, head_places
+from medusa_jax.checkpoints.tensors import StoredTensor, read_json
+from medusa_jax.distributed.rules import spec
+from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError
-from medusa_jax.heads import NO_HEADS, HeadsConfig
-from medusa_jax.places import backbone_places, head_places
-from medusa_jax.presets import PRESETS
-from medusa_jax.sharding import spec
-from medusa_jax.tensor_files import StoredTensor, read_json
-from medusa_jax.training import lora, stack
+from medusa_jax.model.config import ModelConfig, from_hf
+from medusa_jax.model.presets import PRESETS
+from medusa_jax.param_paths import nested
+from medusa_jax.training import lora, scanned_backbone
 from medusa_jax.training.optimizer import FROZEN, group_of, groups
 from medusa_jax.training.settings import Config
-from medusa_jax.tree_paths import nested
 
 TOKEN_MAP = "heads/token_map"
 
@@ -69,7 +69,7 @@ def model_shape(config: Config, *, absent: bool = False) -> ModelConfig:
         return PRESETS[name]
     if not path:
         raise InputError("model.path names no model: give a directory or a hub id")
-    return from_hf(read_json(hf.resolve(config.model.path) / "config.json"))
+    return from_hf(read_json(resolve(config.model.path) / "config.json"))
 
 
 def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
@@ -90,7 +90,7 @@ def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
 
 def layout(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Parameter]:
     """Every parameter of a run by path; refuses to leave one without an optimizer group."""
-    backbone = stack.shapes(_shapes(backbone_places(model)), model.num_layers)
+    backbone = scanned_backbone.shapes(_shapes(backbone_places(model)), model.num_layers)
     shapes = {f"backbone/{path}": shape for path, shape in backbone.items()}
     adapters, teacher = {}, {}
     if config.adapted:
@@ -178,7 +178,7 @@ def load(
         place = sharding(TOKEN_MAP)
         leaves[TOKEN_MAP] = jax.make_array_from_callback(ids.shape, place, ids.__getitem__)
     if config.heads.path and with_learnt and heads.num_heads:  # before what takes long
-        stored = hf.head_tensors(_starting_heads(config.heads.path), heads)
+        stored = head_tensors(_starting_heads(config.heads.path), heads)
         paths = {f"heads/{name}": tensor for name, tensor in stored.items()}
         for path in paths.keys() & table.keys() - {TOKEN_MAP}:
             leaves[path] = put(path, [paths[path]])
@@ -186,9 +186,9 @@ def load(
         if config.model.random:
             leaves |= {path: made(path) for path in table if path.startswith("backbone/")}
         else:
-            stored = hf.backbone_tensors(config.model.path)
+            stored = backbone_tensors(config.model.path)
             for path in (path for path in table if path.startswith("backbone/")):
-                names = stack.members(path.removeprefix("backbone/"), model.num_layers)
+                names = scanned_backbone.members(path.removeprefix("backbone/"), model.num_layers)
                 leaves[path] = put(path, [stored[name] for name in names])
     unembedding = "backbone/embed/embedding" if model.tied else "backbone/lm_head"
     for path in sorted(wanted - leaves.keys()):
@@ -226,7 +226,7 @@ def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def starting_token_map(config: Config) -> list[int]:
     """The tokens that the heads to start from guess among; none where they are not truncated."""
     heads = heads_shape(config, model_shape(config))
-    stored = hf.head_tensors(_starting_heads(config.heads.path), heads)
+    stored = head_tensors(_starting_heads(config.heads.path), heads)
     return stored["token_map"].read().tolist() if "token_map" in stored else []
 
 
@@ -238,7 +238,7 @@ def _starting_heads(path: str) -> Path:
                 return exported
         raise InputError(f"heads.path {path}: that run has exported nothing (yet)")
     try:
-        return hf.resolve(path)
+        return resolve(path)
     except InputError as error:
         raise InputError(
             f"heads.path: {error}; train them first, or start from copies of the lm_head with "

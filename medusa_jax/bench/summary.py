@@ -1,0 +1,216 @@
+"""From timed runs to the figures of a benchmark: rates, ratios, acceptance, machine.
+
+Counters carry vLLM's names. They and the lengths are those of the first repeat,
+since every repeat decodes the same.
+"""
+
+import collections
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from medusa_jax.bench.measure import MEDUSA, PLAIN, Job, Run
+from medusa_jax.bench.peers import PEERS
+from medusa_jax.decoding.stats import Figures, device_bandwidth
+from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
+from medusa_jax.serving.tree_store import cpu
+
+OVERALL = "overall"
+SYSTEMS = (PLAIN, MEDUSA, *PEERS)
+
+Group = tuple[str, str, str]  # acceptance, category, system
+
+
+def summarise(
+    jobs: Sequence[Job], runs: Sequence[Run], trees: Mapping[str, Tree | Grown], bandwidth: float
+) -> list[dict[str, Any]]:
+    """One row an acceptance, category and system; "overall" is all categories together.
+
+    Args:
+      trees: of each acceptance.
+      bandwidth: of a copy on this device, bytes a second.
+    """
+    groups: dict[Group, list[Run]] = collections.defaultdict(list)
+    for run in runs:
+        job = jobs[run.job]
+        for category in dict.fromkeys((job.category, OVERALL)):
+            groups[job.acceptance, category, run.system].append(run)
+    rows = []
+    for group in sorted(groups, key=_order(groups)):
+        (acceptance, category, system), some = group, groups[group]
+        plain = groups[acceptance, category, PLAIN]
+        row: dict[str, Any] = dict(zip(("acceptance", "category", "system"), group, strict=True))
+        row |= _speed(some, plain, bandwidth)
+        first = [run for run in some if run.repeat == 0]
+        if acceptance == "greedy" and system != PLAIN:
+            row["same_texts"] = _same(first, plain)
+        if any(run.lengths for run in first):
+            lengths = [length for run in first for length in run.lengths]
+            tree = trees[acceptance] if system == MEDUSA else Tree()
+            row |= {"tree_size": tree.size, "tree_grown": isinstance(tree, Grown)}
+            row |= counters(lengths, tree.size, tree.depth)
+        rows.append(row)
+    return rows
+
+
+def counters(lengths: Sequence[int], tree_size: int, depth: int) -> dict[str, Any]:
+    """Acceptance from the tokens that each step made, the root included.
+
+    Example: lengths (1, 3, 1, 2) of a tree two deep: 4 drafts, 3 accepted
+    tokens, per position (2, 1), histogram (2, 1, 1), mean 7/4.
+    """
+    count = collections.Counter(lengths)
+    return {
+        "mean_accepted_length": sum(lengths) / len(lengths),
+        "num_drafts": len(lengths),
+        "num_draft_tokens": len(lengths) * (tree_size - 1),
+        "num_accepted_tokens": sum(lengths) - len(lengths),
+        "num_accepted_tokens_per_pos": [
+            sum(length > position for length in lengths) for position in range(1, depth + 1)
+        ],
+        "accepted_length_histogram": [count[length] for length in range(1, depth + 2)],
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def histogram(file: Path) -> tuple[float, str]:
+    """Mean accepted length of a measured histogram, and where it comes from.
+
+    Args:
+      file: a JSON list of how many steps made 1, 2, 3, ... tokens, or a
+        bench.json, of which the first acceptance counts, all categories together.
+
+    Raises:
+      InputError: it is neither.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--histogram {file}: {error}") from None
+    origin = str(file)
+    if isinstance(content, dict):
+        rows = content.get("rows")
+        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        found = [r for r in rows if (r.get("category"), r.get("system")) == (OVERALL, MEDUSA)]
+        if not found:
+            raise InputError(f"--histogram {file}: no bench.json with Medusa's accepted lengths")
+        content = found[0].get("accepted_length_histogram")
+        tree = found[0].get("tree_size")
+        origin += f" ({found[0].get('acceptance')} acceptance, tree of {tree} tokens)"
+    whole = isinstance(content, list) and all(type(one) is int and one >= 0 for one in content)
+    if not whole or not sum(content):
+        raise InputError(f"--histogram {file}: expected counts of steps, [n1, n2, n3, ...]")
+    mean = sum(i * count for i, count in enumerate(content, start=1)) / sum(content)
+    return mean, origin
+
+
+def copy_bandwidth(size: int | None = None, tries: int = 5) -> float:
+    """Bytes a second that this device reads and writes in a copy, the best of several.
+
+    Args:
+      size: bytes of the array; default: 256 MB on a CPU, 4 GB elsewhere.
+    """
+    size = size or (256 * 10**6 if jax.default_backend() == "cpu" else 4 * 10**9)
+    array = jnp.zeros(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)  # a bare copy might be none
+    jax.block_until_ready(copy(array))
+    best = float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        jax.block_until_ready(copy(array))
+        best = min(best, time.perf_counter() - start)
+    return 2 * array.nbytes / best
+
+
+def about() -> dict[str, Any]:
+    """Machine, versions, date and command line."""
+    device = jax.devices()[0]
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "command": shlex.join(sys.argv),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "datasheet_bandwidth": device_bandwidth(),
+        "cpu": cpu(),
+        "cpu_count": os.cpu_count(),
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("jax", "torch", "transformers", "medusa_jax")},
+    }
+
+
+def _speed(runs: Sequence[Run], plain: Sequence[Run], bandwidth: float) -> dict[str, Any]:
+    """Sums within each repeat, then spreads over the repeats."""
+    ours, theirs = _by_repeat(runs), _by_repeat(plain)
+    first = [run for run in runs if run.repeat == 0]
+    row: dict[str, Any] = {
+        "texts": sum(len(run.texts) for run in first),
+        "tokens": sum(run.figures.tokens for run in first),
+        "tokens_per_second": spread([one.tokens_per_second for one in ours]),
+        "speedup": spread(
+            [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)]
+        ),
+        "time_to_first_token_seconds": spread(
+            [(one.seconds - one.decode_seconds) / len(first) for one in ours]
+        ),
+    }
+    if all(one.passes for one in ours):
+        steps = [one.decode_seconds / one.passes for one in ours]
+        base = [one.decode_seconds / one.passes for one in theirs]
+        rates = [one.bytes / one.decode_seconds for one in ours]
+        row["step_seconds"] = spread(steps)
+        row["step_overhead"] = spread([a / b for a, b in zip(steps, base, strict=True)])
+        row["bandwidth_share"] = spread([rate / bandwidth for rate in rates])
+        if peak := device_bandwidth():
+            row["bandwidth_share_datasheet"] = spread([rate / peak for rate in rates])
+    return row
+
+
+def _order(groups: Iterable[Group]) -> Callable[[Group], tuple[int, bool, int, int]]:
+    """Acceptances and categories as they came, "overall" last; systems as in SYSTEMS."""
+    acceptances, categories, _ = (list(dict.fromkeys(names)) for names in zip(*groups, strict=True))
+    return lambda group: (
+        acceptances.index(group[0]),
+        group[1] == OVERALL,
+        categories.index(group[1]),
+        SYSTEMS.index(group[2]),
+    )
+
+
+def _by_repeat(runs: Sequence[Run]) -> list[Figures]:
+    """The figures of each repeat, summed."""
+    found: dict[int, Figures] = collections.defaultdict(Figures)
+    for run in runs:
+        found[run.repeat] += run.figures
+    return [found[repeat] for repeat in sorted(found)]
+
+
+def _same(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, int]:
+    """How many texts plain decoding wrote too."""
+    expected = {run.job: run.texts for run in plain if run.repeat == 0}
+    pairs = [pair for run in runs for pair in zip(run.texts, expected[run.job], strict=True)]
+    return {"same": sum(a == b for a, b in pairs), "of": len(pairs)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Files of every dialect to parameters, and back."""

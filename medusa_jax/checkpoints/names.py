@@ -1,0 +1,134 @@
+"""Names of tensors in checkpoint files, and where each goes in our parameters.
+
+One table serves both ways, reading and writing: shapes are the same on both
+sides, so a tensor is only ever renamed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from medusa_jax.checkpoints.tensors import Tensors
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a stored tensor goes.
+
+    Attributes:
+      path: keys in the nested parameter dict.
+      shape: the same there and here.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def backbone_places(config: ModelConfig) -> dict[str, Place]:
+    """Hugging Face's names of a Llama-family backbone's tensors."""
+    width, ffn = config.hidden_size, config.ffn_size
+    query_width = config.num_heads * config.head_dim
+    kv_width = config.num_kv_heads * config.head_dim
+    places = {
+        "model.embed_tokens.weight": Place(("embed", "embedding"), (config.vocab_size, width)),
+        "model.norm.weight": Place(("final_norm", "scale"), (width,)),
+    }
+    if not config.tied:
+        places["lm_head.weight"] = Place(("lm_head",), (config.vocab_size, width))
+    linears = {
+        "self_attn.q_proj": ("attention", "query", query_width, width, config.qkv_bias),
+        "self_attn.k_proj": ("attention", "key", kv_width, width, config.qkv_bias),
+        "self_attn.v_proj": ("attention", "value", kv_width, width, config.qkv_bias),
+        "self_attn.o_proj": ("attention", "out", width, query_width, config.out_bias),
+        "mlp.gate_proj": ("mlp", "gate", ffn, width, config.mlp_bias),
+        "mlp.up_proj": ("mlp", "up", ffn, width, config.mlp_bias),
+        "mlp.down_proj": ("mlp", "down", width, ffn, config.mlp_bias),
+    }
+    norms: dict[str, tuple[tuple[str, ...], int]] = {
+        "input_layernorm": (("attention_norm",), width),
+        "post_attention_layernorm": (("mlp_norm",), width),
+    }
+    if config.qk_norm:
+        norms["self_attn.q_norm"] = (("attention", "query_norm"), config.head_dim)
+        norms["self_attn.k_norm"] = (("attention", "key_norm"), config.head_dim)
+    for i in range(config.num_layers):
+        stored, layer = f"model.layers.{i}", f"layer_{i}"
+        for name, (group, ours, out, into, bias) in linears.items():
+            path = (layer, group, ours)
+            places[f"{stored}.{name}.weight"] = Place((*path, "weight"), (out, into))
+            if bias:
+                places[f"{stored}.{name}.bias"] = Place((*path, "bias"), (out,))
+        for name, (path, size) in norms.items():
+            places[f"{stored}.{name}.weight"] = Place((layer, *path, "scale"), (size,))
+    return places
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadNames:
+    """How files name head tensors; {h} is the head, {l} the layer, {L} the number of layers.
+
+    Attributes:
+      linear: a residual block's, without ".weight" and ".bias".
+      vocab: a head's own projection.
+      shared: one projection of all heads that lies with them; "": lies never there.
+      token_map: ids of the rows of truncated projections; "": is never there.
+    """
+
+    linear: str
+    vocab: str
+    shared: str = ""
+    token_map: str = ""
+
+
+# The original itself has no truncated heads; the map's name is vLLM's.
+ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight", token_map="token_map")
+
+
+def head_places(
+    config: HeadsConfig, names: HeadNames = ORIGINAL, *, with_shared: bool = False
+) -> dict[str, Place]:
+    """Names of head tensors: "0.0.linear.weight" in the original's files.
+
+    Args:
+      with_shared: a projection of all heads lies with them.
+    """
+    width, rows = config.hidden_size, config.truncated or config.vocab_size
+    places = {}
+    if config.truncated:
+        places[names.token_map] = Place(("token_map",), (rows,))
+    for h in range(config.num_heads):
+        head = f"head_{h}"
+        for l in range(config.num_layers):  # noqa: E741
+            linear, path = names.linear.format(h=h, l=l), (head, f"block_{l}")
+            places[f"{linear}.weight"] = Place((*path, "weight"), (width, width))
+            places[f"{linear}.bias"] = Place((*path, "bias"), (width,))
+        if not config.shared:
+            vocab = names.vocab.format(h=h, L=config.num_layers)
+            places[vocab] = Place((head, "vocab"), (rows, width))
+    if with_shared:
+        places[names.shared] = Place(("vocab",), (rows, width))
+    return places
+
+
+def matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Tensors:
+    """The placed tensors by the path of their parameter: "head_0/block_0/weight".
+
+    Raises:
+      InputError: names every tensor of `source` that is missing, unexpected or misshapen.
+    """
+    wrong = [f"missing {name} {list(p.shape)}" for name, p in places.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in places:
+            wrong.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tensor.shape != places[name].shape:
+            wrong.append(
+                f"misshapen {name}: {list(tensor.shape)}, expected {list(places[name].shape)}"
+            )
+    if wrong:
+        raise InputError(
+            f"{source}: tensors do not fit what was expected:\n  " + "\n  ".join(wrong)
+        )
+    return {"/".join(place.path): tensors[name] for name, place in places.items()}

@@ -1,0 +1,1 @@
+"""Text, prompts and datasets to token ids."""

@@ -1,0 +1,1 @@
+"""Decoding on token ids: prefill, step, acceptance."""

@@ -1,0 +1,101 @@
+"""What decoding carries from step to step, and what it leaves behind. Letters: see `shapes.py`."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array
+
+from medusa_jax.model.kv_cache import KVCache
+
+RUNNING, STOP, LENGTH = 0, 1, 2
+FINISH_REASONS = ("running", "stop", "length")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A batch in the middle of decoding. `step` donates it: keep no reference to an old one.
+
+    Attributes:
+      cache: keys and values of the tokens of `sequence` up to `cache.length`.
+      sequence: prompt, then text [B, S].
+      root: the next token, chosen but not yet in the cache [B].
+      guesses: the heads' best tokens after the root [B, M, R].
+      scores: their log-probabilities [B, M, R], for trees grown from them; else none, [B, 0, 0].
+      keys: one PRNG key a row [B].
+      prompt_length: tokens of the prompt [B].
+      limit: length of `sequence` at which a row ends [B].
+      stop_ids: tokens that end a row, kept as its last token [Q].
+      finish: RUNNING, STOP or LENGTH [B].
+      steps: steps taken while running [B].
+      tokens_per_step: tokens accepted in each, root included, before any cut at
+        a stop token or the limit [B, S].
+    """
+
+    cache: KVCache
+    sequence: Array
+    root: Array
+    guesses: Array
+    scores: Array
+    keys: Array
+    prompt_length: Array
+    limit: Array
+    stop_ids: Array
+    finish: Array
+    steps: Array
+    tokens_per_step: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """What one step added: the first `count` of `tokens` [B, E], and `finish` after it [B]."""
+
+    tokens: Array
+    count: Array
+    finish: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One finished row.
+
+    Attributes:
+      prompt_ids, token_ids: the prompt and what follows it, up to and including
+        a stop token.
+      tokens_per_step: as the decoder made them, before the cut.
+      finish_reason: "stop" or "length".
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    tokens_per_step: list[int]
+    finish_reason: str
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per step, root included; plain decoding has 1."""
+        return sum(self.tokens_per_step) / max(len(self.tokens_per_step), 1)
+
+
+def outputs(state: State) -> list[Output]:
+    """Brings a finished state to the host, one `Output` a row."""
+    sequence, prompt, length, tokens_per_step, steps, finish = jax.device_get(
+        (
+            state.sequence,
+            state.prompt_length,
+            state.cache.length,
+            state.tokens_per_step,
+            state.steps,
+            state.finish,
+        )
+    )
+    return [
+        Output(
+            prompt_ids=sequence[row, : prompt[row]].tolist(),
+            token_ids=sequence[row, prompt[row] : length[row]].tolist(),
+            tokens_per_step=tokens_per_step[row, : steps[row]].tolist(),
+            finish_reason=FINISH_REASONS[finish[row]],
+        )
+        for row in range(len(length))
+    ]

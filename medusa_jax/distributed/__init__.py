@@ -1,0 +1,1 @@
+"""Several devices: meshes, sharding rules, and compilers of machines that are not here."""

@@ -1,0 +1,249 @@
+"""The tree of guesses: which combinations of the heads' top-k tokens one pass verifies.
+
+A node is written as the ranks that lead to it: `(0, 2)` is head 1's best token
+followed by head 2's third best. The root, the token already chosen by the
+backbone, is implicit. Everything here is NumPy, built once; inside a compiled
+step it is constant. Paper section 2.1.2; buffers as in the original's
+`generate_medusa_buffers`.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from medusa_jax.errors import InputError
+
+Node = tuple[int, ...]
+PAD = -1
+CPU_NODES = 8  # products of up to 8 rows cost a 2-core CPU little more than those of 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A fixed tree of N = len(nodes) + 1 tokens, root included.
+
+    Slots number the tokens as the backbone sees them: slot 0 is the root, then
+    the nodes by depth and, within a depth, in lexicographic order.
+
+    Example, two children of the root and one grandchild:
+
+        Tree(((0,), (0, 0), (1,)))
+
+        slot      0     1     2     3
+        node      root  (0,)  (1,)  (0, 0)
+        depths    0     1     1     2
+        parents   -1    0     0     1
+        ranks     0     0     1     0
+        mask      1 . . .    ancestors  0 . .
+                  1 1 . .               0 1 .
+                  1 . 1 .               0 2 .
+                  1 1 . 1               0 1 3
+
+    Attributes:
+      nodes: rank tuples in the given order, which `cut` relies on.
+
+    Raises:
+      InputError: a node is empty, negative, repeated, or its parent is missing.
+    """
+
+    nodes: tuple[Node, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen = set()
+        for node in self.nodes:
+            if not node or any(type(rank) is not int or rank < 0 for rank in node):
+                raise InputError(
+                    f"tree node {list(node)} is not a non-empty list of ranks counted from 0"
+                )
+            if node in seen:
+                raise InputError(f"tree node {list(node)} is listed twice")
+            seen.add(node)
+        for node in self.nodes:
+            if len(node) > 1 and node[:-1] not in seen:
+                raise InputError(
+                    f"tree node {list(node)} has no parent: {list(node[:-1])} is not listed "
+                    "(every prefix of a node must be a node too)"
+                )
+
+    @classmethod
+    def from_lists(cls, lists: Iterable[Iterable[int]]) -> "Tree":
+        """Builds a tree from JSON-like rank lists, for example `[[0], [1], [0, 0]]`."""
+        try:
+            if not isinstance(lists, list | tuple):
+                raise TypeError
+            return cls(tuple(tuple(node) for node in lists))
+        except TypeError:
+            raise InputError(
+                "a tree is a list of rank lists, for example [[0], [1], [0, 0]]"
+            ) from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Tree":
+        """Reads a file that holds a JSON list of rank lists."""
+        try:
+            return cls.from_lists(json.loads(Path(path).read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"tree file {path}: {error}") from None
+
+    @classmethod
+    def published(cls, name: str) -> "Tree":
+        """One of the original's nine trees (FasterDecoding/Medusa `medusa_choices.py`)."""
+        trees = _published()
+        if name not in trees:
+            raise InputError(f"no published tree {name!r}; there are: {', '.join(trees)}")
+        return cls.from_lists(trees[name])
+
+    @classmethod
+    def chain(cls, depth: int) -> "Tree":
+        """The best guess of each head and nothing else; depth 0 is the root alone."""
+        return cls(tuple((0,) * length for length in range(1, depth + 1)))
+
+    @classmethod
+    def default(cls, num_heads: int, accelerated: bool, name: str = "") -> "Tree":
+        """A sound tree where none was tuned: the one published for the model, else `mc_sim_7b_63`.
+
+        A GPU or TPU verifies 64 tokens for little more than one; a CPU pays for
+        each, so there the tree is cut to CPU_NODES.
+        """
+        name = name.lower()
+        fitting = (f"vicuna_{size}_stage2" for size in ("7b", "13b", "33b") if size in name)
+        published = next(fitting, "mc_sim_7b_63") if "vicuna" in name else "mc_sim_7b_63"
+        if "zephyr" in name:
+            published = "zephyr_stage2"
+        tree = cls.published(published).limit_depth(num_heads)
+        return tree if accelerated else tree.cut(CPU_NODES)
+
+    def cut(self, size: int) -> "Tree":
+        """The first nodes up to `size` tokens, root included.
+
+        Published and tuned trees list their nodes in order of value, so this is
+        the best tree of that size. Raises InputError where the order is not
+        parents-first, or `size` is no size.
+        """
+        if size < 1:
+            raise InputError(f"a tree has at least one token, the root; got size {size}")
+        return Tree(self.nodes[: size - 1])
+
+    def limit_depth(self, depth: int) -> "Tree":
+        """Without the nodes deeper than `depth`."""
+        return Tree(tuple(node for node in self.nodes if len(node) <= depth))
+
+    def check(self, num_heads: int, vocab_size: int) -> None:
+        """Raises InputError, naming the node, if heads or vocabulary are too small for it."""
+        for node in self.nodes:
+            if len(node) > num_heads:
+                raise InputError(
+                    f"tree node {list(node)} is {len(node)} deep, but there are "
+                    f"{num_heads} Medusa heads"
+                )
+            if max(node) >= vocab_size:
+                raise InputError(
+                    f"tree node {list(node)} asks for rank {max(node)} of a vocabulary of "
+                    f"{vocab_size}"
+                )
+
+    @property
+    def size(self) -> int:
+        """N, tokens verified in one pass."""
+        return len(self.nodes) + 1
+
+    @property
+    def depth(self) -> int:
+        """Deepest node = heads needed; 0 for the root alone."""
+        return max(map(len, self.nodes), default=0)
+
+    @property
+    def path_cells(self) -> int:
+        """E, tokens of the longest path, root included."""
+        return self.depth + 1
+
+    @property
+    def top_k(self) -> int:
+        """R, ranks needed of each head."""
+        return max((max(node) for node in self.nodes), default=-1) + 1
+
+    @functools.cached_property
+    def slots(self) -> tuple[Node, ...]:
+        """Node of each slot; the root is the empty tuple."""
+        return ((), *sorted(self.nodes, key=lambda node: (len(node), node)))
+
+    @functools.cached_property
+    def depths(self) -> np.ndarray:
+        """Distance from the root [N]; also a token's position past the root's."""
+        return np.array([len(node) for node in self.slots], np.int32)
+
+    @functools.cached_property
+    def ranks(self) -> np.ndarray:
+        """Rank of each node in its head's list [N]; 0 for the root."""
+        return np.array([node[-1] if node else 0 for node in self.slots], np.int32)
+
+    @functools.cached_property
+    def parents(self) -> np.ndarray:
+        """Slot of each node's parent [N]; PAD for the root."""
+        slot_of = {node: slot for slot, node in enumerate(self.slots)}
+        return np.array([slot_of[node[:-1]] if node else PAD for node in self.slots], np.int32)
+
+    @functools.cached_property
+    def ancestors(self) -> np.ndarray:
+        """Slots from the root down to each node, itself included, then PAD [N, E]."""
+        table = np.full((self.size, self.path_cells), PAD, np.int32)
+        for slot, parent in enumerate(self.parents):
+            if slot:
+                table[slot] = table[parent]
+            table[slot, self.depths[slot]] = slot
+        return table
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """True where a token (row) sees another: itself and its ancestors [N, N]."""
+        return (self.ancestors[:, :, None] == np.arange(self.size)).any(axis=1)
+
+    def candidate_indices(self, top_k: int) -> np.ndarray:
+        """Where each slot's token stands in [root, head 1's top_k, head 2's top_k, ...] [N].
+
+        The example tree with top_k 10 -> (0, 1, 2, 11).
+        """
+        indices = 1 + (self.depths - 1) * top_k + self.ranks
+        return np.where(self.depths == 0, 0, indices)
+
+    @property
+    def cells(self) -> np.ndarray:
+        """`candidate_indices` where each head gives just the ranks that the tree needs [N]."""
+        return self.candidate_indices(self.top_k)
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Slots with children, ascending."""
+        return tuple(np.unique(self.parents[1:]).tolist())
+
+    def depth_of(self, slots: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Depth of one node a row."""
+        return jnp.asarray(self.depths)[slots]
+
+    def path_of(self, slots: Int[Array, " B"]) -> Int[Array, "B E"]:
+        """Slots from the root to one node a row, then PAD."""
+        return jnp.asarray(self.ancestors)[slots]
+
+    @property
+    def leaf_paths(self) -> np.ndarray:
+        """`ancestors` of the leaves, last slot first: the original's `retrieve_indices` [P, E]."""
+        leaves = sorted(set(range(self.size)) - set(self.parents.tolist()), reverse=True)
+        return self.ancestors[leaves]
+
+
+@functools.cache
+def _published() -> dict[str, list[list[int]]]:
+    source = importlib.resources.files("medusa_jax.drafting") / "published_trees.json"
+    return json.loads(source.read_text())
+
+
+def published_names() -> list[str]:
+    """Names that `Tree.published` knows."""
+    return list(_published())

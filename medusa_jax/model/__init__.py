@@ -1,0 +1,1 @@
+"""The backbone: tokens to hidden states and logits."""

@@ -1,0 +1,190 @@
+"""The backbone: a Llama-family decoder as a functional Flax Linen module.
+
+`Backbone(config).apply({"params": params}, ...)` maps a block of tokens to
+hidden states and to the block's own keys and values. What the block may see of
+itself is a mask (causal in a prompt, ancestors in a tree); what it sees of the
+past is a `KVCache`, which it only reads.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.kv_cache import Block, KVCache
+from medusa_jax.model.layers import attend, rms_norm, rope_tables, rotate, within_window
+from medusa_jax.model.linear import multiply, project
+from medusa_jax.shapes import typed
+
+Parts = list[tuple[Array, Array, Array]]
+
+
+class Linear(nn.Module):
+    """x W^T + b with W [out, in], or with its transpose where `layout` has made one."""
+
+    features: int
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.has_variable("params", "kernel"):
+            y = multiply(x, self.get_variable("params", "kernel"))
+        else:
+            shape = (self.features, x.shape[-1])
+            y = project(x, self.param("weight", self.kernel_init, shape))
+        y = y.astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Scale-only norm over the last axis."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return rms_norm(x, scale, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Parts
+    ) -> tuple[Array, Array, Array]:
+        """x [B, T, D], mask [B, T, T], past parts -> (out [B, T, D], keys, values of a `Block`)."""
+        config = self.config
+
+        def heads(name: str, count: int) -> Array:
+            linear = Linear(count * config.head_dim, config.qkv_bias, name=name)
+            return linear(x).reshape(*x.shape[:2], count, config.head_dim)
+
+        queries = heads("query", config.num_heads)
+        keys = heads("key", config.num_kv_heads)
+        values = heads("value", config.num_kv_heads)
+        if config.qk_norm:
+            queries = RMSNorm(config.norm_eps, name="query_norm")(queries)
+            keys = RMSNorm(config.norm_eps, name="key_norm")(keys)
+        queries = rotate(queries, *rope)
+        keys = rotate(keys, *rope).transpose(0, 2, 3, 1)
+        values = values.swapaxes(1, 2)
+        mixed = attend(queries, [*past, (keys, values, mask)])
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
+        return out, keys, values
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: down(silu(gate x) * up x)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        gate = Linear(config.ffn_size, config.mlp_bias, name="gate")(x)
+        up = Linear(config.ffn_size, config.mlp_bias, name="up")(x)
+        return Linear(config.hidden_size, config.mlp_bias, name="down")(nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One decoder block: x + attention(norm x), then x + mlp(norm x)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Parts
+    ) -> tuple[Array, Array, Array]:
+        eps = self.config.norm_eps
+        normed = RMSNorm(eps, name="attention_norm")(x)
+        out, keys, values = Attention(self.config, name="attention")(normed, rope, mask, past)
+        x = x + out
+        x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
+        return x, keys, values
+
+
+class Backbone(nn.Module):
+    """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed = nn.Embed(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config, name=f"layer_{i}") for i in range(config.num_layers)]
+        self.final_norm = RMSNorm(config.norm_eps)
+        if not config.tied and not self.has_variable("params", "lm_head_kernel"):
+            init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+            shape = (config.vocab_size, config.hidden_size)
+            self.lm_head = self.param("lm_head", init, shape)
+
+    @typed
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "#B T T"],
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Block]:
+        """Runs one block of tokens.
+
+        Args:
+          tokens: ids [B, T].
+          positions: place of each token in its sequence, from 0 [B, T].
+          mask: True where a token sees another of the same block
+            ([B, T, T], or one [1, T, T] for all rows); sliding windows are applied on top.
+          cache: the past, each row up to its length; None where there is none.
+
+        Returns:
+          hidden states after the final norm [B, T, D] (the `h_t` of the paper,
+          input of lm_head and Medusa heads alike), and the block's own keys
+          [B, K, C, T] and values [B, K, T, C], per layer.
+        """
+        if cache is None:
+            rope = rope_tables(self.config, positions)
+        else:
+            cos, sin = cache.rope
+            rope = cos[positions], sin[positions]
+        x = self.embed(tokens)
+        windows = set(self.config.windows)
+        masks = {w: mask & within_window(positions, positions, w) for w in windows}
+        past_masks = {}
+        if cache is not None:
+            slots = jnp.arange(cache.capacity)[None]
+            filled = (slots < cache.length[:, None])[:, None]
+            past_masks = {w: filled & within_window(positions, slots, w) for w in windows}
+        keys, values = [], []
+        for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
+            past = []
+            if cache is not None:
+                past = [(cache.keys[i], cache.values[i], past_masks[window])]
+            x, layer_keys, layer_values = layer(x, rope, masks[window], past)
+            keys.append(layer_keys)
+            values.append(layer_values)
+        hidden = self.final_norm(x)
+        if self.is_initializing() and not self.config.tied:
+            _ = self.lm_head  # so that it is created
+        return hidden, (tuple(keys), tuple(values))
+
+    def unembed(self, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
+        """Next-token logits, float32 [*dims, V]."""
+        if self.has_variable("params", "lm_head_kernel"):
+            return multiply(hidden, self.get_variable("params", "lm_head_kernel"))
+        return project(hidden, self.embed.embedding if self.config.tied else self.lm_head)
+
+
+def causal_mask(size: int) -> Array:
+    """Each token sees itself and those before it [1, T, T].
+
+    size 3 -> rows (1 0 0), (1 1 0), (1 1 1). Prompts are padded on the right,
+    so no real token ever sees padding.
+    """
+    return jnp.tril(jnp.ones((1, size, size), bool))

@@ -1,0 +1,119 @@
+"""The key/value cache: preallocated, one length per row, only accepted tokens inside.
+
+A decode step reads the cache in place and keeps its own tree's keys and values
+beside it (`layers.attend`); `commit` then writes the accepted path. So rejected
+nodes are never written, and slots at or beyond a row's length are never read.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.layers import rope_tables
+from medusa_jax.shapes import typed
+
+# Keys and values of one block of tokens, layer by layer: [B, K, C, T] each and [B, K, T, C] each.
+Block = tuple[tuple[Array, ...], tuple[Array, ...]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens each row has accepted.
+
+    Layers are separate arrays, not one stacked array: slicing a layer out of a
+    stack copies it. Each head's keys and values are one contiguous matrix, laid out
+    as the product that reads it wants: q K with K [C, S], then p V with V [S, C].
+    Were keys [S, C], a CPU would gather them column by column from cold memory,
+    which took up to four times as long.
+
+    Attributes:
+      keys: per layer [B, K, C, S], rotated.
+      values: per layer [B, K, S, C].
+      length: valid slots of each row [B] int32.
+      rope: `layers.rope_tables` of every slot, [S, C / 2] each: looked up by a step, whose
+        every layer XLA would have compute them anew on a CPU, for queries and for keys.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array
+    rope: tuple[Array, Array]
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of slots a row has."""
+        return self.keys[0].shape[3]
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache of `capacity` slots a row. Zeros, so that unread slots stay finite."""
+    heads, width = (batch, config.num_kv_heads), config.head_dim
+    layers = range(config.num_layers)
+    return KVCache(
+        keys=tuple(jnp.zeros((*heads, width, capacity), dtype) for _ in layers),
+        values=tuple(jnp.zeros((*heads, capacity, width), dtype) for _ in layers),
+        length=jnp.zeros(batch, jnp.int32),
+        rope=rope_tables(config, jnp.arange(capacity)),
+    )
+
+
+def write_block(cache: KVCache, block: Block, start: int | Array) -> KVCache:
+    """Writes a block of T tokens at the same slots `start .. start + T` of every row.
+
+    Lengths are left as they are: rows shorter than the block hold padding
+    there, which the caller's lengths keep out of sight.
+    """
+
+    def write(layers: tuple[Array, ...], block: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis)
+            for slots, new in zip(layers, block, strict=True)
+        )
+
+    keys, values = block
+    return dataclasses.replace(
+        cache, keys=write(cache.keys, keys, 3), values=write(cache.values, values, 2)
+    )
+
+
+@typed
+def commit(
+    cache: KVCache, block: Block, path: Int[Array, "B E"], count: Int[Array, " B"]
+) -> KVCache:
+    """Appends the first `count` nodes of each row's path to its cache.
+
+    All E cells are written, so that shapes stay static; those beyond `count`
+    land past the new length, where nothing is read and the next step writes.
+
+    Example: a row of length 7 whose path is nodes (0, 2, 5) with count 2 gets
+    node 0 in slot 7 and node 2 in slot 8 (node 5 in slot 9, unread); its length
+    becomes 9.
+
+    Args:
+      cache: every row needs E free slots past its length.
+      block: keys [B, K, C, N] and values [B, K, N, C] of the N nodes, per layer.
+      path: node in each cell of the accepted path [B, E].
+      count: nodes kept of it, 0 to E [B].
+    """
+
+    def append(layers: tuple[Array, ...], nodes: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+        def row(slots: Array, new: Array, cells: Array, start: Array) -> Array:
+            taken = jnp.take(new, cells, axis).astype(slots.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(slots, taken, start, axis)
+
+        rows = jax.vmap(row)
+        return tuple(
+            rows(old, new, path, cache.length) for old, new in zip(layers, nodes, strict=True)
+        )
+
+    keys, values = block
+    return dataclasses.replace(
+        cache,
+        keys=append(cache.keys, keys, 2),
+        values=append(cache.values, values, 1),
+        length=cache.length + count,
+    )

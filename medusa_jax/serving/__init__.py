@@ -1,0 +1,1 @@
+"""Prompts to answers, many at a time."""

@@ -1,0 +1,114 @@
+"""Tuned trees: where `medusa_jax.tune` leaves them and `--tree auto` looks.
+
+One JSON file a model, device and precision, under $MEDUSA_JAX_CACHE (default:
+~/.cache/medusa_jax), with a tuning for each acceptance and batch size that was
+asked for. A model directory may bring trees of its own in `medusa_trees.json`,
+for the kinds of device its makers had.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from medusa_jax.checkpoints.load import Model
+from medusa_jax.checkpoints.tensors import write_json
+from medusa_jax.decoding.acceptance import Acceptance, Greedy
+from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
+
+BESIDE = "medusa_trees.json"
+
+
+def cache_file(model: Model, dtype: str) -> Path:
+    """Where this model's trees for this device are kept."""
+    home = os.environ.get("MEDUSA_JAX_CACHE") or Path.home() / ".cache" / "medusa_jax"
+    kind = re.sub(r"\W+", "-", device()).strip("-").lower()
+    kind += f"-x{model.mesh.size}" if model.mesh else ""
+    return Path(home) / "trees" / f"{model.fingerprint}-{kind}-{dtype}.json"
+
+
+def device() -> str:
+    """This process's kind of device; of a CPU its model, and how many cores there are."""
+    if jax.default_backend() != "cpu":
+        return jax.devices()[0].device_kind
+    return f"cpu {cpu()} {os.cpu_count()}"
+
+
+def cpu() -> str:
+    """This machine's processor by name, as far as it is known."""
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or "cpu"
+
+
+def describe(acceptance: Acceptance) -> dict[str, Any]:
+    """An acceptance as it is written down: {"scheme": "Lossless", "temperature": 1.0, ...}."""
+    fields = dataclasses.asdict(acceptance) if dataclasses.is_dataclass(acceptance) else {}  # pyrefly: ignore
+    return {"scheme": type(acceptance).__name__} | fields
+
+
+def save(path: Path, tuning: dict[str, Any]) -> None:
+    """Adds a tuning to a file, in place of one for the same acceptance and batch size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def same(other: dict[str, Any]) -> bool:
+        return all(other.get(key) == tuning[key] for key in ("acceptance", "batch_size"))
+
+    kept = [one for one in read(path) if not same(one)]
+    write_json(path, {"tunings": [*kept, tuning]})
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The tunings of a file; none where it is not there.
+
+    Raises:
+      InputError: it is no file of tunings.
+    """
+    if not path.is_file():
+        return []
+    try:
+        tunings = json.loads(path.read_text())["tunings"]
+        for one in tunings:
+            tree_of(one)
+            _ = one["acceptance"]["scheme"], one["batch_size"]
+    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        raise InputError(f"{path} is no file of tuned trees ({error}); delete it") from None
+    return tunings
+
+
+def tree_of(tuning: dict[str, Any]) -> Tree | Grown:
+    """The tree of a tuning: a list of nodes, or a recipe to grow one at every step."""
+    tree = tuning["tree"]
+    return Grown(**tree) if isinstance(tree, dict) else Tree.from_lists(tree)
+
+
+def find(model: Model, acceptance: Acceptance, batch_size: int, dtype: str) -> Tree | Grown | None:
+    """The tree tuned for this model here, else one that came with it for such a device.
+
+    The same acceptance is looked for first, then its scheme at another
+    temperature, then greedy's, then any; among equals the nearest batch size.
+    """
+    wanted = describe(acceptance)
+    backend = jax.default_backend()
+    here = read(cache_file(model, dtype))
+    brought = [one for one in read(model.directory / BESIDE) if one.get("backend") == backend]
+
+    def far(tuning: dict[str, Any]) -> tuple[bool, bool, bool, float]:
+        found = tuning["acceptance"]
+        apart = max(batch_size, tuning["batch_size"]) / min(batch_size, tuning["batch_size"])
+        scheme = found["scheme"]
+        return found != wanted, scheme != wanted["scheme"], scheme != Greedy.__name__, apart
+
+    for tunings in (here, brought):
+        if tunings:
+            return tree_of(min(tunings, key=far))
+    return None

@@ -1,0 +1,56 @@
+"""The training step through the compiler of a machine that is not here, and its memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from medusa_jax.distributed.aot import Memory, compile_for
+from medusa_jax.distributed.rules import abstract
+from medusa_jax.distributed.topology import devices
+from medusa_jax.training import settings
+from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
+from medusa_jax.training.settings import Config
+from medusa_jax.training.setup import assemble
+from medusa_jax.training.trainer import check_length
+from medusa_jax.training.weights import Weights, heads_shape, layout, model_shape, split
+
+
+def compile_step(config: Config, topology: str) -> Memory:
+    """Compiles a run's training step for a topology, prints and returns its memory.
+
+    Raises:
+      InputError: settings or topology are wrong.
+      DoesNotFit: it needs more than a chip's memory.
+    """
+    settings.check(config)
+    mesh = make_mesh(config.mesh, devices(topology))
+    check_batch(mesh, config.optim)
+    check_length(config, model_shape(config, absent=True))
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return compile_for(topology, f"{topology} ({shape})", lambda: lower(config, mesh))
+
+
+def lower(config: Config, mesh: Mesh) -> Any:
+    """The step of a run, lowered for a mesh from shapes alone."""
+    model = model_shape(config, absent=True)
+    heads = heads_shape(config, model)
+    table = layout(config, model, heads)
+    leaves = {path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for path, p in table.items()}
+    trainable, frozen = split(leaves, table)
+    weights = Weights(model, heads, trainable, abstract(frozen, mesh))
+    state, program = assemble(config, weights, mesh, config.optim.steps or 1000, donate=False)
+    pieces = config.optim.accumulation
+    shape = (pieces, config.optim.batch_size // pieces, config.data.sequence_length)
+    place = NamedSharding(mesh, BATCH)
+    batch = {
+        key: jax.ShapeDtypeStruct(shape, kind, sharding=place)
+        for key, kind in (
+            ("tokens", jnp.int32),
+            ("segments", jnp.int32),
+            ("positions", jnp.int32),
+            ("learnt", jnp.bool_),
+        )
+    }
+    return program.step.lower(state, weights.frozen, batch)

@@ -1,0 +1,65 @@
+"""What a run computes, put together once: its starting state and its compiled functions."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medusa_jax.distributed.rules import abstract
+from medusa_jax.training.mesh import HIDDEN
+from medusa_jax.training.objective import Objective
+from medusa_jax.training.optimizer import optimizer
+from medusa_jax.training.settings import Config
+from medusa_jax.training.step import Ramp, TrainState, init_state, make_evaluation, make_step
+from medusa_jax.training.weights import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions of a run on its mesh.
+
+    Attributes:
+      objective: what is minimised.
+      step: `state.make_step`.
+      evaluate: `state.make_evaluation`.
+    """
+
+    objective: Objective
+    step: Any
+    evaluate: Any
+
+
+def assemble(
+    config: Config, weights: Weights, mesh: Mesh, steps: int, *, donate: bool = True
+) -> tuple[TrainState, Program]:
+    """The state before the first step (`starting_state`), and what advances it.
+
+    Args:
+      steps: of the whole run; schedules depend on it.
+    """
+    rule = optimizer(config, steps)
+    state, places = starting_state(weights, rule, mesh, donate=donate)
+    hidden = NamedSharding(mesh, HIDDEN)
+    objective = Objective.of(config, weights.model, weights.heads, hidden)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    ramp = Ramp.of(config.loss, steps)
+    step = make_step(objective, rule, ramp, config.seed, (places, everywhere))
+    return state, Program(objective, step, make_evaluation(objective, everywhere))
+
+
+def starting_state(
+    weights: Weights, rule: optax.GradientTransformation, mesh: Mesh, *, donate: bool
+) -> tuple[TrainState, Any]:
+    """The state before the first step, and its shardings.
+
+    With `donate` off, of weights that are shapes only, it is shapes only.
+    """
+    make = functools.partial(init_state, optimizer=rule)
+    shape = abstract(jax.eval_shape(make, weights.trainable), mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shape)
+    if not donate:
+        return shape, places
+    return jax.jit(make, donate_argnums=0, out_shardings=places)(weights.trainable), places

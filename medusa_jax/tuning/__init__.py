@@ -1,0 +1,1 @@
+"""The tree that decodes fastest for these heads and this device."""

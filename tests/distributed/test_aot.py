@@ -1,0 +1,91 @@
+"""Steps compiled from shapes alone, for machines that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.models import TINY
+from helpers.paths import TESTS
+
+from medusa_jax.distributed.aot import DoesNotFit, compile_for
+from medusa_jax.model.kv_cache import init_cache
+
+# Simulated devices need a process of their own, which has not used JAX yet.
+SCRIPT = """
+import dataclasses, json
+from helpers.models import TINY
+from medusa_jax.bench.aot import compile_decoding
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+
+heads = HeadsConfig(2, 1, TINY.hidden_size, TINY.vocab_size)
+every = {}
+for mesh in ("tensor=1", "tensor=2"):
+    found = compile_decoding(
+        TINY, heads, "bfloat16", "cpu:4", mesh,
+        sizes=[8], batch_sizes=[2], prompt_tokens=16, capacity=60,
+    )
+    every[mesh] = {name: dataclasses.asdict(one) for name, one in found.items()}
+print(json.dumps(every))
+"""
+
+
+def test_decoding_compiles_for_devices_that_are_not_here():
+    """Over two devices each holds half the weights and half the cache, which stays in place."""
+    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cpu:4 (tensor=2), step of 8, batch 2: 0.00 GiB per device (arguments" in done.stdout
+    every = json.loads(done.stdout.splitlines()[-1])
+    one, two = every["tensor=1"], every["tensor=2"]
+    assert list(one) == list(two) == ["prefill of 16, batch 2", "step of 8, batch 2"]
+    cache = jax.eval_shape(lambda: init_cache(TINY, 2, 64, jnp.dtype("bfloat16")))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
+    for found, ways in ((one, 1), (two, 2)):
+        step = found["step of 8, batch 2"]
+        assert size / ways <= step["aliased"] < size / ways + 4096  # and the small state
+        assert found["prefill of 16, batch 2"]["outputs"] >= size / ways
+        assert step["outputs"] < 4096
+    for name in one:
+        assert 0.5 <= two[name]["arguments"] / one[name]["arguments"] < 0.6
+
+
+def test_what_a_chip_has_no_room_for():
+    """The sum is more than the chip has; or its compiler says so itself."""
+
+    def large():
+        numbers = jax.ShapeDtypeStruct((5 * 2**30,), jnp.float32)
+        return jax.jit(lambda x: x + 1).lower(numbers)
+
+    with pytest.raises(DoesNotFit, match=r"^it: 42,949,672,960 bytes .* exceed 17,179,869,184$"):
+        compile_for("v5e:2x2", "it", large)
+    compile_for("v5p:2x2x1", "it", large)
+
+    for said in (  # by the compiler for TPUs
+        "Ran out of memory in memory space hbm. Used 26.54G of 15.75G hbm. Exceeded by 10.79G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (26.54G) exceeds "
+        "available HBM (15.75G).",
+    ):
+
+        def refused(said: str = said):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}\n\nmore")
+
+        with pytest.raises(DoesNotFit, match=r"^it: needs 26.54G per device, which has 15.75G$"):
+            compile_for("v5e:2x2", "it", refused)
+
+
+def test_bench_needs_a_shape_to_compile(capsys):
+    from medusa_jax.bench.__main__ import parse
+
+    with pytest.raises(SystemExit) as done:
+        parse(["--compile_only", "v5e:2x2"])
+    assert done.value.code == 2
+    assert "--compile_only needs the name of a shape: --random_weights" in capsys.readouterr().err

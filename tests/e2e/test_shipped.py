@@ -1,0 +1,97 @@
+"""The model that comes with the project: what a newcomer's two commands show."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from medusa_jax.checkpoints.load import Model, load_model
+from medusa_jax.cli import decoding_flags
+from medusa_jax.data.prompts import read_requests
+from medusa_jax.data.tokenizer import Text
+from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
+from medusa_jax.decoding.decoder import Decoder, outputs
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.serving import tree_store
+
+
+@pytest.fixture(autouse=True)
+def _no_trees_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDUSA_JAX_CACHE", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Model:
+    return load_model(decoding_flags.shipped(""))
+
+
+def test_it_is_small_and_whole(shipped: Model):
+    files = list(decoding_flags.shipped("").iterdir())
+    assert sum(file.stat().st_size for file in files) <= 32e6
+    assert {"README.md", "config.json", "tokenizer.json", tree_store.BESIDE} <= {
+        f.name for f in files
+    }
+    assert shipped.heads.num_heads >= 4
+    assert shipped.heads.shared
+
+
+def test_a_tree_tuned_for_it_comes_with_it(shipped: Model):
+    greedy, lossless, typical = (
+        tree_store.find(shipped, scheme, 1, "float32")
+        for scheme in (Greedy(), Lossless(1.0), Typical())
+    )
+    assert greedy is not None
+    assert greedy.size > 1
+    assert lossless is not None  # the root alone, where nothing is to be gained
+    assert typical == greedy  # the nearest that was tuned
+
+
+def test_a_story_and_the_ratio(run: Any):
+    code, out, err = run("--prompt", "Once upon a time", "--compare", "--max_new_tokens", "80")
+    assert code == 0
+    assert out.startswith("Once upon a time")
+    assert len(out.split()) > 40
+    assert "mean accepted length" in err
+    assert "1 of 1 texts are the same" in err
+
+
+def test_a_table_is_booked_and_the_answer_ends_by_itself(run: Any):
+    code, out, _ = run("--chat", stdin="I want to book a table at a restaurant.\n")
+    answer = out.strip()
+    assert code == 0
+    assert 3 < len(answer.split()) < 60
+    assert answer[-1] in ".?!"
+    assert any(word in answer.lower() for word in ("restaurant", "city", "eat", "time"))
+
+
+def test_hugging_face_writes_the_same_text(shipped: Model):
+    prompt = Text(shipped.directory).encode([{"role": "user", "content": "One day, a dog"}])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        shipped.directory, dtype=torch.float32
+    )
+    expected = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=40,
+    )
+    tree = Tree.published("mc_sim_7b_63").cut(8)
+    decoder = Decoder(shipped.config, shipped.heads, tree, capacity=128)
+    state = decoder.prefill(shipped.params, [prompt], max_new_tokens=40)
+    (ours,) = outputs(decoder.generate(shipped.params, state))
+    assert ours.token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_its_prompts_can_be_read():
+    requests = list(read_requests(decoding_flags.shipped("prompts.jsonl")))
+    assert len(requests) >= 50
+    assert {request.category for request in requests} == {"tales", "dialogues"}
+
+
+def test_its_config_is_a_plain_llamas():
+    config = json.loads(decoding_flags.shipped("config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["medusa_num_heads"] == 4

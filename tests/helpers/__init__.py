@@ -1,0 +1,1 @@
+"""What tests share. Importable because `pythonpath` names `tests` (pyproject.toml)."""

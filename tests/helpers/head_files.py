@@ -1,0 +1,170 @@
+"""Makes, spoils and compares checkpoint files for the tests of loading."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from medusa_jax.checkpoints.load import load_model
+from medusa_jax.errors import InputError
+from medusa_jax.param_paths import flat, nested
+
+WIDTH, VOCAB, LAYERS = 16, 24, 2
+NPZ = dict[str, np.ndarray]
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(file: Path, change: Callable[[NPZ], NPZ | None]) -> None:
+    tensors = load_file(file)
+    save_file(change(tensors) or tensors, file)
+
+
+def writable_copy(source: Path, target: Path) -> Path:
+    """Copies a read-only directory's files."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def save_bin(tensors: dict[str, torch.Tensor], config: Path, directory: Path) -> Path:
+    """Writes two `.bin` shards, their index and the config."""
+    directory.mkdir(exist_ok=True)
+    names = list(tensors)
+    half = len(names) // 2
+    shards = {
+        "pytorch_model-00001-of-00002.bin": names[:half],
+        "pytorch_model-00002-of-00002.bin": names[half:],
+    }
+    for shard, inside in shards.items():
+        torch.save({name: tensors[name] for name in inside}, directory / shard)
+    placed = {name: shard for shard, inside in shards.items() for name in inside}
+    index = {"metadata": {"total_size": 0}, "weight_map": placed}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    shutil.copy(config / "config.json", directory)
+    return directory
+
+
+def random_heads(
+    heads: int, layers: int = 1, width: int = WIDTH, vocab: int | None = VOCAB, prefix: str = ""
+) -> NPZ:
+    """Head tensors under the original's names; without `vocab`, those of its version 2."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    tensors = {}
+    for i in range(heads):
+        for j in range(layers):
+            tensors[f"{prefix}{i}.{j}.linear.weight"] = normal(width, width)
+            tensors[f"{prefix}{i}.{j}.linear.bias"] = normal(width)
+        if vocab:
+            tensors[f"{prefix}{i}.{layers}.weight"] = normal(vocab, width)
+    return tensors
+
+
+def heads_file(directory: Path, tensors: NPZ) -> Path:
+    file = directory / "medusa_lm_head.safetensors"
+    save_file(tensors, file)
+    return file
+
+
+def stored(params: dict[str, Any]) -> dict[str, Any]:
+    """Nested parameters [out, in], as in files, of those that are laid out for decoding."""
+    names = {"kernel": "weight", "lm_head_kernel": "lm_head", "vocab_kernel": "vocab"}
+    single = {}
+    for path, leaf in flat(params).items():
+        heads = enumerate(leaf) if path.startswith("block_") else ()
+        single |= {f"head_{i}/{path}": one for i, one in heads} or {path: leaf}
+    leaves = {}
+    for path, leaf in single.items():
+        *inner, name = path.split("/")
+        there = "/".join([*inner, names.get(name, name)])
+        leaves[there] = np.asarray(leaf).T if name in names else np.asarray(leaf)
+    return nested(leaves)
+
+
+def by_name(params: dict[str, Any]) -> NPZ:
+    """Head parameters under the names of the original's files."""
+    tensors, params = {}, stored(params)
+    for i in range(len(params)):
+        head = params[f"head_{i}"]
+        blocks = [name for name in head if name.startswith("block_")]
+        for j in range(len(blocks)):
+            for kind in ("weight", "bias"):
+                tensors[f"{i}.{j}.linear.{kind}"] = np.asarray(head[f"block_{j}"][kind])
+        if "vocab" in head:
+            tensors[f"{i}.{len(blocks)}.weight"] = np.asarray(head["vocab"])
+    return tensors
+
+
+def assert_same(ours: NPZ, theirs: NPZ) -> None:
+    """Equal names, types, shapes and bits."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
+        assert ours[name].tobytes() == tensor.tobytes(), name
+
+
+def error_of(*arguments: Any) -> str:
+    with pytest.raises(InputError) as error:
+        load_model(*arguments)
+    return str(error.value)
+
+
+def names_in(dialect: str, head: int, layers: int) -> dict[str, str]:
+    """One head's tensor names in a dialect, by those of the original, written out."""
+    prefix = {"v1.0": "medusa_head.", "mlc": "medusa_head.", "modelopt": "medusa_heads."}
+    block, vocab = {
+        "vllm": (f"blocks.{head}.layers.%d", f"lm_heads.{head}.weight"),
+        "trtllm": (
+            f"medusa_heads.{head}.medusa_layers.%d.linear",
+            f"medusa_heads.{head}.lm_head.weight",
+        ),
+    }.get(
+        dialect,
+        (
+            f"{prefix.get(dialect, '')}{head}.%d.linear",
+            f"{prefix.get(dialect, '')}{head}.{layers}.weight",
+        ),
+    )
+    names = {f"{head}.{layers}.weight": vocab}
+    for layer in range(layers):
+        for kind in ("weight", "bias"):
+            names[f"{head}.{layer}.linear.{kind}"] = f"{block % layer}.{kind}"
+    return names
+
+
+def renamed(tensors: NPZ, dialect: str, heads: int, layers: int) -> NPZ:
+    """The original's head tensors under a dialect's names; others keep theirs."""
+    names: dict[str, str] = {}
+    for head in range(heads):
+        names |= names_in(dialect, head, layers)
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def heads_directory(directory: Path, tensors: NPZ, **config: Any) -> Path:
+    """A directory of `model.safetensors` and a config."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def original(place: Path, tensors: NPZ, **config: Any) -> Path:
+    """A v0.1 or v2 directory."""
+    place.mkdir()
+    heads_file(place, tensors)
+    (place / "config.json").write_text(json.dumps(config))
+    return place

@@ -1,0 +1,103 @@
+"""Decoding on one device and on eight, as a script: simulated devices need a process of their own.
+
+    JAX_NUM_CPU_DEVICES=8 python tests/tensor_parallel.py OUT [STORIES HEADS]
+
+Writes OUT, a JSON object: of each case what one device and what several made, and what the
+compiled loop of several is made of.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helpers.models import TINY, random_model
+from medusa_jax.checkpoints.load import load_model
+from medusa_jax.decoding.acceptance import Greedy, Lossless
+from medusa_jax.decoding.decoder import Decoder, outputs
+from medusa_jax.decoding.stats import step_bytes
+from medusa_jax.distributed.rules import decode_mesh, shardings
+from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.model.linear import for_decoding
+
+PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
+NEW_TOKENS = (20, 9, 14)
+TREE = Tree.from_lists([[0], [1], [0, 0], [0, 1], [1, 0]])
+KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def collectives(text: str) -> list[tuple[str, list[int]]]:
+    """Kind and shape of every array that a compiled program exchanges between devices."""
+    return [
+        (kind, [int(size) for size in shape.split(",") if size])
+        for shapes, kind in re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", text)
+        for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    ]
+
+
+def compare(alone: Decoder, params: Any, together: Decoder, split: Any) -> dict[str, Any]:
+    """Decodes with one device, and with those of a mesh."""
+    found: dict[str, Any] = {"nodes": alone.tree.size, "layers": alone.config.num_layers}
+    found |= {"width": alone.config.hidden_size, "vocab": alone.config.vocab_size}
+    found["heads"] = alone.tree.depth
+    for name, decoder, weights in (("one", alone, params), ("several", together, split)):
+        state = decoder.prefill(weights, PROMPTS, max_new_tokens=NEW_TOKENS)
+        found[f"{name}_bytes"] = step_bytes(decoder, weights, 10)
+        generate = Decoder.generate.lower(decoder, weights, state).compile()
+        if decoder.mesh is not None:
+            slots = state.cache.keys[0]
+            shard = slots.addressable_shards[0].data
+            text, shape = generate.as_text(), ",".join(map(str, shard.shape))
+            found["collectives"] = collectives(text)
+            found["kv_heads"] = shard.shape[1]
+            found["copies"] = len(re.findall(rf"\[{shape}\]\S* copy\(", text))
+            found["cache_bytes"] = 2 * alone.config.num_layers * shard.nbytes
+            found["aliased"] = generate.memory_analysis().alias_size_in_bytes
+        done = outputs(generate(weights, state))
+        found[name] = [dataclasses.asdict(output) for output in done]
+    return found
+
+
+def random(devices: int, tree: Any, acceptance: Any, **shape: Any) -> dict[str, Any]:
+    """With a tiny random model."""
+    config = dataclasses.replace(TINY, **shape)
+    model = random_model(config)
+    params = for_decoding(model.params, tied=config.tied)
+    if isinstance(tree, Grown):
+        size = config.vocab_size
+        scores = jax.random.normal(jax.random.key(0), (size + 1, size + 1))
+        params["bigrams"] = {"rows": jnp.arange(size, dtype=jnp.int32), "scores": scores}
+    mesh = decode_mesh(f"tensor={devices}", config)
+    split = jax.device_put(params, shardings(params, mesh))
+    alone = Decoder(config, model.heads, tree, acceptance)
+    return compare(alone, params, dataclasses.replace(alone, mesh=mesh), split)
+
+
+def stories(model: str, heads: str) -> dict[str, Any]:
+    """With a real model, of which each device reads its part."""
+    alone, split = load_model(model, heads), load_model(model, heads, mesh="tensor=8")
+    assert alone.fingerprint == split.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, alone.params, split.params)
+    decoder = Decoder(alone.config, alone.heads, TREE)
+    together = dataclasses.replace(decoder, mesh=split.mesh)
+    return compare(decoder, alone.params, together, split.params)
+
+
+if __name__ == "__main__":
+    out, *real = sys.argv[1:]
+    found = {
+        "multi_head": random(4, TREE, Greedy(), num_layers=1, windows=(None,), num_kv_heads=4),
+        "grouped": random(
+            8, Grown(7, 2, 4), Lossless(0.8), num_heads=8, head_dim=4, tied=True, qkv_bias=True
+        ),
+    }
+    if real:
+        found["stories"] = stories(*real)
+    Path(out).write_text(json.dumps(found))

@@ -1,0 +1,227 @@
+"""`python -m medusa_jax.distill` as a user runs it: what it writes, resumes and refuses."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from medusa_jax.checkpoints.load import load_model
+from medusa_jax.data.prompts import Request
+from medusa_jax.data.tokenizer import Text
+from medusa_jax.decoding.acceptance import Greedy, Lossless
+from medusa_jax.distill import word_range
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
+from medusa_jax.serving.generator import Answerer, Limits
+
+FULL_STOP = 426  # the token "." of stories260K
+LIMITS = Limits(max_length=128, stop_ids=(1, 2, FULL_STOP))
+
+
+@pytest.fixture
+def run(run_module):
+    return functools.partial(run_module, "distill")
+
+
+@pytest.fixture
+def model(shared) -> list[object]:
+    """Flags of most tests, so that few shapes are compiled."""
+    flags = ["--max_length", 128, "--batch_size", 4, "--stop_id", FULL_STOP]
+    return ["--model", shared / "models/stories260K", *flags]
+
+
+@pytest.fixture
+def tales(tmp_path) -> Path:
+    """Seven plain texts; the fifth has a prompt that does not fit 128 tokens."""
+    names = ["Tom", "Lily", "Ben", "Anna", "Sam", "Mia", "Tim"]
+    texts = [f"One day  {name} went out to play and then home again." for name in names]
+    texts[4] = "Pneumonoultramicroscopic" * 20
+    file = tmp_path / "tales.txt"
+    file.write_text("<|endoftext|>".join(texts))
+    return file
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    """Three turns after a system message; one turn that does not fit; one without a name."""
+    turns = [["Hi, who are you?", "And then?", "Why?"], ["Tom", "word " * 400], ["Lily ran"]]
+    records = [
+        {"id": f"c{i}", "conversations": [said for text in texts for said in _said(text)]}
+        for i, texts in enumerate(turns)
+    ]
+    records[0]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    del records[2]["id"]
+    file = tmp_path / "chats.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.fixture
+def template(tmp_path) -> Path:
+    file = tmp_path / "marked.jinja"
+    file.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}Lily and")
+    return file
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": "(the data's own answer)"}]
+
+
+def _records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _values(record: dict) -> list[str]:
+    return [said["value"] for said in record["conversations"]]
+
+
+def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales, tmp_path):
+    """Prompts as they stand in the text, answers as greedy decoding continues them."""
+    output = tmp_path / "out.jsonl"
+    flags = [*model, "--data", tales, "--words", 4, "--temperature", 0]
+    flags += ["--heads", shared / "models/stories260K-medusa", "--tree", "mc_sim_7b_63"]
+    code, err = run(*flags, "--output", output)
+    assert code == 0
+    assert f"6 records added to {output}; skipped: 1 (the first: {tales}, record 5" in err
+    written = _records(output)
+    assert [one["input"] for one in written] == [0, 1, 2, 3, 5, 6]
+    assert written[1]["id"] == "tales.txt-1"
+    text = Text(shared / "models/stories260K")
+    answerer = Answerer(stories, text, Tree(), Greedy(), LIMITS)
+    for one in written:
+        prompt, story = _values(one)
+        assert prompt.startswith("One day  ") and prompt.endswith(" went")
+        ((expected,),) = answerer.answer([Request.of_text(prompt)], [(0, 0)], 4)
+        assert story == expected["text"] and story.startswith(" ")
+        assert one["truncated"] == (expected["finish_reason"] == "length")
+
+
+def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, template, tmp_path):
+    """Turn after turn, as `Answerer.answer` holds it; what does not fit ends it early."""
+    output = tmp_path / "out.jsonl"
+    flags = ["--data", chats, "--chat_template", template]
+    code, err = run(*model, *flags, "--seed", 3, "--output", output)
+    assert code == 0 and "ended before their last turn: 1 (the first: " in err
+    first, second, third = _records(output)
+    assert [one["id"] for one in (first, second, third)] == ["c0", "c1", "chats.json-2"]
+    speakers = [said["from"] for said in first["conversations"]]
+    assert speakers == ["system", *["human", "gpt"] * 3] and not first["truncated"]
+    assert len(_values(second)) == 2 and not second["truncated"]
+
+    directory = shared / "models/stories260K"
+    text = Text(directory, template=str(template))
+    plain = Answerer(load_model(directory), text, Tree(), Lossless(0.3), LIMITS, seed=3)
+    system = {"role": "system", "content": "Be brief."}
+    request = Request(tuple(_values(first)[1::2]), (system,))
+    (answers,) = plain.answer([request], [(0, 0)], 4)
+    assert _values(first)[2::2] == [answer["text"].strip() for answer in answers]
+    assert any(answer["text"].startswith(" ") for answer in answers)
+    ((answer,),) = plain.answer([Request.of_text("Lily ran")], [(2, 0)], 4)
+    assert _values(third) == ["Lily ran", answer["text"].strip()]
+
+
+def test_an_answer_cut_off_ends_its_conversation(run, model, chats, template, tmp_path):
+    output = tmp_path / "out.jsonl"
+    flags = ["--data", chats, "--chat_template", template, "--max_new_tokens", 3]
+    assert run(*model, *flags, "--output", output)[0] == 0
+    written = _records(output)
+    assert [one["truncated"] for one in written] == [True] * 3
+    assert [len(_values(one)) for one in written] == [3, 2, 2]
+
+
+@pytest.mark.parametrize("kept", [0, 150, -20, None])
+def test_an_interrupted_run_goes_on_byte_for_byte(run, model, tales, tmp_path, kept):
+    """Cut inside a line, inside the last line, or not at all; other batches after it."""
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    flags = [*model, "--data", tales, "--words", "2-6"]
+    assert run(*flags, "--output", whole)[0] == 0
+    assert len({len(_values(one)[0].split()) for one in _records(whole)}) > 1
+    shutil.copy(f"{whole}.settings.json", f"{cut}.settings.json")
+    cut.write_bytes(whole.read_bytes()[:kept])
+    lines = cut.read_bytes().count(b"\n")
+    code, err = run(*flags, "--output", cut, "--batch_size", 2)
+    assert code == 0 and f"{6 - lines} records added" in err
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_shards_share_the_inputs_out(run, model, tales, tmp_path):
+    whole, *parts = (tmp_path / f"{i}.jsonl" for i in range(3))
+    flags = [*model, "--data", tales, "--words", 3]
+    assert run(*flags, "--output", whole)[0] == 0
+    for i, part in enumerate(parts):
+        assert run(*flags, "--output", part, "--shard", f"{i}/2", "--batch_size", 2)[0] == 0
+    together = [one for part in parts for one in _records(part)]
+    assert sorted(together, key=lambda one: one["input"]) == _records(whole)
+    assert [one["input"] for one in _records(parts[1])] == [1, 3, 5]
+
+
+def test_prompt_records_and_repeated_ones(run, model, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(
+        '{"turns": ["Tom", "Then"], "question_id": 7}\n{"prompt": "Ben"}\nno JSON\n'
+        '{"prompt_ids": [1, 403]}\n{"prompt": "Ben"}\n{"prompt": "Mia"}\n'
+    )
+    flags = [*model, "--data", prompts, "--output", output, "--unique"]
+    code, err = run(*flags, "--chat_template", "zephyr")
+    assert code == 0 and "skipped: 2 (the first: " in err and "line 3: not JSON" in err
+    written = [(one["id"], one["input"], _values(one)[0]) for one in _records(output)]
+    assert written == [
+        ("7", 0, "Tom"),
+        ("prompts.jsonl-1", 1, "Ben"),
+        ("prompts.jsonl-4", 4, "Mia"),
+    ]
+
+
+def test_a_refused_input_keeps_what_came_before(run, model, tales, tmp_path):
+    output = tmp_path / "out.jsonl"
+    flags = [*model, "--data", tales, "--words", 3, "--output", output]
+    code, err = run(*flags, "--on_bad", "refuse")
+    assert code == 2 and f"error: {tales}, record 5 has " in err
+    assert [one["input"] for one in _records(output)] == [0, 1, 2, 3]
+    assert run(*flags)[0] == 0  # skipping it instead is no other setting
+    assert [one["input"] for one in _records(output)] == [0, 1, 2, 3, 5, 6]
+
+
+def test_other_settings_do_not_continue_an_output(run, model, tales, tmp_path):
+    output = tmp_path / "out.jsonl"
+    flags = [*model, "--data", tales, "--words", 3, "--output", output]
+    assert run(*flags, "--max_documents", 2)[0] == 0
+    before = output.read_bytes()
+    code, err = run(*flags, "--max_documents", 2, "--seed", 1, "--temperature", 0.5)
+    assert code == 2
+    assert "made with other settings: --seed was 0, is 1; --temperature was 0.3, is 0.5" in err
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    code, err = run(*flags, "--max_documents", 2)
+    assert code == 2 and "out.jsonl.settings.json cannot be read" in err
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "tales.txt, record 1 is plain text: give --words"),
+        (["--words", "9-4"], "--words 9-4: expected a number of words N, or a range N-M"),
+        (["--shard", "2/2"], "--shard 2/2: expected I/N with 0 <= I < N"),
+        (["--acceptance", "nucleus"], "unknown acceptance 'nucleus'"),
+        (["--data", "none.jsonl"], "none.jsonl does not exist"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--output", "no/dir/out.jsonl"], "its directory does not exist"),
+    ],
+)
+def test_wrong_flags_exit_with_2_and_one_message(run, tales, tmp_path, flags, message):
+    """All of it is found before a model is loaded: there is none here."""
+    words = ["--words", 3] if flags else []
+    code, err = run("--model", "none", "--data", tales, "--output", tmp_path / "o", *words, *flags)
+    assert code == 2 and message in err and err.count("error:") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_word_ranges():
+    assert word_range(None) is None
+    assert word_range("7") == (7, 7)
+    assert word_range("4-12") == (4, 12)
+    for flag in ("0", "-3", "4-", "a"):
+        with pytest.raises(InputError, match="--words"):
+            word_range(flag)

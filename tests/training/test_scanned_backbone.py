@@ -1,0 +1,69 @@
+"""The backbone in a loop over stacked layers, against the backbone itself."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.models import TINY, random_model, stacked
+
+from medusa_jax.model.backbone import Backbone, causal_mask
+from medusa_jax.training import scanned_backbone
+
+CONFIGS = {
+    "plain": TINY,
+    "tied, biases, qk-norm": dataclasses.replace(
+        TINY, tied=True, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True
+    ),
+    "one windowed layer": dataclasses.replace(TINY, windows=(None, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_and_logits_equal_the_backbones(name: str):
+    config = CONFIGS[name]
+    model = random_model(config)
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, config.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    batch = {"tokens": tokens, "positions": positions, "segments": jnp.ones_like(tokens)}
+    backbone: Any = Backbone(config)
+    variables = {"params": model.params["backbone"]}
+    expected, _ = jax.jit(backbone.apply)(variables, tokens, positions, causal_mask(12))
+    params = stacked(model.params, config.num_layers)["backbone"]
+
+    def ours(params: Any, *, remat: bool) -> Any:
+        hidden = scanned_backbone.hidden_states(config, params, batch, remat=remat)
+        return hidden, scanned_backbone.logits(config, params, hidden)
+
+    hidden, logits = jax.jit(lambda params: ours(params, remat=False))(params)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+    unembed = jax.jit(lambda v, h: backbone.apply(v, h, method="unembed"))
+    np.testing.assert_allclose(logits, unembed(variables, expected), atol=1e-4)
+
+
+def test_documents_of_one_row_do_not_see_each_other():
+    """Two documents packed in a row have the hidden states they have alone."""
+    params = stacked(random_model(TINY).params, TINY.num_layers)["backbone"]
+    tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, TINY.vocab_size)
+    packed = {
+        "tokens": tokens,
+        "segments": jnp.array([[1] * 7 + [2] * 5]),
+        "positions": jnp.array([[*range(7), *range(5)]]),
+    }
+    run = jax.jit(lambda batch: scanned_backbone.hidden_states(TINY, params, batch))
+    together = run(packed)
+    for part in (slice(0, 7), slice(7, 12)):
+        alone = run({key: array[:, part] for key, array in packed.items()})
+        np.testing.assert_allclose(together[:, part], alone, atol=1e-5)
+
+
+def test_places_of_layers_in_the_stack():
+    assert scanned_backbone.place("layer_3/mlp/up/weight") == ("layers/mlp/up/weight", 3)
+    assert scanned_backbone.place("lm_head") == ("lm_head", None)
+    assert scanned_backbone.members("layers/mlp/up/weight", 2) == [
+        "layer_0/mlp/up/weight",
+        "layer_1/mlp/up/weight",
+    ]
+    assert scanned_backbone.members("embed/embedding", 2) == ["embed/embedding"]

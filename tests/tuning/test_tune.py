@@ -1,0 +1,143 @@
+"""`python -m medusa_jax.tune`, and the trees that `--tree auto` finds."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medusa_jax import tune
+from medusa_jax.checkpoints.load import Model
+from medusa_jax.cli import decoding_flags
+from medusa_jax.decoding.acceptance import Greedy, Lossless
+from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
+from medusa_jax.serving import tree_store
+
+FLAGS = ["--max_new_tokens", "24", "--sizes", "1", "3", "6", "--repeats", "2"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of tuned trees."""
+    monkeypatch.setenv("MEDUSA_JAX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def flags_of(shared: Path, *more: str) -> argparse.Namespace:
+    models = shared / "models"
+    where = ["--model", str(models / "stories260K"), "--heads", str(models / "stories260K-medusa")]
+    return tune.parse([*where, *more])
+
+
+def tuning(tree: Any, scheme: Any = None, batch_size: int = 1, **more: Any) -> dict[str, Any]:
+    found = tree_store.describe(scheme or Greedy())
+    return {"acceptance": found, "batch_size": batch_size, "tree": tree, "backend": "cpu"} | more
+
+
+def test_tunes_and_is_found_again(
+    shared: Path,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(tune, "FINAL", 1.0)  # however fast they are, all are timed again
+    prompts = home / "prompts.jsonl"
+    texts = ("Once upon a time", "One day, a girl", "Tom and Lily")
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    flags = flags_of(shared, "--prompts", str(prompts), *FLAGS)
+    tune.main(flags)
+    table = capsys.readouterr().out
+    (path,) = (home / "trees").glob("*.json")
+    (made,) = json.loads(path.read_text())["tunings"]
+    assert [row["tree"] for row in made["table"]] == ["1", "3", "6", "6:2"]
+    assert [row["nodes"] for row in made["table"]] == [1, 3, 6, 6]
+    lengths = [row["mean_accepted_length"] for row in made["table"]]
+    assert lengths[0] == 1 < lengths[1] < lengths[3] <= lengths[2]
+    assert made["best"] == tune.choose(made["table"])
+    assert len(made["tree"]) + 1 == made["best"]["nodes"]
+    assert all(0 < sum(head) <= 1 for head in made["accuracy"])
+    assert "| 6" in table and path.with_suffix(".png").stat().st_size > 1000
+    model = decoding_flags.load_model(flags.model, flags.heads)
+    flags.tree, flags.batch_size = "auto", 1
+    assert decoding_flags.choose_tree(flags, model, Greedy()) == Tree.from_lists(made["tree"])
+
+
+def rows_of(*figures: tuple[str, float, float]) -> list[dict]:
+    names = ("tree", "tokens_per_second", "mean_accepted_length")
+    return [dict(zip(names, row, strict=True)) for row in figures]
+
+
+def test_among_equally_fast_trees_the_one_that_accepts_most_is_taken():
+    rows = rows_of(("1", 100.0, 1.0), ("4", 200.0, 2.4), ("8", 197.0, 2.9), ("16", 190.0, 3.3))
+    assert tune.choose(rows) == rows[2]
+
+
+def test_no_tree_slower_than_plain_decoding_is_taken():
+    rows = rows_of(("1", 100.0, 1.0), ("4", 99.5, 1.2), ("8", 99.0, 1.3))
+    assert tune.choose(rows) == rows[0]
+    rows[1]["tokens_per_second"] = 100.5  # now as fast as plain, and the 99 still slower
+    assert tune.choose(rows) == rows[1]
+
+
+def test_bad_flags(shared: Path, home: Path):
+    with pytest.raises(InputError, match="--repeats must be at least 1, got 0"):
+        tune.main(flags_of(shared, "--repeats", "0"))
+    with pytest.raises(InputError, match="a tree has at least one token, got 0"):
+        tune.main(flags_of(shared, "--sizes", "0", "4"))
+
+
+def test_nearest_acceptance_then_batch_is_found(stories: Model, home: Path):
+    path = tree_store.cache_file(stories, "float32")
+    for tree, scheme, batch in (
+        ([[0]], Greedy(), 1),
+        ([[1]], Greedy(), 8),
+        ([[2]], Lossless(1.0), 1),
+        ({"size": 6, "depth": 3, "top_k": 4}, Lossless(0.5), 4),
+    ):
+        tree_store.save(path, tuning(tree, scheme, batch))
+
+    def found(scheme: Any, batch: int) -> Tree | Grown | None:
+        return tree_store.find(stories, scheme, batch, "float32")
+
+    assert found(Greedy(), 2) == Tree(((0,),))
+    assert found(Greedy(), 16) == Tree(((1,),))
+    assert found(Lossless(1.0), 64) == Tree(((2,),))
+    assert found(Lossless(0.5), 1) == Grown(6, 3, 4)
+    assert tree_store.find(stories, Greedy(), 1, "bfloat16") is None
+    other = dataclasses.replace(stories, fingerprint="of-another-model")
+    assert tree_store.find(other, Greedy(), 1, "float32") is None
+
+
+def test_a_second_tuning_replaces_the_first(stories: Model, home: Path):
+    path = tree_store.cache_file(stories, "float32")
+    tree_store.save(path, tuning([[0]]))
+    tree_store.save(path, tuning([[0]], batch_size=4))
+    tree_store.save(path, tuning([[1]]))
+    assert [one["tree"] for one in tree_store.read(path)] == [[[0]], [[1]]]
+
+
+def test_trees_that_come_with_a_model_serve_its_kind_of_device(stories: Model, home: Path):
+    model = dataclasses.replace(stories, directory=home)
+    brought = [tuning([[0], [1]], backend="tpu"), tuning([[0], [0, 0]])]
+    (home / tree_store.BESIDE).write_text(json.dumps({"tunings": brought}))
+    assert tree_store.find(model, Greedy(), 1, "float32") == Tree(((0,), (0, 0)))
+
+
+@pytest.mark.parametrize("content", ["nonsense", "{}", '{"tunings": [{"tree": [[0, 0]]}]}'])
+def test_a_broken_file_is_named(stories: Model, home: Path, content: str):
+    path = tree_store.cache_file(stories, "float32")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(InputError, match="no file of tuned trees"):
+        tree_store.find(stories, Greedy(), 1, "float32")
+
+
+def test_fingerprint_tells_weights_apart(stories: Model, shared: Path):
+    models = shared / "models"
+    merged = decoding_flags.load_model(models / "stories260K-medusa-1.0")
+    again = decoding_flags.load_model(models / "stories260K", models / "stories260K-medusa")
+    assert again.fingerprint == stories.fingerprint != merged.fingerprint
