@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from medusa_jax.checkpoints.load import resolve
+from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.cli import decoding_flags, runner
 from medusa_jax.data.corpus import Corpus
 from medusa_jax.data.encoding import encode

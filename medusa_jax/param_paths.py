@@ -1,4 +1,8 @@
-"""Nested parameter dicts addressed by path: "heads/head_0/block_0/weight"."""
+"""Nested parameter dicts addressed by path: "heads/head_0/block_0/weight".
+
+A leaf is whatever is no mapping: `flat` keeps a `model.linear.Weight` whole, and so does
+`map_with_path` where `is_leaf` says so. A path ends in the parameter's name, never inside it.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,9 +38,12 @@ def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return nested(flat(one) | flat(other))
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_with_path(
+    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """`jax.tree.map` whose function also gets the path, of any pytree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
         tree,
+        is_leaf=is_leaf,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.data.tokenizer import Text
 from medusa_jax.decoding.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
@@ -112,11 +113,6 @@ def grown(model: Model, size: int, depth: int | None = None) -> Grown:
     # ask for more ranks costs what these then accept.
     wide = max(size - 1, 1)
     return Grown(size, deep, min(ranks(model), wide))
-
-
-def shipped(name: str) -> Path:
-    """A file of the model that comes with the project, or, for "", its directory."""
-    return Path(__file__).parents[1] / "shipped" / name
 
 
 def dtype(flags: argparse.Namespace) -> str:

@@ -117,11 +117,10 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
       cached_tokens: tokens in the cache, summed over the rows of the batch.
     """
     config, backbone = decoder.config, dict(params["backbone"])
-    if not config.tied or "lm_head_kernel" in backbone:
+    if not config.tied or "lm_head" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
     depth, heads = decoder.tree.depth, decoder.heads
-    leaves = jax.tree.leaves(backbone)
-    weights = float(sum(map(_bytes, leaves)))
+    weights = float(_bytes(backbone))
     for path, leaf in flat(params["heads"] if depth else {}).items():
         if path.startswith("block_"):  # of all heads
             weights += _bytes(leaf) * depth / heads.num_heads
@@ -129,16 +128,17 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
             weights += _bytes(leaf)
     if depth and heads.shared:
         # Heads wait for the accepted node, so a projection of the backbone's is read once more.
-        lies = ("lm_head_kernel", "lm_head", "embed")
-        unembedding = next(backbone[name] for name in lies if name in backbone)
-        weights += sum(
-            map(_bytes, jax.tree.leaves(params["heads"].get("vocab_kernel", unembedding)))
-        )
+        unembedding = backbone["lm_head"] if "lm_head" in backbone else backbone["embed"]
+        weights += _bytes(params["heads"].get("vocab", unembedding))
     kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
-    per_token = 2 * config.num_layers * kv_heads * config.head_dim * leaves[0].dtype.itemsize
+    itemsize = jax.tree.leaves(backbone)[0].dtype.itemsize
+    per_token = 2 * config.num_layers * kv_heads * config.head_dim * itemsize
     return weights + cached_tokens * per_token
 
 
-def _bytes(leaf: jax.Array) -> int:
-    """Of the part that one device has."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def _bytes(tree: Any) -> int:
+    """Of the parts that one device has."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
