@@ -57,16 +57,12 @@ def abstract_model(
 ) -> dict[str, Any]:
     """Abstract {"backbone", "heads"} laid out for decoding, and over a mesh where there is one."""
     tables = {"backbone": backbone_places(config), "heads": head_places(heads)}
-    stored = {
-        part: nested(
-            {
-                "/".join(place.path): jax.ShapeDtypeStruct(place.shape, jnp.float32)
-                for place in table.values()
-            }
-        )
+    leaves = {
+        "/".join((part, *place.path)): jax.ShapeDtypeStruct(place.shape, jnp.float32)
         for part, table in tables.items()
+        for place in table.values()
     }
-    shapes = jax.eval_shape(functools.partial(for_decoding, tied=config.tied), stored)
+    shapes = jax.eval_shape(functools.partial(for_decoding, tied=config.tied), nested(leaves))
     return abstract(shapes, mesh) if mesh else shapes
 
 

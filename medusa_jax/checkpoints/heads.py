@@ -90,8 +90,8 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
     # vLLM's reader drops this prefix too.
     prefix = re.compile(r"medusa_heads\.(?=blocks|lm_head|token_map)")
     tensors = {prefix.sub("", name): tensor for name, tensor in tensors.items()}
-    known = [one.names for one in DIALECTS.values()]
-    names = wanted or max(known, key=lambda one: _seen(one, tensors))
+    known = [dialect.names for dialect in DIALECTS.values()]
+    names = wanted or max(known, key=lambda names: _seen(names, tensors))
     if not _seen(names, tensors):
         of = f" of dialect {dialect}" if dialect else ""
         raise InputError(
@@ -105,7 +105,7 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
         tensors = _vllm(tensors, source, settings)
     config, by_path = _counted(names, tensors, source)
     if not dialect:
-        dialect = next(name for name, one in DIALECTS.items() if one.names is names)
+        dialect = next(name for name, known in DIALECTS.items() if known.names is names)
     if names is MERGED:
         dialect = "v1.0" if rest else "mlc"
     elif dialect in ("v0.1", "v2"):
@@ -156,13 +156,13 @@ def head_tensors(source: Path, expected: HeadsConfig) -> Tensors:
 
 
 def _seen(names: HeadNames, tensors: Tensors) -> int:
-    """How many tensors are named as one head's."""
-    kinds = (_kind(names, name) for name in tensors)
-    return sum(kind is not None and "h" in kind[1] for kind in kinds)
+    """How many tensors have the name of a head's own tensor."""
+    parsed = (_role(names, name) for name in tensors)
+    return sum(role is not None and "h" in role[1] for role in parsed)
 
 
-def _kind(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
-    """What a tensor is to a head, and the numbers in its name; None: nothing."""
+def _role(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
+    """The part of a head that a tensor is, and the numbers in its name; None for no part."""
     templates = {
         "weight": f"{names.linear}.weight",
         "bias": f"{names.linear}.bias",
@@ -170,30 +170,30 @@ def _kind(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
         "shared": names.shared,
         "token_map": names.token_map,
     }
-    for kind, template in templates.items():
+    for role, template in templates.items():
         pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(template))
         if template and (match := re.fullmatch(pattern, tensor)):
-            return kind, match.groupdict()
+            return role, match.groupdict()
     return None
 
 
 def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsConfig, Tensors]:
-    """The shape that the tensors say, and they by the path of their parameter."""
-    parsed = {name: kind for name in tensors if (kind := _kind(names, name))}
+    """The shape of the heads, counted from the tensors, and the tensors by parameter path."""
+    parsed = {name: role for name in tensors if (role := _role(names, name))}
     if unknown := sorted(tensors.keys() - parsed.keys()):
         layout = "the original's" if names is ORIGINAL else "a known"
         raise InputError(
             f"{source}: not {layout} head layout; unknown tensors: {', '.join(unknown)}"
         )
 
-    def named(kind: str) -> list[str]:
-        return [name for name, (of, _) in parsed.items() if of == kind]
+    def named(role: str) -> list[str]:
+        return [name for name, (its, _) in parsed.items() if its == role]
 
     def count(letter: str) -> int:
-        numbers = (int(found[letter]) for _, found in parsed.values() if letter in found)
+        numbers = (int(n[letter]) for _, n in parsed.values() if letter in n)
         return 1 + max(numbers, default=-1)
 
-    if not named("bias"):  # none at all is one of zeros
+    if not named("bias"):  # the dialect allows heads without biases
         zeros = {name.replace("weight", "bias"): _zeros(tensors[name]) for name in named("weight")}
         tensors = tensors | zeros
     projections = named("vocab") + named("shared")
@@ -235,7 +235,7 @@ def _vllm(tensors: Tensors, source: Path, settings: dict[str, Any]) -> Tensors:
 
 
 def _join_ranks(directory: Path, settings: dict[str, Any]) -> Tensors:
-    """TensorRT-LLM's heads, of which each rank holds some rows; padded vocabularies are cut."""
+    """TensorRT-LLM's heads from the rows that each rank holds; padded vocabularies are cut."""
     mapping = settings.get("mapping", {})
     size = mapping.get("tp_size", 1)
     first = (mapping.get("pp_size", 1) - 1) * size  # the last pipeline stage has the heads

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from medusa_jax.checkpoints.heads import (
@@ -30,7 +29,6 @@ from medusa_jax.checkpoints.weight_layout import placed, stacked
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting import bigrams
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
-from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig, from_hf
 from medusa_jax.param_paths import nested
 
@@ -188,11 +186,12 @@ def _loaded(
     """
     leaves: dict[str, Any] = {}
     for path, tensor in tensors.items():
-        kind = "int32" if path == "token_map" else dtype
+        leaf_dtype = "int32" if path == "token_map" else dtype
         rows = min(-(-64 // max(math.prod(tensor.shape[1:]), 1)), tensor.shape[0])
-        first = tensor.cast(kind).read((slice(0, rows),)).reshape(-1)[:64]
+        first = tensor.cast(leaf_dtype).read((slice(0, rows),)).reshape(-1)[:64]
         digest.update(f"{path} {tensor.shape}".encode() + first.tobytes())
-        leaves |= jax.tree.map(lambda leaf: leaf.cast(kind), placed(path, tensor, tied=tied))
+        parameter = placed(path, tensor, tied=tied)
+        leaves |= jax.tree.map(lambda leaf: leaf.cast(leaf_dtype), parameter)
     tree = nested(stacked(leaves, StoredTensor.stack))
     if mesh is None:
         return jax.tree.map(lambda tensor: put(tensor.read, tensor.shape, None), tree)

@@ -34,7 +34,7 @@ class HeadsConfig:
       hidden_size: D of the backbone they were trained on.
       vocab_size: V, or 0 where the heads' own tensors do not say (shared or truncated).
       shared: logits through one projection, the backbone's lm_head or its
-        `token_map` rows, instead of an own one (the original's version "2").
+        `token_map` rows, instead of its own (the original's version "2").
       truncated: W, rows of the projection where it has fewer than V; else 0.
     """
 
@@ -54,21 +54,14 @@ class Head(nn.Module):
 
     config: HeadsConfig
 
-    def setup(self) -> None:
-        config = self.config
-        self.blocks = _blocks(config)
-        if not config.shared:
-            rows = config.truncated or config.vocab_size
-            self.vocab = parameter(self, "vocab", (rows, config.hidden_size))
-
+    @nn.compact
     def __call__(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
         """Logits, float32 [*dims, W], from hidden states [*dims, D]."""
-        features = _features(self.blocks, x)
-        return unembed(features) if self.config.shared else self.project(features)
-
-    def project(self, features: Array) -> Array:
-        """Logits by the head's own projection, float32 [*dims, W]."""
-        return self.vocab.dot(features)
+        config, features = self.config, _features(_blocks(self.config), x)
+        if config.shared:
+            return unembed(features)
+        rows = config.truncated or config.vocab_size
+        return parameter(self, "vocab", (rows, config.hidden_size)).dot(features)
 
 
 class MedusaHeads(nn.Module):
@@ -81,11 +74,7 @@ class MedusaHeads(nn.Module):
 
     config: HeadsConfig
 
-    def setup(self) -> None:
-        config = self.config
-        self.blocks = _blocks(config, stack=(config.num_heads,))
-        self.heads = [Head(config, name=f"head_{i}") for i in range(config.num_heads)]
-
+    @nn.compact
     def __call__(self, hidden: Array, unembed: Callable[[Array], Array]) -> list[Array]:
         """Logits of each head, float32 [*dims, W].
 
@@ -93,11 +82,15 @@ class MedusaHeads(nn.Module):
           hidden: the backbone's hidden states after its final norm [*dims, D].
           unembed: the backbone's own projection, for shared heads without one.
         """
-        *dims, width = hidden.shape
-        x = jnp.broadcast_to(hidden[..., None, :], (*dims, self.config.num_heads, width))
-        features = _features(self.blocks, x)
-        if not self.config.shared:
-            return [head.project(features[..., i, :]) for i, head in enumerate(self.heads)]
+        config, (*dims, width) = self.config, hidden.shape
+        x = jnp.broadcast_to(hidden[..., None, :], (*dims, config.num_heads, width))
+        features = _features(_blocks(config, stack=(config.num_heads,)), x)
+        if not config.shared:
+            projection = dataclasses.replace(config, num_layers=0)  # a head without its blocks
+            return [
+                Head(projection, name=f"head_{i}")(features[..., i, :], unembed)
+                for i in range(config.num_heads)
+            ]
         stored = self.get_variable("params", "vocab")
         if stored is not None:
             unembed = weight_of(stored).dot

@@ -16,7 +16,7 @@ def attend(
     queries: Float[Array, "B T H C"],
     parts: list[tuple[Float[Array, "B K C _"], Float[Array, "B K _ C"], Bool[Array, "B T _"]]],
 ) -> Float[Array, "B T H C"]:
-    """Softmax attention over keys that lie in several arrays, as if they were one.
+    """Softmax attention over keys that are stored in several arrays, as over a single array.
 
     Keeping the block's own keys apart from the cache lets a decode step read
     the cache in place and write back only what was accepted.
@@ -55,7 +55,7 @@ def _attend(queries: Array, parts: list[tuple[Array, Array, Array]]) -> Array:
     batch, length, heads, width = queries.shape
     kv_heads = parts[0][0].shape[1]
     group = heads // kv_heads
-    # One [G*T, C] matrix a key/value head: plain matrix products, whose operands lie in order.
+    # A [G*T, C] matrix per key/value head gives plain products of contiguous matrices.
     scaled = (queries * width**-0.5).reshape(batch, length, kv_heads, group, width)
     scaled = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, width)
     scores = []

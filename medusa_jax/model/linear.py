@@ -15,14 +15,14 @@ from jaxtyping import Array, Float
 
 from medusa_jax.shapes import typed
 
-# The letters of one weight's dimensions in an einsum: f is out, d is in.
+# Letters of a weight's dimensions in an einsum: f is out, d is in.
 _LETTERS = {"out_in": "fd", "in_out": "df"}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A low-rank update (LoRA) of one weight: scale B A.
+    """A low-rank update (LoRA) of a weight: scale B A.
 
     Attributes:
       a, b: [..., R, in] and [..., out, R].
@@ -73,7 +73,7 @@ class Weight:
         """
         data, letters = self.data, _LETTERS[self.order]
         if data.ndim == 3 and data.shape[0] == 1:
-            data = data[0]  # as a batch of one XLA would transpose the weight on a CPU
+            data = data[0]  # XLA would transpose a batch of size 1 on a CPU
         stack = "m" if data.ndim == 3 else ""
         equation = f"...{stack}d,{stack}{letters}->...{stack}f"
         y = jnp.einsum(equation, x, data, preferred_element_type=jnp.float32)
@@ -89,7 +89,7 @@ class Weight:
 
 
 def weight_of(leaf: Any) -> Weight:
-    """A parameter as a `Weight`: a plain array is one [out, in]."""
+    """A parameter as a `Weight`: a plain array is in the order [out, in]."""
     return leaf if isinstance(leaf, Weight) else Weight(leaf)
 
 
@@ -115,7 +115,7 @@ class Linear(nn.Module):
     Attributes:
       features: out.
       use_bias: whether there is a b.
-      stack: (M,) for the weights of M heads; () for one weight.
+      stack: (M,) for the weights of M heads; () for a single weight.
       kernel_init: initializer of W.
     """
 
