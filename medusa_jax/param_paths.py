@@ -4,6 +4,7 @@ A leaf is whatever is no mapping: `flat` keeps a `model.linear.Weight` whole, an
 `map_with_path` where `is_leaf` says so. A path ends in the parameter's name, never inside it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,11 +40,25 @@ def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_path(
-    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    function: Callable[..., Any],
+    tree: Any,
+    *others: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """`jax.tree.map` whose function also gets the path, of any pytree."""
+    """`jax.tree.map` over pytrees of one structure, whose function gets the path first."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
+        lambda path, *leaves: function(
+            jax.tree_util.keystr(path, simple=True, separator="/"), *leaves
+        ),
         tree,
+        *others,
         is_leaf=is_leaf,
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of the parts of a pytree's arrays that a single device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
 from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
 from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, check_fit, divide, open_heads
@@ -29,7 +30,6 @@ from medusa_jax.checkpoints.tensors import (
     write_model,
     write_pickle,
 )
-from medusa_jax.drafting import bigrams
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig, from_hf
@@ -106,7 +106,7 @@ def convert(
             write_pickle(directory / f"{kind.stem}.safetensors")
         if kind.merged and backbone:
             copy_beside(backbone.directory, directory)
-        if table := bigrams.beside(local):
+        if table := bigram_file.beside(local):
             shutil.copyfile(table, directory / table.name)
         write_json(directory / "config.json", settings)
         _verify(directory, target, tensors)

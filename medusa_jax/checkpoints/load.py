@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.heads import (
     StoredHeads,
     check_fit,
@@ -27,7 +28,7 @@ from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model, read_json
 from medusa_jax.checkpoints.weight_layout import placed, stacked
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
-from medusa_jax.drafting import bigrams
+from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
 from medusa_jax.model.config import ModelConfig, from_hf
 from medusa_jax.param_paths import nested
@@ -96,10 +97,10 @@ def load_model(
         heads_config = stored.config
         tensors = _with_projection(stored, backbone, config)
         params["heads"] = _loaded(tensors, dtype, digest, devices)
-        if file := bigrams.beside(source):
-            table = bigrams.load(file, config.vocab_size)
+        if file := bigram_file.beside(source):
+            table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
-            params[bigrams.NAME] = everywhere(table, devices)
+            params[NAME] = everywhere(table, devices)
     params["backbone"] = _loaded(backbone, dtype, digest, devices, tied=config.tied)
     generation = directory / "generation_config.json"
     settings |= read_json(generation) if generation.is_file() else {}
