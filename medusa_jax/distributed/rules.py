@@ -2,7 +2,7 @@
 
 The table is searched in paths, so it places an optimizer's moments, whose
 paths end like their parameter's, with their parameter. Training splits over
-(data, fsdp, tensor), see `training/sharding.py`; decoding over (tensor, group,
+(data, fsdp, tensor), see `training/mesh.py`; decoding over (tensor, group,
 copy), which together are the devices of tensor parallelism: `decode_mesh`.
 """
 
@@ -54,7 +54,7 @@ CACHE = P(None, "tensor", None, None)  # keys [B, K, C, S] and values [B, K, S, 
 def start_processes() -> None:
     """Joins the other processes of a run, where there are any.
 
-    Pods, SLURM and MPI are recognised by JAX itself. Local processes say who
+    Pods, SLURM and MPI are recognized by JAX itself. Local processes say who
     they are: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
