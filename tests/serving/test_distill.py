@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from medusa_jax.checkpoints.load import load_model
-from medusa_jax.data.prompts import Request
-from medusa_jax.data.tokenizer import ChatTokenizer
-from medusa_jax.decoding.acceptance import Greedy, Lossless
-from medusa_jax.distill import word_range
-from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.serving.generator import Answerer, Limits
+from medusa_jax.serving.distillation import word_range
+from medusa_jax.serving.generator import Generator
 
 FULL_STOP = 426  # the token "." of stories260K
-LIMITS = Limits(max_length=128, stop_ids=(1, 2, FULL_STOP))
 
 
 @pytest.fixture
@@ -30,6 +24,12 @@ def model(shared) -> list[object]:
     """Flags of most tests, so that few shapes are compiled."""
     flags = ["--max_length", 128, "--batch_size", 4, "--stop_id", FULL_STOP]
     return ["--model", shared / "models/stories260K", *flags]
+
+
+def generator(shared: Path, **options: object) -> Generator:
+    """Plain decoding of single rows with the limits of `model`."""
+    ends = {"max_length": 128, "stop_id": [FULL_STOP], "autoregressive": True}
+    return Generator.load(shared / "models/stories260K", **ends, **options)
 
 
 @pytest.fixture
@@ -88,14 +88,13 @@ def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales
     written = _records(output)
     assert [one["input"] for one in written] == [0, 1, 2, 3, 5, 6]
     assert written[1]["id"] == "tales.txt-1"
-    text = ChatTokenizer(shared / "models/stories260K")
-    answerer = Answerer(stories, text, Tree(), Greedy(), LIMITS)
+    plain = generator(shared)
     for one in written:
         prompt, story = _values(one)
         assert prompt.startswith("One day  ") and prompt.endswith(" went")
-        ((expected,),) = answerer.answer([Request.of_text(prompt)], [(0, 0)], 4)
-        assert story == expected["text"] and story.startswith(" ")
-        assert one["truncated"] == (expected["finish_reason"] == "length")
+        (expected,) = plain.generate([prompt])
+        assert story == expected.text and story.startswith(" ")
+        assert one["truncated"] == (expected.finish_reason == "length")
 
 
 def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, template, tmp_path):
@@ -110,16 +109,17 @@ def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, 
     assert speakers == ["system", *["human", "gpt"] * 3] and not first["truncated"]
     assert len(_values(second)) == 2 and not second["truncated"]
 
-    directory = shared / "models/stories260K"
-    text = ChatTokenizer(directory, template=str(template))
-    plain = Answerer(load_model(directory), text, Tree(), Lossless(0.3), LIMITS, seed=3)
-    system = {"role": "system", "content": "Be brief."}
-    request = Request(tuple(_values(first)[1::2]), (system,))
-    (answers,) = plain.answer([request], [(0, 0)], 4)
-    assert _values(first)[2::2] == [answer["text"].strip() for answer in answers]
-    assert any(answer["text"].startswith(" ") for answer in answers)
-    ((answer,),) = plain.answer([Request.of_text("Lily ran")], [(2, 0)], 4)
-    assert _values(third) == ["Lily ran", answer["text"].strip()]
+    # The same conversation in single rows: a row's draws depend on its stream and position alone.
+    single = generator(
+        shared, chat_template=str(template), acceptance="lossless", temperature=0.3, seed=3
+    )
+    messages = [{"role": "system", "content": "Be brief."}]
+    for asked, answered in zip(_values(first)[1::2], _values(first)[2::2], strict=True):
+        messages.append({"role": "user", "content": asked})
+        (answer,) = single.generate([messages])
+        assert answered == answer.text.strip()
+        messages.append({"role": "assistant", "content": answered})
+    assert _values(third)[0] == "Lily ran" and _values(third)[1]
 
 
 def test_an_answer_cut_off_ends_its_conversation(run, model, chats, template, tmp_path):

@@ -14,16 +14,8 @@ from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.tuning.head_ranks import (
-    UNKNOWN,
-    accuracy,
-    best_tree,
-    grow,
-    mean_accepted_length,
-    right_ranks,
-    simulate,
-    text_ranks,
-)
+from medusa_jax.tuning.head_ranks import UNKNOWN, accuracy, right_ranks, text_ranks
+from medusa_jax.tuning.tree_search import best_tree, grow, mean_accepted_length, simulate
 
 PROMPTS = [[1, 403, 407, 261, 378], [1, 400], [1, 20, 30, 40]]
 
