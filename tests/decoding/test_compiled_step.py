@@ -6,7 +6,6 @@ The checks find what they look for: every way to spoil a small loop is reported.
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -14,20 +13,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import hlo
+from helpers.environment import default_optimization
 from helpers.paths import TESTS
 
 CHILD = TESTS / "helpers/compiled_step.py"
 B, K, C, S, D = 3, 2, 8, 192, 32
-LEVEL = "--xla_backend_optimization_level"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Faults of each loop that the child compiled, for one device and for two."""
     out = tmp_path_factory.mktemp("compiled_step") / "found.json"
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(LEVEL)]
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = " ".join(flags)
+    env = default_optimization() | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, CHILD, out], env=env, capture_output=True, text=True, timeout=280
     )
