@@ -6,6 +6,7 @@ import runpy
 import types
 
 import jax
+import pytest
 from helpers.models import TINY
 from helpers.paths import ROOT
 
@@ -16,6 +17,8 @@ FLAGS = ["--shapes", "tiny", "--train_shape", "tiny", "--batch_sizes", "2", "--r
 FLAGS += ["--prompt_tokens", "16", "--new_tokens", "4", "--train_rows", "2", "--train_tokens", "16"]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_one_call_measures_everything_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     script = runpy.run_path(str(SCRIPT))

@@ -26,6 +26,7 @@ from medusa_jax.tuning.head_ranks import (
 PROMPTS = [[1, 403, 407, 261, 378], [1, 400], [1, 20, 30, 40]]
 
 
+@pytest.mark.slow
 def test_ranks_are_places_in_the_sorted_logits(tiny: TinyModel):
     from medusa_jax.model.backbone import Backbone, causal_mask
 
@@ -103,6 +104,7 @@ def test_replay_of_a_text_by_hand():
     assert (made, starts.tolist(), lengths.tolist()) == (6, [0, 2, 3, 5], [2, 2, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, Lossless(1.0)], ids=["greedy", "lossless"])
 def test_replay_takes_the_very_steps_of_decoding(stories: Model, scheme: Lossless | None):
     tree = Tree.published("mc_sim_7b_63").cut(20)
