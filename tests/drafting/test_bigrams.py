@@ -65,6 +65,7 @@ def test_links_worked_example(tmp_path: Path):
     np.testing.assert_allclose(found, [[[0, 0.1], [0, 0]]], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.8)], ids=["greedy", "lossless"])
 def test_pairs_of_its_own_texts_lengthen_the_paths_and_leave_the_texts(
     tiny: TinyModel, scheme: Acceptance, tmp_path: Path

@@ -13,6 +13,8 @@ from helpers.paths import SCRIPT
 
 from medusa_jax.data.tokenizer import ChatTokenizer
 
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
 
 @pytest.fixture
 def models(shared) -> Path:

@@ -19,6 +19,8 @@ from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving import tree_store
 
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
 
 @pytest.fixture(autouse=True)
 def _no_trees_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

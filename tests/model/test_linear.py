@@ -54,6 +54,7 @@ def test_names_and_shapes():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_backbone_gives_the_same_logits(tiny: TinyModel, tied: bool):
     config = dataclasses.replace(TINY, tied=tied)

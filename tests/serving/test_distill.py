@@ -77,6 +77,8 @@ def _values(record: dict) -> list[str]:
     return [said["value"] for said in record["conversations"]]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales, tmp_path):
     """Prompts as they stand in the text, answers as greedy decoding continues them."""
     output = tmp_path / "out.jsonl"
@@ -97,6 +99,8 @@ def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales
         assert one["truncated"] == (expected.finish_reason == "length")
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, template, tmp_path):
     """Turn after turn, as `Answerer.answer` holds it; what does not fit ends it early."""
     output = tmp_path / "out.jsonl"
@@ -122,6 +126,8 @@ def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, 
     assert _values(third)[0] == "Lily ran" and _values(third)[1]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_an_answer_cut_off_ends_its_conversation(run, model, chats, template, tmp_path):
     output = tmp_path / "out.jsonl"
     flags = ["--data", chats, "--chat_template", template, "--max_new_tokens", 3]
@@ -131,6 +137,8 @@ def test_an_answer_cut_off_ends_its_conversation(run, model, chats, template, tm
     assert [len(_values(one)) for one in written] == [3, 2, 2]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 150, -20, None])
 def test_an_interrupted_run_goes_on_byte_for_byte(run, model, tales, tmp_path, kept):
     """Cut inside a line, inside the last line, or not at all; other batches after it."""
@@ -146,6 +154,8 @@ def test_an_interrupted_run_goes_on_byte_for_byte(run, model, tales, tmp_path, k
     assert cut.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_shards_share_the_inputs_out(run, model, tales, tmp_path):
     whole, *parts = (tmp_path / f"{i}.jsonl" for i in range(3))
     flags = [*model, "--data", tales, "--words", 3]
@@ -157,6 +167,8 @@ def test_shards_share_the_inputs_out(run, model, tales, tmp_path):
     assert [one["input"] for one in _records(parts[1])] == [1, 3, 5]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_prompt_records_and_repeated_ones(run, model, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text(
@@ -174,6 +186,8 @@ def test_prompt_records_and_repeated_ones(run, model, tmp_path):
     ]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_refused_input_keeps_what_came_before(run, model, tales, tmp_path):
     output = tmp_path / "out.jsonl"
     flags = [*model, "--data", tales, "--words", 3, "--output", output]
@@ -184,6 +198,8 @@ def test_a_refused_input_keeps_what_came_before(run, model, tales, tmp_path):
     assert [one["input"] for one in _records(output)] == [0, 1, 2, 3, 5, 6]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_other_settings_do_not_continue_an_output(run, model, tales, tmp_path):
     output = tmp_path / "out.jsonl"
     flags = [*model, "--data", tales, "--words", 3, "--output", output]

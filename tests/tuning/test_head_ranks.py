@@ -20,6 +20,7 @@ from medusa_jax.tuning.tree_search import best_tree, grow, mean_accepted_length,
 PROMPTS = [[1, 403, 407, 261, 378], [1, 400], [1, 20, 30, 40]]
 
 
+@pytest.mark.slow
 def test_ranks_are_places_in_the_sorted_logits(tiny: TinyModel):
     from medusa_jax.model.backbone import Backbone, causal_mask
 
@@ -97,6 +98,7 @@ def test_replay_of_a_text_by_hand():
     assert (made, starts.tolist(), lengths.tolist()) == (6, [0, 2, 3, 5], [2, 2, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, Lossless(1.0)], ids=["greedy", "lossless"])
 def test_replay_takes_the_very_steps_of_decoding(stories: Model, scheme: Lossless | None):
     tree = Tree.published("mc_sim_7b_63").cut(20)

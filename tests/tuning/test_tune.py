@@ -45,6 +45,8 @@ def tuning(tree: Any, scheme: Any = None, batch_size: int = 1, **more: Any) -> d
     return {"acceptance": found, "batch_size": batch_size, "tree": tree, "backend": "cpu"} | more
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_tunes_and_is_found_again(
     shared: Path,
     home: Path,
