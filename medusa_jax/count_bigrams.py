@@ -60,9 +60,9 @@ def run(options: Options) -> None:
     print(f"{read} tokens read{left_out}; wrote pairs of {len(tokens)} to {path}", file=sys.stderr)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-count-bigrams`."""
-    runner.command(run, Options, __doc__ or "", EXAMPLE)
+    runner.command(run, Options, __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import medusa_jax
 
 PACKAGE = Path(medusa_jax.__file__).parent
@@ -107,6 +109,7 @@ def test_nothing_is_longer_than_a_reader_can_hold():
     assert not long, "\n".join(long)
 
 
+@pytest.mark.e2e
 def test_decoding_does_not_import_the_training_stack():
     code = f"import medusa_jax.decode, sys; print([m for m in {TRAINING} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

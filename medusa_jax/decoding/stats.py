@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import Output
 from medusa_jax.distributed.hardware import device_bandwidth
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.param_paths import device_bytes
@@ -48,6 +49,18 @@ class Stats:
     @property
     def mean_accepted_length(self) -> float:
         return self.made / max(self.steps, 1)
+
+    def add_passes(self, passes: int, seconds: float) -> None:
+        """Counts a call of the device loop."""
+        self.passes += passes
+        self.seconds += seconds
+        self.decode_seconds += seconds
+
+    def add_output(self, output: Output) -> None:
+        """Counts a row that has ended."""
+        self.tokens += len(output.token_ids)
+        self.steps += len(output.tokens_per_step)
+        self.made += sum(output.tokens_per_step)
 
     def __str__(self) -> str:
         line = (

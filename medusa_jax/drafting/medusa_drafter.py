@@ -1,8 +1,8 @@
 """The drafter of the paper: Medusa heads guess, a tree of their guesses is verified."""
 
 import dataclasses
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,6 +14,7 @@ from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, first_hea
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
+from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.param_paths import device_bytes, flat
 
@@ -62,11 +63,9 @@ class MedusaDrafter:
     def prepare(self, params: Params) -> Params:
         return params | {"heads": first_heads(params["heads"], self.depth)}
 
-    def draft(
-        self, params: Params, backbone: nn.Module, hidden: Float[Array, "B D"]
-    ) -> MedusaDraft:
+    def draft(self, params: Params, backbone: Backbone, hidden: Float[Array, "B D"]) -> MedusaDraft:
         asked = MedusaHeads(dataclasses.replace(self.heads, num_heads=self.depth))
-        logits = asked.apply({"params": params["heads"]}, hidden, backbone.unembed)
+        logits: Any = asked.apply({"params": params["heads"]}, hidden, backbone.unembed)
         token_map = params["heads"].get("token_map")
         guesses, values = top_guesses(logits, self.tree.top_k, token_map)
         if not self.tree.scored:

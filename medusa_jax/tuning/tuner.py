@@ -39,7 +39,7 @@ from medusa_jax.options import option
 from medusa_jax.serving import tree_store
 from medusa_jax.serving.conversations import Conversation
 from medusa_jax.serving.engine import Job
-from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, dynamic_tree, usable_ranks
 from medusa_jax.tuning import head_ranks, report, tree_search
 from medusa_jax.tuning.timing import PLAIN, Row, choose, near, predict, time_trees
@@ -82,7 +82,7 @@ def tune(options: TuneOptions) -> None:
     acceptance_of(options)
     if min(options.sizes) < 1:
         raise InputError(f"--sizes: a tree has at least one token, got {min(options.sizes)}")
-    generator = Generator.of(options)
+    generator = load_generator(options)
     prompts = read_prompts(options, generator)
     if len(prompts) < options.batch_size:
         raise InputError(f"{len(prompts)} prompts do not fill a batch of {options.batch_size}")

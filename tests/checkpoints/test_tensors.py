@@ -145,6 +145,7 @@ def save_random_llama(directory: Path, layers: int) -> Path:
     return directory
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_loading_never_holds_the_weights_twice(tmp_path: Path):
     """bfloat16 file to float32 parameters: these once, the mapped file (half), one tensor.

@@ -54,17 +54,23 @@ def check(case: dict[str, Any]) -> None:
     assert max(others) <= rows * max(case["heads"] * width, vocab)
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_as_many_heads_as_devices(found):
     check(found["multi_head"])
     # What a device reads of weights and cache; norms and the heads' biases are everybody's.
     assert found["multi_head"]["several_bytes"] < found["multi_head"]["one_bytes"] / 3.8
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_devices_that_share_key_value_heads_and_sample_with_grown_trees(found):
     check(found["grouped"])
     assert found["grouped"]["several_bytes"] < found["grouped"]["one_bytes"] / 6
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_real_model_read_part_by_part(found, shared):
     case = found["stories"]
     check(case)
@@ -72,6 +78,8 @@ def test_a_real_model_read_part_by_part(found, shared):
     assert case["several_bytes"] < case["one_bytes"] / 5
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_two_processes_of_two_devices_write_one_file(run, tmp_path: Path):
     """The command line, with the model that comes along: 6 query heads, 2 key/value heads.
 

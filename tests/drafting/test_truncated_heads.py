@@ -52,6 +52,7 @@ def test_the_examples_of_the_docstrings():
     np.testing.assert_array_equal(rows_of(jnp.array([9, 3, 7]), token_map, 10), [2, -1, 0])
 
 
+@pytest.mark.slow
 def test_decoding_as_whole_heads_and_never_another_text(tiny: TinyModel):
     """All tokens in another order take the same steps; fewer tokens, perhaps more of them."""
     tree = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0)))
@@ -95,6 +96,7 @@ def loss_of(model: TinyModel, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
     return objective.loss(params | {"heads": heads}, frozen, batch, objective.counts(batch), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_loss_over_all_tokens_in_another_order_is_that_of_whole_heads(
     tiny: TinyModel, shared: bool
@@ -116,6 +118,7 @@ def test_the_loss_over_all_tokens_in_another_order_is_that_of_whole_heads(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), terms, expected)
 
 
+@pytest.mark.slow
 def test_targets_that_cannot_be_said_cost_nothing_and_are_misses(tiny: TinyModel):
     token_map = [3, 5, 8]
     rng = np.random.default_rng(1)

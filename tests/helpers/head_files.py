@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from helpers.models import apart
@@ -19,6 +20,27 @@ from medusa_jax.param_paths import flat, nested
 
 WIDTH, VOCAB, LAYERS = 16, 24, 2
 NPZ = dict[str, np.ndarray]
+
+
+def random_llama() -> transformers.PreTrainedModel:
+    """An untied Llama with biases, so that all kinds of tensor occur."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
+    return model
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

@@ -12,6 +12,7 @@ import optax
 import pytest
 from helpers.head_files import stored
 from helpers.models import stacked
+from helpers.tiers import slow_except
 
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.data.encoding import Encoded
@@ -57,8 +58,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk", [0, 16, 37])
+@pytest.mark.parametrize("layout", slow_except(LAYOUTS, "packed and padded"))
+@pytest.mark.parametrize("chunk", slow_except([0, 16, 37], 16))
 def test_losses_equal_the_reference(
     stories: Model, params: dict[str, Any], reference: dict[str, Any], layout: str, chunk: int
 ):
@@ -75,7 +76,7 @@ def test_losses_equal_the_reference(
         assert found[f"head_top{k}"] == pytest.approx([one[place] for one in accuracies], abs=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [0, 16, 37])
+@pytest.mark.parametrize("chunk", slow_except([0, 16, 37], 16))
 def test_kl_equals_the_reference(
     stories: Model, params: dict[str, Any], reference: dict[str, Any], chunk: int
 ):
@@ -123,6 +124,7 @@ def mean_loss(chunk: int, hidden: Any, weight: Any, targets: Any, counted: Any) 
     return found.loss / found.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 3, 5, 10, 64])
 def test_gradients_equal_optax(random: dict[str, jax.Array], chunk: int):
     def plain(hidden: Any, weight: Any) -> jax.Array:
@@ -177,6 +179,7 @@ def temporaries(heads: int, vocab: int, length: int, chunk: int) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_heads_x_vocabulary_x_positions():
     logits = 4 * 2 * 1024 * 4096  # bytes of one head's logits at all positions
     whole = temporaries(heads=4, vocab=4096, length=1024, chunk=0)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.models import TINY, TinyModel, stacked
+from helpers.tiers import slow_except
 
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
@@ -87,7 +88,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_except(MODES, "medusa1"))
 def test_what_learns_changes_and_what_is_frozen_has_no_place_in_the_state(
     tiny: TinyModel, mode: str
 ):
@@ -103,6 +104,7 @@ def test_what_learns_changes_and_what_is_frozen_has_no_place_in_the_state(
     assert sum(leaf.size for leaf in moments if leaf.ndim) == 2 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["medusa1", "full", "distilled lora"])
 def test_pieces_remat_and_chunks_give_the_same_step(tiny: TinyModel, mode: str):
     setup = setup_of(tiny, MODES[mode])
@@ -113,6 +115,7 @@ def test_pieces_remat_and_chunks_give_the_same_step(tiny: TinyModel, mode: str):
     chex.assert_trees_all_close(other.opt_state, state.opt_state, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_papers(tiny: TinyModel):
     """Sections 2.2.1 and 2.2.2, written out for one document without padding."""
     tokens = make_batch()["tokens"][0]
@@ -149,6 +152,7 @@ def test_the_loss_is_the_papers(tiny: TinyModel):
         assert report(terms, 0.2, objective)["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_new_adapters_leave_the_backbone_as_it_was_and_folding_is_applying(tiny: TinyModel):
     setup = setup_of(tiny, MODES["lora"])
     fresh = {
@@ -175,6 +179,7 @@ def test_new_adapters_leave_the_backbone_as_it_was_and_folding_is_applying(tiny:
     chex.assert_trees_all_close(bare(nested(leaves), {}, batch), adapted, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_projection_and_the_lm_head_is_adapted(tiny: TinyModel):
     adapted = flat(setup_of(tiny, MODES["lora"]).trainable["adapters"])
     names = {path.rsplit("/", 1)[0] for path in adapted}
@@ -185,6 +190,7 @@ def test_every_projection_and_the_lm_head_is_adapted(tiny: TinyModel):
     assert adapted["layers/mlp/up/b"].shape == (2, TINY.ffn_size, 2)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_network_without_adapters(tiny: TinyModel):
     setup = setup_of(tiny, MODES["distilled lora"])
     batch = jax.tree.map(lambda array: array[0], make_batch())
@@ -201,6 +207,7 @@ def test_the_teacher_is_the_network_without_adapters(tiny: TinyModel):
     assert optax.tree.norm(grads) < 1e-5  # at its minimum
 
 
+@pytest.mark.slow
 def test_dropout_is_another_each_step_and_off_in_evaluation(tiny: TinyModel):
     setup = setup_of(tiny, config_of("medusa2", lora=Lora(rank=2, alpha=40.0, dropout=0.5)))
     batch = jax.tree.map(lambda array: array[0], make_batch())
@@ -216,6 +223,7 @@ def test_dropout_is_another_each_step_and_off_in_evaluation(tiny: TinyModel):
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_and_keeps_float32_masters(tiny: TinyModel):
     setup = setup_of(tiny, MODES["full"])
     _, exact = setup.step(make_batch())
@@ -225,6 +233,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_masters(tiny: TinyMode
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_heads_biases_included_learn_at_four_times_the_rate(tiny: TinyModel):
     """Adam's first update is rate x sign(gradient)."""
     setup = setup_of(tiny, MODES["full"])
@@ -244,6 +253,7 @@ def groups_of_ones(*shape: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_norm_of_all_groups_together_is_clipped():
     optim = Optim(clip=1.0, learning_rate=0.1, warmup_steps=0, beta1=0.9)
     rule = optimizer(config_of("medusa2", lora=Lora(rank=0), optim=optim), 10)
@@ -271,6 +281,7 @@ def test_only_matrices_decay():
     )
 
 
+@pytest.mark.slow
 def test_muon_turns_each_layers_matrix_and_adam_the_rest():
     """Muon's update has equal singular values, layer by layer, and the RMS of AdamW's."""
     optim = Optim(kind="muon", learning_rate=0.01, warmup_steps=0, clip=0)
@@ -336,6 +347,7 @@ def test_ramps_of_the_heads_weight():
     assert Ramp.of(Loss(heads_weight=0.2), 10)(jnp.asarray(0)) == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_medusa1_forms_no_gradient_of_the_backbone():
     """A backbone of 12 MB under activations of a few KB: its gradient could not hide."""
     model = dataclasses.replace(

@@ -122,6 +122,8 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_run_leaves_config_metrics_checkpoints_and_heads(place: Path, finished: Path):
     config = settings.from_dict(json.loads((finished / "config.json").read_text()))
     assert (config.optim.steps, config.model.path) == (24, str(place / "model"))
@@ -140,6 +142,8 @@ def test_a_run_leaves_config_metrics_checkpoints_and_heads(place: Path, finished
     }
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_heads_are_exported_in_the_originals_layout_and_read_back(place: Path, finished: Path):
     tensors = load_file(finished / "heads/medusa_lm_head.safetensors")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -189,6 +193,8 @@ def launch(
     )
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(place: Path, finished: Path, tmp_path: Path):
     """SIGKILL in the middle, a half-written line of metrics, then on to the end."""
     workdir = tmp_path / "run"
@@ -211,6 +217,8 @@ def test_a_killed_run_resumes_to_the_same_bits(place: Path, finished: Path, tmp_
 JOINT = ["--config.mode=medusa2", "--config.optim.accumulation=2", "--config.lora.dropout=0.2"]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_sigterm_saves_and_a_restart_goes_on_to_the_same_bits(place: Path, tmp_path: Path):
     """Medusa-2 with dropout and accumulation: all that random numbers and order decide."""
     code, err = train(place, tmp_path / "whole", *JOINT)
@@ -230,6 +238,8 @@ def test_sigterm_saves_and_a_restart_goes_on_to_the_same_bits(place: Path, tmp_p
     assert (workdir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_changed_data_is_noticed_before_a_run_goes_on(place: Path, finished: Path, tmp_path: Path):
     data = place / "stories.txt"
     before = data.read_text()
@@ -242,6 +252,8 @@ def test_changed_data_is_noticed_before_a_run_goes_on(place: Path, finished: Pat
     assert "the training data has changed since this run began" in err
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_checkpoints_of_nobody_knows_which_run_are_refused(
     place: Path, finished: Path, tmp_path: Path
 ):
@@ -271,6 +283,8 @@ def ended(processes: list[subprocess.Popen], code: int) -> list[str]:
     return errors
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_two_processes_train_as_one(place: Path, finished: Path, tmp_path: Path):
     """A run split over two processes, stopped by a SIGTERM to one of them, and resumed.
 
@@ -299,6 +313,8 @@ def test_two_processes_train_as_one(place: Path, finished: Path, tmp_path: Path)
         np.testing.assert_allclose(ours[key], theirs[key], atol=1e-3)
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_processes_that_do_not_share_their_directory(place: Path, tmp_path: Path):
     for said in ended(pair(place, tmp_path / "a", tmp_path / "b"), code=2):
         assert "processes [1] of 2 do not see what process 0 writes there" in said
@@ -311,6 +327,8 @@ def test_an_address_is_no_directory(place: Path):
     assert "--workdir gs://bucket/run: expected a directory, not an address" in err
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_another_config_in_the_same_directory_is_refused(place: Path, finished: Path):
     code, err = train(place, finished, "--config.optim.learning_rate=0.5", "--config.seed=3")
     assert code == 2
@@ -322,6 +340,8 @@ def test_another_config_in_the_same_directory_is_refused(place: Path, finished: 
     assert lines(finished) == before
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_nan_stops_the_run_and_names_the_last_good_checkpoint(place: Path, tmp_path: Path):
     code, err = train(
         place, tmp_path / "run", "--config.optim.learning_rate=1e30", "--config.optim.clip=0"
@@ -334,6 +354,8 @@ def test_nan_stops_the_run_and_names_the_last_good_checkpoint(place: Path, tmp_p
     assert (f"checkpoints/{saved}" if saved else "there is none yet") in message
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(place: Path, tmp_path: Path):
     """Files may grow to 12 KB only, which fails writes as a full disk does."""
     workdir, flags = tmp_path / "run", ["--config.heads.number=6", "--config.run.log_every=8"]
@@ -354,6 +376,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(place: Path, tmp_path: Path)
     assert lines(workdir) == whole
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     place: Path, finished: Path, tmp_path: Path, rank: int
@@ -389,6 +413,8 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     np.testing.assert_allclose(after, before, atol=1e-4)
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_truncated_heads_through_both_stages_to_vllm(place: Path, tmp_path: Path):
     """The map is chosen once, from the data; a resumed run and a second stage keep it.
 
@@ -418,6 +444,8 @@ def test_truncated_heads_through_both_stages_to_vllm(place: Path, tmp_path: Path
     chex.assert_trees_all_equal(served.params["heads"], merged.params["heads"])
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_pretraining_begins_with_random_weights_and_writes_a_model(place: Path, tmp_path: Path):
     flags = ["--config.mode=pretrain", "--config.model.random=true"]
     code, err = train(place, tmp_path / "run", *flags)
@@ -445,6 +473,8 @@ def trained_logits(workdir: Path, tokens: Any) -> Any:
     return Backbone(weights.model).apply({"params": backbone}, hidden, method="unembed")
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_any_checkpoint_can_be_exported(finished: Path, tmp_path: Path, capsys: Any):
     export.main(export.parse(["--workdir", str(finished), "--output", str(tmp_path / "last")]))
     name = "heads/medusa_lm_head.safetensors"
@@ -500,6 +530,8 @@ def test_nothing_left_to_learn_after_truncation(place: Path, tmp_path: Path):
     assert "none has an assistant's token left within data.sequence_length 16" in err
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_step_compiles_for_devices_that_are_not_here(place: Path):
     command = [sys.executable, "train.py", "--config", place / "config.py"]
     done = subprocess.run(
