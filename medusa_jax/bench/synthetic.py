@@ -90,8 +90,7 @@ def time_steps(
 ) -> list[dict[str, Any]]:
     """One row a batch size and tree: ms a step, its ratio to the plain step, bandwidth shares.
 
-    Sizes and batch sizes take turns, repeat by repeat, so that a machine whose
-    speed drifts hurts all alike.
+    Sizes and batch sizes take turns, so that a drift of the machine's speed affects all alike.
 
     Args:
       copy_bandwidth: measured on this device, bytes a second.
@@ -127,7 +126,7 @@ def time_steps(
         row = {
             "batch_size": batch,
             "nodes": size,
-            "depth": decoders[size].tree.depth,
+            "depth": decoders[size].drafter.depth,
             "step_ms": spread([1e3 * one for one in seconds]),
             "step_overhead": spread([a / b for a, b in zip(seconds, plain, strict=True)]),
             "bandwidth_share": spread([read / one / copy_bandwidth for one in seconds]),
