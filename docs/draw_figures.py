@@ -6,6 +6,7 @@ Both figures show the greedy answer of the shipped model to "Once upon a time". 
 were recorded from `Decoder.step`: trees `grow:8` (tree step) and `grow:5` (token stream), float32.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -35,7 +36,7 @@ ACCEPTED = (0, 1, 2, 3, 5)
 NEXT_ROOT = "at"
 
 # The first ten steps of `grow:5`.
-STEPS = (
+STEPS: tuple[str, ...] = (
     "Once| upon| a| time|,",
     " there| was| a| little| girl",
     " named| Lily|.| She| loved",
@@ -140,9 +141,10 @@ def tree_step() -> str:
     return svg(900, 344, parts)
 
 
-def boxes(y: float, steps: list[list[str]]) -> tuple[list[str], float]:
+def boxes(y: float, steps: Sequence[Sequence[str]]) -> tuple[list[str], float]:
     """Tokens in lines, a box for each step; returns the parts and the y below them."""
-    parts, x, left, right, char = [], 24.0, 24.0, 870.0, 8.0
+    parts: list[str] = []
+    x, left, right, char = 24.0, 24.0, 870.0, 8.0
     for number, step in enumerate(steps):
         width = sum(len(token.strip()) * char + 10 for token in step) + 4
         if x + width > right:

@@ -1,6 +1,8 @@
 """Decode with the shipped model: a batch, a stream, and plain decoding for comparison.
 
-python examples/01_decode.py
+    python examples/01_decode.py
+
+The three prompts share two slots: the third takes the slot whose text ends first.
 """
 
 from medusa_jax import Generator
@@ -14,7 +16,7 @@ PROMPTS = [
 
 def main() -> None:
     """Prints three texts, then streams one."""
-    medusa = Generator.load(batch_size=2)  # the third prompt takes the slot that is free first
+    medusa = Generator.load(batch_size=2)
     plain = Generator.load(batch_size=2, autoregressive=True)
     ours = medusa.generate(PROMPTS, max_new_tokens=48)
     theirs = plain.generate(PROMPTS, max_new_tokens=48)
