@@ -1,4 +1,8 @@
-"""Nested parameter dicts addressed by path: "heads/head_0/block_0/weight"."""
+"""Nested parameter dicts addressed by path: "heads/head_0/block_0/weight".
+
+A leaf is whatever is no mapping: `flat` keeps a `model.linear.Weight` whole, and so does
+`map_with_path` where `is_leaf` says so. A path ends in the parameter's name, never inside it.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -35,7 +39,12 @@ def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return nested(flat(one) | flat(other))
 
 
-def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def map_with_path(
+    function: Callable[..., Any],
+    tree: Any,
+    *others: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
     """`jax.tree.map` over pytrees of one structure, whose function gets the path first."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(
@@ -43,9 +52,13 @@ def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         ),
         tree,
         *others,
+        is_leaf=is_leaf,
     )
 
 
-def device_bytes(leaf: jax.Array) -> int:
-    """Bytes of the part of an array that a single device holds."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def device_bytes(tree: Any) -> int:
+    """Bytes of the parts of a pytree's arrays that a single device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

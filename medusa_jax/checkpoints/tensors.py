@@ -45,8 +45,8 @@ class StoredTensor:
     read: Callable[..., np.ndarray]
 
     @property
-    def T(self) -> "StoredTensor":
-        """The same with its dimensions in reverse order; only when read is anything turned."""
+    def mT(self) -> "StoredTensor":
+        """The transpose of a matrix, which is transposed when it is read."""
 
         def read(index: Any = ...) -> np.ndarray:
             return self.read(index if index is ... else index[::-1]).T
@@ -75,9 +75,12 @@ class StoredTensor:
         return StoredTensor(shape, self.dtype, lambda index=...: self.read()[ids][index])
 
     def cast(self, dtype: str) -> "StoredTensor":
-        """It, each number rounded to the nearest of another type."""
-        kind = jnp.dtype(dtype)
-        return StoredTensor(self.shape, dtype, lambda index=...: np.asarray(self.read(index), kind))
+        """It, each number rounded to the nearest of another type; read in C order."""
+
+        def read(index: Any = ...) -> np.ndarray:
+            return np.asarray(self.read(index), jnp.dtype(dtype), order="C")
+
+        return StoredTensor(self.shape, dtype, read)
 
 
 Tensors = dict[str, StoredTensor]

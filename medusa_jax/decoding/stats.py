@@ -93,10 +93,10 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
       cached_tokens: tokens in the cache, summed over the rows of the batch.
     """
     config, backbone = decoder.config, dict(params["backbone"])
-    if not config.tied or "lm_head_kernel" in backbone:
+    if not config.tied or "lm_head" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
-    leaves = jax.tree.leaves(backbone)
-    weights = sum(map(device_bytes, leaves)) + decoder.drafter.read_bytes(params)
+    weights = device_bytes(backbone) + decoder.drafter.read_bytes(params)
     kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
-    per_token = 2 * config.num_layers * kv_heads * config.head_dim * leaves[0].dtype.itemsize
+    itemsize = jax.tree.leaves(backbone)[0].dtype.itemsize
+    per_token = 2 * config.num_layers * kv_heads * config.head_dim * itemsize
     return weights + cached_tokens * per_token

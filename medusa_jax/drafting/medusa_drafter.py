@@ -96,10 +96,9 @@ class MedusaDrafter:
                 total += device_bytes(leaf)
         if self.heads.shared:
             # Heads wait for the accepted token, so the shared projection is read once more.
-            names = ("lm_head_kernel", "lm_head", "embed")
-            own = next(params["backbone"][name] for name in names if name in params["backbone"])
-            projection = params["heads"].get("vocab_kernel", own)
-            total += sum(map(device_bytes, jax.tree.leaves(projection)))
+            backbone = params["backbone"]
+            unembedding = backbone["lm_head"] if "lm_head" in backbone else backbone["embed"]
+            total += device_bytes(params["heads"].get("vocab", unembedding))
         return total
 
 

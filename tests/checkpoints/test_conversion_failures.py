@@ -24,7 +24,7 @@ from helpers.head_files import (
 from safetensors.numpy import load_file
 
 from medusa_jax import convert
-from medusa_jax.checkpoints import conversion, dialects, tensors
+from medusa_jax.checkpoints import conversion, heads, tensors
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.tensors import (
     StoredTensor,
@@ -230,7 +230,7 @@ def reads(monkeypatch: pytest.MonkeyPatch):
 
         return {name: watch(name, tensor) for name, tensor in opened(file).items()}
 
-    for module in (tensors, dialects, conversion):
+    for module in (tensors, heads, conversion):
         monkeypatch.setattr(module, "open_file", watched)
     return counted, peak
 

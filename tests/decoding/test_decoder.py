@@ -330,8 +330,9 @@ def test_step_traces_once(tiny: TinyModel):
     count = chex.assert_max_traces(n=1)(decoder._advance)
     step = jax.jit(count)
     state = decoder.prefill(tiny.params, [[1, 2]], max_new_tokens=9)
+    params = decoder.drafter.prepare(tiny.params)
     for _ in range(3):
-        state, _ = step(tiny.params, state)
+        state, _ = step(params, state)
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -380,12 +381,9 @@ def test_bucket_example():
 def test_shared_heads_use_the_backbones_own_projection(tiny: TinyModel):
     """Zero blocks and a shared lm_head: every head guesses what the backbone predicts next."""
     heads = dataclasses.replace(tiny.heads, shared=True)
-    zero = {"bias": jnp.zeros(32), "weight": jnp.zeros((32, 32))}
-    params = tiny.params | {"heads": {f"head_{i}": {"block_0": zero} for i in range(3)}}
-    own = {
-        f"head_{i}": {"block_0": zero, "vocab": tiny.params["backbone"]["lm_head"]}
-        for i in range(3)
-    }
+    zero = {"block_0": {"bias": jnp.zeros((3, 32)), "weight": jnp.zeros((3, 32, 32))}}
+    params = tiny.params | {"heads": zero}
+    own = zero | {f"head_{i}": {"vocab": tiny.params["backbone"]["lm_head"]} for i in range(3)}
     decoder = Decoder(TINY, medusa_drafter(heads, BUSHY))
     state = decoder.prefill(params, PROMPTS, max_new_tokens=4)
     same = Decoder(TINY, medusa_drafter(tiny.heads, BUSHY)).prefill(

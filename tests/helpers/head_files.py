@@ -12,8 +12,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from helpers.models import apart
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.errors import InputError
+from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import flat, nested
 
 WIDTH, VOCAB, LAYERS = 16, 24, 2
@@ -103,18 +105,14 @@ def heads_file(directory: Path, tensors: NPZ) -> Path:
 
 
 def stored(params: dict[str, Any]) -> dict[str, Any]:
-    """Nested parameters [out, in], as in files, of those that are laid out for decoding."""
-    names = {"kernel": "weight", "lm_head_kernel": "lm_head", "vocab_kernel": "vocab"}
-    single = {}
-    for path, leaf in flat(params).items():
-        heads = enumerate(leaf) if path.startswith("block_") else ()
-        single |= {f"head_{i}/{path}": one for i, one in heads} or {path: leaf}
-    leaves = {}
-    for path, leaf in single.items():
-        *inner, name = path.split("/")
-        there = "/".join([*inner, names.get(name, name)])
-        leaves[there] = np.asarray(leaf).T if name in names else np.asarray(leaf)
-    return nested(leaves)
+    """Nested NumPy parameters [out, in], as in files, of those that are laid out for decoding."""
+
+    def plain(leaf: Any) -> np.ndarray:
+        turned = isinstance(leaf, Weight) and leaf.order == "in_out"
+        array = np.asarray(leaf.data if isinstance(leaf, Weight) else leaf)
+        return array.mT if turned else array
+
+    return apart(nested({path: plain(leaf) for path, leaf in flat(params).items()}))
 
 
 def by_name(params: dict[str, Any]) -> NPZ:

@@ -20,6 +20,7 @@ import numpy as np
 from helpers import hlo
 from helpers.models import TINY, random_model
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
@@ -28,7 +29,6 @@ from medusa_jax.distributed.rules import decode_mesh, shardings
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.model.linear import for_decoding
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
 NEW_TOKENS = (20, 9, 14)

@@ -16,10 +16,11 @@ from helpers.models import TINY, random_model
 from helpers.tiers import slow_except
 
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.model.attention import attend
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache, commit, init_cache, write_block
-from medusa_jax.model.layers import attend, within_window
+from medusa_jax.model.layers import within_window
 
 BASE = {
     "vocab_size": 40,

@@ -15,13 +15,14 @@ from helpers.tiers import slow_except
 
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.model.linear import Adapter, Weight
 from medusa_jax.param_paths import flat, joined, nested
 from medusa_jax.training import lora
 from medusa_jax.training.objective import Objective, report
 from medusa_jax.training.optimizer import group_of, groups, learning_rate, optimizer
 from medusa_jax.training.settings import Backbone, Config, Heads, Lora, Loss, Optim
 from medusa_jax.training.step import Ramp, init_state, make_step
-from medusa_jax.training.weights import layout, split
+from medusa_jax.training.weights import plan, split
 
 ROWS, LENGTH = 4, 12
 
@@ -65,7 +66,7 @@ class Setup:
 
 
 def setup_of(tiny: TinyModel, config: Config) -> Setup:
-    table = layout(config, tiny.config, tiny.heads)
+    table = plan(config, tiny.config, tiny.heads)
     leaves = flat(stacked(tiny.params, 2))
     for path, one in table.items():
         if path.startswith("adapters/"):  # B is not zero, so that adapters are seen
@@ -172,8 +173,9 @@ def test_new_adapters_leave_the_backbone_as_it_was_and_folding_is_applying(tiny:
     for path in leaves:
         name = path.replace("backbone/", "adapters/", 1).removesuffix("/weight")
         if f"{name}/a" in adapters:
-            factors = {"a": adapters[f"{name}/a"], "b": adapters[f"{name}/b"]}
-            leaves[path] = lora.folded(leaves[path], factors, setup.objective.adapter_scale)
+            a, b = adapters[f"{name}/a"], adapters[f"{name}/b"]
+            adapter = Adapter(a, b, setup.objective.adapter_scale)
+            leaves[path] = lora.folded(Weight(leaves[path], adapter=adapter))
     chex.assert_trees_all_close(bare(nested(leaves), {}, batch), adapted, rtol=1e-4)
 
 
@@ -356,7 +358,7 @@ def test_medusa1_forms_no_gradient_of_the_backbone():
     temporaries = {}
     for mode in ("medusa1", "medusa2"):
         config = config_of(mode, lora=Lora(rank=0))
-        table = layout(config, model, heads)
+        table = plan(config, model, heads)
         shapes = {p: jax.ShapeDtypeStruct(one.shape, jnp.float32) for p, one in table.items()}
         trainable, frozen = split(shapes, table)
         rule = optimizer(config, 10)

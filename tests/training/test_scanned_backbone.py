@@ -36,7 +36,7 @@ def test_hidden_states_and_logits_equal_the_backbones(name: str):
 
     def ours(params: Any, *, remat: bool) -> Any:
         hidden = scanned_backbone.hidden_states(config, params, batch, remat=remat)
-        return hidden, scanned_backbone.logits(config, params, hidden)
+        return hidden, backbone.apply({"params": params}, hidden, method="unembed")
 
     hidden, logits = jax.jit(lambda params: ours(params, remat=False))(params)
     np.testing.assert_allclose(hidden, expected, atol=1e-5)

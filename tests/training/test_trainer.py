@@ -35,11 +35,11 @@ from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import from_hf
 from medusa_jax.param_paths import joined
-from medusa_jax.training import scanned_backbone, settings
+from medusa_jax.training import lora, scanned_backbone, settings
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.config_file import read_config
 from medusa_jax.training.mesh import make_mesh
-from medusa_jax.training.weights import heads_shape, layout, load, model_shape
+from medusa_jax.training.weights import heads_shape, load, model_shape, plan
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(40))]
 CONFIG = """
@@ -394,9 +394,9 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     settings_file = json.loads((tmp_path / "run/model/config.json").read_text())
     assert (settings_file["medusa_num_heads"], settings_file["medusa_num_layers"]) == (2, 1)
     assert (tmp_path / "run/model/tokenizer.json").is_file()
-    start = load_model(place / "model").params["backbone"]["layer_0"]["mlp"]["up"]["kernel"]
-    trained = merged.params["backbone"]["layer_0"]["mlp"]["up"]["kernel"]
-    assert np.abs(trained - start).max() > 1e-3
+    start = load_model(place / "model").params["backbone"]["layer_0"]["mlp"]["up"]["weight"]
+    trained = merged.params["backbone"]["layer_0"]["mlp"]["up"]["weight"]
+    assert np.abs(trained.data - start.data).max() > 1e-3
 
     decoder = Decoder(merged.config, medusa_drafter(merged.heads, Tree.chain(2)), Greedy())
     state = decoder.prefill(merged.params, [[0, 5, 6]], max_new_tokens=9)
@@ -437,8 +437,8 @@ def test_truncated_heads_through_both_stages_to_vllm(place: Path, tmp_path: Path
     assert (merged.heads.truncated, merged.heads.shared) == (12, True)
     assert merged.params["heads"]["token_map"].tolist() == ids
     # Shared rows are those of the lm_head as it was trained.
-    rows = merged.params["backbone"]["lm_head_kernel"][:, np.array(ids)]
-    np.testing.assert_array_equal(merged.params["heads"]["vocab_kernel"], rows)
+    rows = merged.params["backbone"]["lm_head"].rows(np.array(ids))
+    chex.assert_trees_all_equal(merged.params["heads"]["vocab"], rows)
     convert(str(tmp_path / "two/model"), "vllm", tmp_path / "vllm")
     served = load_model(tmp_path / "two/model", tmp_path / "vllm")
     chex.assert_trees_all_equal(served.params["heads"], merged.params["heads"])
@@ -465,12 +465,12 @@ def trained_logits(workdir: Path, tokens: Any) -> Any:
     state = Checkpoints(workdir)._manager.restore(24)
     params = joined(state["trainable"], weights.frozen)
     scale = config.lora.alpha / config.lora.rank if config.adapted else 0.0
-    adapters = params.get("adapters")
+    backbone = params["backbone"]
+    if config.adapted:
+        backbone = lora.attached(backbone, params["adapters"], scale)
     batch = {"tokens": tokens, "segments": tokens * 0, "positions": jax.numpy.arange(12)[None]}
-    hidden = scanned_backbone.hidden_states(
-        weights.model, params["backbone"], batch, adapters=adapters, scale=scale
-    )
-    return scanned_backbone.logits(weights.model, params["backbone"], hidden, adapters, scale)
+    hidden = scanned_backbone.hidden_states(weights.model, backbone, batch)
+    return Backbone(weights.model).apply({"params": backbone}, hidden, method="unembed")
 
 
 @pytest.mark.e2e
@@ -558,4 +558,4 @@ def test_shipped_configs_are_sound(name: str):
     if config.model.shape:  # the others' models lie beside a maintainer's checkout
         model = model_shape(config, absent=True)
         assert config.data.sequence_length <= model.context
-        layout(config, model, heads_shape(config, model))
+        plan(config, model, heads_shape(config, model))
