@@ -7,7 +7,6 @@ A run writes its last weights by itself; this is for any checkpoint it still has
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax
 
@@ -20,8 +19,8 @@ from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.mesh import make_mesh
 from medusa_jax.training.optimizer import optimizer
 from medusa_jax.training.setup import starting_state
-from medusa_jax.training.trainer import DATA
 from medusa_jax.training.weights import load
+from medusa_jax.training.workdir import CONFIG, DATA, local_copy, open_workdir
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -29,7 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     description, example = (__doc__ or "").split("\n\n")[:2]
     parser = runner.parser(description, example.strip())
     add = parser.add_argument
-    add("--workdir", required=True, help="of the run")
+    add("--workdir", required=True, help="of the run: a directory, or an address such as gs://bucket/run")
     add("--step", type=int, help="of the checkpoint (default: the newest)")
     add("--output", help="directory to write under (default: the run's own)")
     add("--dtype", default="", help="float32, bfloat16 or float16 (default: as the run would)")
@@ -38,8 +37,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(flags: argparse.Namespace) -> None:
     """Restores the checkpoint and writes it."""
-    workdir = Path(flags.workdir)
-    config = settings.from_dict(read_json(workdir / "config.json"))
+    workdir = open_workdir(flags.workdir)
+    config = settings.from_dict(read_json(workdir / CONFIG))
     config.run.export_dtype = flags.dtype or config.run.export_dtype
     settings.check(config)
     start_processes()
@@ -50,7 +49,7 @@ def main(flags: argparse.Namespace) -> None:
     if step not in checkpoints.steps:
         kept = ", ".join(map(str, checkpoints.steps)) or "none"
         raise InputError(f"{workdir} has no checkpoint of step {step}; it has {kept}")
-    target = Path(flags.output or workdir)
+    target = open_workdir(flags.output or workdir)
     made = export.destination(config, target)
     if flags.output and made.exists():
         raise InputError(f"{made} exists already; give another --output")
@@ -60,7 +59,9 @@ def main(flags: argparse.Namespace) -> None:
     state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
     trained = checkpoints.restore(state, step).trainable
     first = jax.process_index() == 0
-    print(export.export(config, weights.with_trained(trained), target, write=first))
+    with local_copy(target, write=first) as directory:
+        export.export(config, weights.with_trained(trained), directory, write=first)
+    print(made)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "shapes", "param_paths", "options"}
+BASE = {"errors", "shapes", "param_paths", "options", "progress"}
 MAY_IMPORT = {
     "errors": set(),
     "shapes": set(),
     "param_paths": set(),
     "options": {"errors"},
+    "progress": set(),
     "data": BASE,
     "model": BASE,
     "distributed": BASE | {"model"},
@@ -38,6 +39,7 @@ MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES}
 # Third-party packages and the only folders that may import them.
 WALLS = {
     "datasets": {"data"},
+    "etils": {"training"},
     "flax": {"model", "drafting", "decoding", "training", "param_paths"},
     "huggingface_hub": {"checkpoints"},
     "ml_collections": {"training"},
@@ -45,6 +47,7 @@ WALLS = {
     "orbax": {"training"},
     "safetensors": {"checkpoints"},
     "tensorboardX": {"training"},
+    "tqdm": {"progress"},
     "torch": {"checkpoints", "bench"},
     "transformers": {"data", "bench"},
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,16 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     values = flags.FlagValues()
     arguments = ["train.py", f"--config={path}", *overrides]
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    directory = str(Path(path).resolve().parent)
+    sys.path.insert(0, directory)  # a config may import the files beside it, as a script does
     try:
         rest = values(arguments)[1:]
     except InputError:
         raise
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(f"--config {path}: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        sys.path.remove(directory)
     if rest:
         raise InputError(f"not understood: {' '.join(rest)} (settings are --config.name=value)")
     config = holder.value
