@@ -39,6 +39,8 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Decoder",
     "Greedy",

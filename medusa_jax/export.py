@@ -28,7 +28,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     description, example = (__doc__ or "").split("\n\n")[:2]
     parser = runner.parser(description, example.strip())
     add = parser.add_argument
-    add("--workdir", required=True, help="of the run: a directory, or an address such as gs://bucket/run")
+    add(
+        "--workdir",
+        required=True,
+        help="of the run: a directory, or an address such as gs://bucket/run",
+    )
     add("--step", type=int, help="of the checkpoint (default: the newest)")
     add("--output", help="directory to write under (default: the run's own)")
     add("--dtype", default="", help="float32, bfloat16 or float16 (default: as the run would)")

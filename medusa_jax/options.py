@@ -1,6 +1,10 @@
-"""Fields of settings that declare their bounds and choices once."""
+"""Options: a default, help and bounds, declared once as dataclass fields.
+
+A library caller fills in the dataclass; `cli/flags.py` makes the same fields flags.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from medusa_jax.errors import InputError
@@ -12,36 +16,44 @@ def option(
     help: str = "",
     least: float | None = None,
     most: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: Sequence[Any] = (),
     **flag: Any,
 ) -> Any:
-    """A dataclass field with what `check` enforces and a command line shows.
+    """A dataclass field with its documentation and its bounds.
 
     Args:
-      least, most: bounds of the value, both allowed.
-      choices: the only values.
-      flag: further arguments of `argparse.ArgumentParser.add_argument`.
+      default: its value where nothing is given; without a default, the field is required.
+      help: what it is for, a line.
+      least, most: bounds of a number, or of each number of a sequence.
+      choices: all values that are allowed.
+      flag: what else the flag of this option needs, as `argparse` names it.
     """
-    about = {"help": help, "least": least, "most": most, "choices": choices, "flag": flag}
+    about = {"help": help, "least": least, "most": most, "choices": tuple(choices), "flag": flag}
+    if isinstance(default, list | dict | set):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
 
 
-def check(instance: Any, prefix: str = "") -> None:
-    """Refuses values beyond their bounds, also of dataclasses inside.
+def check(options: Any, prefix: str = "--") -> None:
+    """Checks each field of a dataclass against its bounds and choices.
+
+    Args:
+      prefix: what a user writes before the name of an option.
 
     Raises:
-      InputError: names the field, its value and what was expected.
+      InputError: names the option, its value and what is expected.
     """
-    for field in dataclasses.fields(instance):
-        name, value, about = f"{prefix}{field.name}", getattr(instance, field.name), field.metadata
-        if dataclasses.is_dataclass(value):
-            check(value, f"{name}.")
-        elif not about or value is None:
-            continue
-        elif about["choices"] and value not in about["choices"]:
-            expected = ", ".join(choice or "'' (empty)" for choice in about["choices"])
-            raise InputError(f"{name} is {value!r}; expected {expected}")
-        elif about["least"] is not None and value < about["least"]:
-            raise InputError(f"{name} is {value}; expected {about['least']} or more")
-        elif about["most"] is not None and value > about["most"]:
-            raise InputError(f"{name} is {value}; expected {about['most']} or less")
+    for field in dataclasses.fields(options):
+        value, about = getattr(options, field.name), field.metadata
+        least, most, choices = (about.get(key) for key in ("least", "most", "choices"))
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if choices and item is not None and item not in choices:
+                raise InputError(
+                    f"{prefix}{field.name} is {item!r}; expected {', '.join(map(str, choices))}"
+                )
+            if not isinstance(item, int | float):
+                continue
+            if least is not None and item < least:
+                raise InputError(f"{prefix}{field.name} must be at least {least}, got {item}")
+            if most is not None and item > most:
+                raise InputError(f"{prefix}{field.name} must be at most {most}, got {item}")

@@ -1,5 +1,6 @@
 """Nested parameter dicts addressed by path: "heads/head_0/block_0/weight"."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,9 +23,17 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     return nested(flat(first) | flat(second))
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`jax.tree.map` of any pytree, whose function also receives the path."""
+def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`jax.tree.map` over pytrees of one structure, whose function gets the path first."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
+        lambda path, *leaves: function(
+            jax.tree_util.keystr(path, simple=True, separator="/"), *leaves
+        ),
         tree,
+        *others,
     )
+
+
+def device_bytes(leaf: jax.Array) -> int:
+    """Bytes of the part of an array that a single device holds."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

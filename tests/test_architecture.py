@@ -34,8 +34,8 @@ MAY_IMPORT |= {
     "cli": LIBRARY - {"training"},
     "bench": (LIBRARY | {"tuning", "cli"}) - {"training"},
 }
-ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "tune"}
-MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES}
+ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "train", "tune"}
+MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES} | {"scripts": set()}
 # Third-party packages and the only folders that may import them.
 WALLS = {
     "datasets": {"data"},
@@ -47,7 +47,6 @@ WALLS = {
     "orbax": {"training"},
     "safetensors": {"checkpoints"},
     "tensorboardX": {"training"},
-    "tqdm": {"progress"},
     "torch": {"checkpoints", "bench"},
     "transformers": {"data", "bench"},
 }

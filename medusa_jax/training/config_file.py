@@ -6,13 +6,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from medusa_jax.errors import InputError
-from medusa_jax.training.settings import Config
+from medusa_jax.training.settings import Config, by_name
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -24,9 +23,9 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     if not Path(path).is_file():
         raise InputError(f"--config {path} does not exist; see configs/ for what ships")
-    known = _fields(Config())
-    for one in overrides:
-        match = re.match(r"--config\.([\w.]+)", one)
+    known = by_name(dataclasses.asdict(Config()))
+    for override in overrides:
+        match = re.match(r"--config\.([\w.]+)", override)
         if match and match.group(1) not in known:
             near = difflib.get_close_matches(match.group(1), known, n=1, cutoff=0)
             raise InputError(f"unknown setting {match.group(1)!r}; did you mean {near[0]!r}?")
@@ -49,13 +48,3 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(config, Config):
         raise InputError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
     return config
-
-
-def _fields(node: Any, prefix: str = "") -> list[str]:
-    """Names of all settings that are values, like "optim.learning_rate"."""
-    names = []
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        name = f"{prefix}{field.name}"
-        names += _fields(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
-    return names

@@ -1,5 +1,6 @@
 """What a run reports: a progress bar, `metrics.jsonl`, TensorBoard events."""
 
+import importlib
 import io
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from medusa_jax.progress import progress, say
 from medusa_jax.training.workdir import is_address
 
 NAME = "metrics.jsonl"
+_CLIENTS = {"gs": "google.cloud.storage", "s3": "boto3"}  # of tensorboardX
 
 
 class Metrics:
@@ -85,10 +87,14 @@ def _lines(file: Path, last_step: int) -> IO[str]:
 
 
 def _events(workdir: Path, first_step: int) -> Any:
+    """The TensorBoard writer, or None, with a message, where it cannot reach the bucket."""
+    if is_address(workdir):
+        client = _CLIENTS.get(str(workdir).partition("://")[0])
+        try:
+            importlib.import_module(client or "")
+        except (ImportError, ValueError):
+            say(f"{workdir} gets no TensorBoard events: they need {client or 'a local directory'}")
+            return None
     from tensorboardX import SummaryWriter
 
-    try:
-        return SummaryWriter(str(workdir), purge_step=first_step + 1)
-    except ImportError as error:  # the bucket's client, which only TensorBoard events need
-        say(f"{workdir} gets no TensorBoard events: {error}")
-        return None
+    return SummaryWriter(str(workdir), purge_step=first_step + 1)

@@ -6,12 +6,11 @@ Every field can be overridden on the command line: `--config.optim.learning_rate
 import dataclasses
 from typing import Any
 
+from flax import traverse_util
+
 from medusa_jax import options
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
-
-MODES = ("medusa1", "medusa2", "pretrain")
-RAMPS = ("constant", "linear", "sine")
 
 
 @dataclasses.dataclass
@@ -115,7 +114,7 @@ class Loss:
 
     decay: float = option(0.8, least=0)
     heads_weight: float = 0.2
-    ramp: str = option("constant", choices=RAMPS)
+    ramp: str = option("constant", choices=("constant", "linear", "sine"))
     ramp_fraction: float = 1.0
     distill: bool = False
     chunk: int = option(512, least=0)
@@ -196,7 +195,7 @@ class Run:
 class Config:
     """A run. `mode`: medusa1 (heads alone), medusa2 (with the backbone), pretrain (no heads)."""
 
-    mode: str = option("medusa1", choices=MODES)
+    mode: str = option("medusa1", choices=("medusa1", "medusa2", "pretrain"))
     seed: int = 0
     model: Backbone = dataclasses.field(default_factory=Backbone)
     heads: Heads = dataclasses.field(default_factory=Heads)
@@ -220,7 +219,10 @@ def check(config: Config) -> None:
       InputError: names the field, what it is and what it may be.
     """
 
-    options.check(config)
+    options.check(config, "")
+    for section in dataclasses.fields(config):
+        if dataclasses.is_dataclass(part := getattr(config, section.name)):
+            options.check(part, f"{section.name}.")
     for name, value in (
         ("lora.dropout", config.lora.dropout),
         ("data.eval_fraction", config.data.eval_fraction),
@@ -235,7 +237,7 @@ def check(config: Config) -> None:
         if isinstance(sources, str):
             raise InputError(f"{name} is the text {sources!r}; expected a tuple of such")
     if config.mode != "pretrain" and not config.heads.number:
-        raise InputError("heads.number is 0; expected 1 or more")
+        raise InputError("heads.number must be at least 1, got 0")
     if config.heads.shared and not config.heads.layers:
         raise InputError("heads.layers is 0 with heads.shared: such heads would hold nothing")
     if config.optim.batch_size % config.optim.accumulation:
@@ -275,13 +277,16 @@ def from_dict(values: dict[str, Any]) -> Config:
     return fill(Config(), values)
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines `field: old -> new` of two configurations as nested dicts."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += difference(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return lines
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `section.field: old -> new` of two configurations as nested dicts."""
+    before, after = by_name(old), by_name(new)
+    return [
+        f"{name}: {before.get(name, '(absent)')!r} -> {after.get(name, '(absent)')!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, "(absent)") != after.get(name, "(absent)")
+    ]
+
+
+def by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a flat dict: {"optim": {"clip": 1.0}} -> {"optim.clip": 1.0}."""
+    return traverse_util.flatten_dict(values, sep=".")

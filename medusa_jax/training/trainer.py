@@ -74,6 +74,8 @@ def train(config: Config, directory: str | Path) -> None:
         write_json(place / DATA, data | ({"token_map": token_map} if token_map else {}))
     start = int(state.step)
     metrics = Metrics(place, start, total, tensorboard=config.run.tensorboard, active=first)
+    if start:
+        metrics.say(f"resuming at step {start} of {total}")
 
     # --- 5. Steps ---------------------------------------------------------------------------
     loop = Loop(config, weights.frozen, program, batches, eval_rows, total, checkpoints, metrics)
