@@ -12,13 +12,14 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "shapes", "param_paths", "options", "progress"}
+BASE = {"errors", "shapes", "param_paths", "options", "progress", "reports"}
 MAY_IMPORT = {
     "errors": set(),
     "shapes": set(),
     "param_paths": set(),
     "options": {"errors"},
     "progress": set(),
+    "reports": set(),
     "data": BASE,
     "model": BASE,
     "distributed": BASE | {"model"},
@@ -40,6 +41,7 @@ MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES} | {"scri
 WALLS = {
     "datasets": {"data"},
     "etils": {"training"},
+    "matplotlib": {"reports"},
     "flax": {"model", "drafting", "decoding", "training", "param_paths"},
     "huggingface_hub": {"checkpoints"},
     "ml_collections": {"training"},
