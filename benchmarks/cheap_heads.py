@@ -20,6 +20,7 @@ from medusa_jax.cli import decoding_flags, runner
 from medusa_jax.decoding.acceptance import Greedy
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.stats import step_bytes
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving.generator import Answerer
 from medusa_jax.training.config_file import read_config
@@ -34,7 +35,7 @@ def bytes_of_heads(answerer: Answerer) -> tuple[float, float]:
     model = answerer.model
     tree = Tree.published(PUBLISHED).limit_depth(model.heads.num_heads)
     plain, medusa = (
-        step_bytes(Decoder(model.config, model.heads, one), model.params, 0)
+        step_bytes(Decoder(model.config, medusa_drafter(model.heads, one)), model.params, 0)
         for one in (Tree(), tree)
     )
     return medusa - plain, plain

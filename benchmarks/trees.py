@@ -21,7 +21,7 @@ from medusa_jax import tune
 from medusa_jax.bench.report import spread_cell, table
 from medusa_jax.bench.summary import spread
 from medusa_jax.cli import decoding_flags, runner
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree, published_names
 from medusa_jax.errors import InputError
 from medusa_jax.serving import tree_store
@@ -64,7 +64,7 @@ def main(flags: argparse.Namespace) -> None:
     best = tree_store.tree_of(found[0])
     prompts = tune.read_prompts(flags, answerer)
     ranks = tune.rank_texts(answerer, tune.write_texts(answerer, prompts))
-    trees: dict[str, Tree | Grown] = {"plain": Tree()}
+    trees: dict[str, Tree | DynamicTree] = {"plain": Tree()}
     if best.size > 1:
         trees[f"grown, {best.size}"] = decoding_flags.grown(answerer.model, best.size)
     trees = {name: tree for name, tree in trees.items() if tree != best} | {"tuned": best}

@@ -1,54 +1,48 @@
 """Medusa in JAX: several tokens a step from one language model, without a draft model.
 
-Modules, in the order in which tokens pass through them:
+Files at the top are what you import or run; folders are how it works, in the order in which
+tokens pass through them:
 
-    shapes      letters of array dimensions      config     ModelConfig from config.json
-    layers      norm, rotary, attention          layout     weights [in, out] for decoding
-    cache       keys and values of accepted tokens
-    backbone    tokens -> hidden states          heads      hidden state -> guesses
-    tree        which guesses to verify          grow       ... chosen anew at every step
-    bigrams     which tokens follow which, for trees grown
-    sampling    target distribution and draws    acceptance which path becomes text
-    state       what a step advances             decode     prefill, step, generate, stream
+    data            text, prompts and datasets -> token ids
+    model           tokens -> hidden states and logits
+    drafting        hidden state -> guesses, and the tree that verifies them
+    decoding        prefill, step and acceptance on a static-shape state
+    serving         prompts -> answers: slots that a queue refills, conversations
+    distributed     meshes, sharding rules, compilers of machines that are not here
+    checkpoints     files of each dialect <-> parameters
+    training        heads, alone or with their backbone
+    tuning, bench   the fastest tree; speed and acceptance beside others
+    cli             what the command lines share
+    shipped         a small model of our own
 
-and around them:
-
-    tensor_files, places, hf    checkpoints -> parameters
-    sharding                    ... on several devices, and processes
-    dialects, convert           heads of every layout, and from one to another
-    directories                 written whole or not at all
-    compile_only, topology      memory on machines that are not here
-    text, records               text <-> token ids, JSON Lines
-    answer, figures             prompts -> answers, and what they cost
-    console, cli, choices       for a person at a terminal
-    tune, calibration           the fastest tree for these heads and this device
-    tune_report, tuned          ... as a table and a plot, and where it is kept
-    bench                       speed and acceptance beside plain decoding and others
-    distill, talks              a dataset's prompts -> the model's own answers
-    count_bigrams               ... -> bigrams
-    training, export            heads, and backbones with them
-    presets, tree_paths         known shapes; parameters by path
-    shipped                     the model that comes along
+`shapes.py` lists the letters of array dimensions, docs/architecture.md who may import whom.
 """
 
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
-from medusa_jax.decoding.decoder import Decoder, Output, State, outputs
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import Output, State, outputs
+from medusa_jax.drafting.drafter import NoDraft
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_drafter import MedusaDrafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.serving.generator import Generator
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Decoder",
+    "DynamicTree",
+    "Generator",
     "Greedy",
-    "Grown",
     "InputError",
     "Lossless",
+    "MedusaDrafter",
     "Model",
     "ModelConfig",
+    "NoDraft",
     "Output",
     "State",
     "Tree",

@@ -2,5 +2,6 @@
 
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import Emitted, Output, State, outputs
+from medusa_jax.serving.generator import Generator
 
-__all__ = ["Decoder", "Emitted", "Output", "State", "outputs"]
+__all__ = ["Decoder", "Emitted", "Generator", "Output", "State", "outputs"]

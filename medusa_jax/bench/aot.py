@@ -13,6 +13,7 @@ from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_for
 from medusa_jax.distributed.rules import decode_mesh
 from medusa_jax.distributed.topology import devices
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.model.config import ModelConfig
 
@@ -41,7 +42,10 @@ def compile_decoding(
     """
     over = decode_mesh(mesh, config, devices(topology))
     chosen = [tree for tree in trees(sizes, heads.num_heads) if tree.size in sizes]
-    decoders = [Decoder(config, heads, tree, capacity=capacity, mesh=over) for tree in chosen]
+    decoders = [
+        Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=over)
+        for tree in chosen
+    ]
     found, short = {}, 0
     for batch in batch_sizes:
         for name, lower in lowerings(decoders, dtype, batch, prompt_tokens):

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 
 from medusa_jax.bench.measure import MEDUSA, PLAIN, Job, Run
 from medusa_jax.bench.peers import PEERS
-from medusa_jax.decoding.stats import Figures, device_bandwidth
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.distributed.hardware import device_bandwidth
+from medusa_jax.decoding.stats import Figures
+from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.serving.tree_store import cpu
+from medusa_jax.distributed.hardware import cpu
 
 OVERALL = "overall"
 SYSTEMS = (PLAIN, MEDUSA, *PEERS)
@@ -35,7 +36,10 @@ Group = tuple[str, str, str]  # acceptance, category, system
 
 
 def summarise(
-    jobs: Sequence[Job], runs: Sequence[Run], trees: Mapping[str, Tree | Grown], bandwidth: float
+    jobs: Sequence[Job],
+    runs: Sequence[Run],
+    trees: Mapping[str, Tree | DynamicTree],
+    bandwidth: float,
 ) -> list[dict[str, Any]]:
     """One row an acceptance, category and system; "overall" is all categories together.
 
@@ -60,7 +64,7 @@ def summarise(
         if any(run.lengths for run in first):
             lengths = [length for run in first for length in run.lengths]
             tree = trees[acceptance] if system == MEDUSA else Tree()
-            row |= {"tree_size": tree.size, "tree_grown": isinstance(tree, Grown)}
+            row |= {"tree_size": tree.size, "tree_grown": isinstance(tree, DynamicTree)}
             row |= counters(lengths, tree.size, tree.depth)
         rows.append(row)
     return rows

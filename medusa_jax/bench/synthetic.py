@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from medusa_jax.bench.summary import spread
-from medusa_jax.decoding.decoder import Decoder, outputs
-from medusa_jax.decoding.stats import device_bandwidth, step_bytes
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import outputs
+from medusa_jax.distributed.hardware import device_bandwidth
+from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.rules import abstract, decode_mesh
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
@@ -118,7 +121,7 @@ def time_steps(
     devices = decode_mesh(mesh, config) if mesh else None
     params = random_model(config, heads, dtype, devices)
     decoders = {
-        tree.size: Decoder(config, heads, tree, capacity=capacity, mesh=devices)
+        tree.size: Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=devices)
         for tree in trees(sizes, heads.num_heads)
     }
     times: dict[tuple[int, int], list[float]] = {
@@ -161,7 +164,7 @@ def time_prefill(
     """One row a batch size: ms until the prompts are read and the first guesses are made."""
     params = random_model(config, heads, dtype)
     tree = trees((config.vocab_size,), heads.num_heads)[-1]
-    decoder = Decoder(config, heads, tree, capacity=prompt_tokens + 1)
+    decoder = Decoder(config, medusa_drafter(heads, tree), capacity=prompt_tokens + 1)
     rows = []
     for batch in batch_sizes:
         prompts, times = [_prompt(config, prompt_tokens)] * batch, []

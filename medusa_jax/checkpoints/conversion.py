@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from medusa_jax.checkpoints import dialects
+from medusa_jax.checkpoints import bigram_file, dialects
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
 from medusa_jax.checkpoints.dialects import DIALECTS, StoredHeads, head_settings, open_heads
 from medusa_jax.checkpoints.load import check_fit, resolve
@@ -29,7 +29,6 @@ from medusa_jax.checkpoints.tensors import (
     write_model,
     write_pickle,
 )
-from medusa_jax.drafting import bigrams
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig, from_hf
@@ -106,7 +105,7 @@ def convert(
             write_pickle(directory / f"{kind.stem}.safetensors")
         if kind.merged and backbone:
             copy_beside(backbone.directory, directory)
-        if table := bigrams.beside(local):
+        if table := bigram_file.beside(local):
             shutil.copyfile(table, directory / table.name)
         write_json(directory / "config.json", settings)
         _verify(directory, target, tensors)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from medusa_jax.checkpoints import dialects
+from medusa_jax.checkpoints import bigram_file, dialects
 from medusa_jax.checkpoints.dialects import StoredHeads, head_file, open_heads
 from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model, read_json
 from medusa_jax.distributed.rules import decode_mesh, everywhere, spec
-from medusa_jax.drafting import bigrams
+from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig, from_hf
@@ -104,10 +104,10 @@ def load_model(
             whole = backbone["embed/embedding" if config.tied else "lm_head"]
             tensors = tensors | {"vocab": whole.rows(tensors["token_map"].read())}
         params["heads"] = _loaded(tensors, dtype, digest, devices)
-        if file := bigrams.beside(source):
-            table = bigrams.load(file, config.vocab_size)
+        if file := bigram_file.beside(source):
+            table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
-            params[bigrams.NAME] = everywhere(table, devices)
+            params[NAME] = everywhere(table, devices)
     params["backbone"] = _loaded(backbone, dtype, digest, devices, tied=config.tied)
     generation = directory / "generation_config.json"
     settings |= read_json(generation) if generation.is_file() else {}

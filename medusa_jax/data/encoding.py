@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from medusa_jax.data.corpus import Corpus, Document
-from medusa_jax.data.tokenizer import Message, Text
+from medusa_jax.data.tokenizer import Message, ChatTokenizer
 from medusa_jax.errors import InputError
 
 
@@ -36,7 +36,9 @@ Span = tuple[int, int]
 MARK = "\ue000answer\ue000"  # private-use characters, which no text has
 
 
-def encode(corpus: Corpus, text: Text, end: str = "", batch: int = 512) -> Iterator[Encoded]:
+def encode(
+    corpus: Corpus, text: ChatTokenizer, end: str = "", batch: int = 512
+) -> Iterator[Encoded]:
     """Tokenizes documents, many at a time; those that the template refuses go to `corpus.bad`.
 
     Args:
@@ -60,7 +62,7 @@ def encode(corpus: Corpus, text: Text, end: str = "", batch: int = 512) -> Itera
     yield from _tokenize(pending, text)
 
 
-def written(document: Document, text: Text, end: str = "") -> tuple[str, list[Span]]:
+def written(document: Document, text: ChatTokenizer, end: str = "") -> tuple[str, list[Span]]:
     """The document as text, and the spans of it that are learnt, in characters.
 
     With a template that writes "Q: {user} A: {assistant}</s>", the conversation
@@ -94,7 +96,7 @@ def written(document: Document, text: Text, end: str = "") -> tuple[str, list[Sp
     return whole, spans
 
 
-def _after(messages: list[Message], i: int, text: Text) -> str:
+def _after(messages: list[Message], i: int, text: ChatTokenizer) -> str:
     """What the template writes after the content of message i; all, where it omits that."""
     marked = [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]]
     return text.render(marked, answer=False).rpartition(MARK)[2]
@@ -112,7 +114,9 @@ def _continued(document: Document, end: str) -> tuple[str, list[Span]]:
     return prompt + answer + end, [(len(prompt), len(prompt + answer + end))]
 
 
-def _tokenize(pending: list[tuple[Document, str, list[Span]]], text: Text) -> Iterator[Encoded]:
+def _tokenize(
+    pending: list[tuple[Document, str, list[Span]]], text: ChatTokenizer
+) -> Iterator[Encoded]:
     if not pending:
         return
     encoding = text.tokenizer(

@@ -34,7 +34,7 @@ TEMPLATES = {
 }
 
 
-class Text:
+class ChatTokenizer:
     """A tokenizer, and the way a conversation is written for one model.
 
     Attributes:
@@ -118,7 +118,7 @@ class Text:
 class TextStream:
     """Text of tokens as they arrive: whole characters only, spaces as in one piece."""
 
-    def __init__(self, text: Text, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, text: ChatTokenizer, prompt_ids: Sequence[int]) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = text.tokenizer

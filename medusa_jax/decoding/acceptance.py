@@ -21,8 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.decoding.sampling import argmax, draw, warp
-from medusa_jax.drafting.dynamic_tree import Branches
-from medusa_jax.drafting.tree import Tree
+from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.shapes import typed
 
@@ -62,9 +61,7 @@ class Acceptance(Protocol):
         """First root [B] from the logits after the prompt [B, V]."""
         ...
 
-    def accept(
-        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
-    ) -> Accepted:
+    def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
         """Decides on tree tokens [B, N] with logits [B, N, V]."""
         ...
 
@@ -76,9 +73,7 @@ class Greedy:
     def root(self, logits: Array, context: Context) -> Array:
         return argmax(logits)
 
-    def accept(
-        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
-    ) -> Accepted:
+    def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
         best = argmax(logits)
         rows = jnp.arange(tokens.shape[0])
         return walk(tree, tokens, lambda slots, _: best[rows, slots])
@@ -108,9 +103,7 @@ class Lossless:
         target = warp(logits, self.temperature, self.top_k, self.top_p)
         return draw(context.keys, context.position, target)
 
-    def accept(
-        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
-    ) -> Accepted:
+    def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
         rows = jnp.arange(tokens.shape[0])
 
         def choose(slots: Array, depth: int) -> Array:
@@ -152,9 +145,7 @@ class Typical:
         passes = jnp.exp(log_p) >= threshold
         return draw(context.keys, context.position, jnp.where(passes, log_p, -jnp.inf))
 
-    def accept(
-        self, tree: Tree | Branches, tokens: Array, logits: Array, context: Context
-    ) -> Accepted:
+    def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
         last = jnp.zeros(tokens.shape[0], jnp.int32)
         if tree.depth:
             # Only nodes with children are asked for their distribution.
@@ -182,7 +173,7 @@ SCHEMES = {"greedy": Greedy, "typical": Typical, "lossless": Lossless}
 
 @typed
 def walk(
-    tree: Tree | Branches,
+    tree: TreeTables,
     tokens: Int[Array, "B N"],
     choose: Callable[[Array, int], Array],
 ) -> Accepted:
@@ -208,7 +199,7 @@ def walk(
 
 @typed
 def longest_path(
-    tree: Tree | Branches, passes: Bool[Array, "B n"], log_p: Float[Array, "B n"]
+    tree: TreeTables, passes: Bool[Array, "B n"], log_p: Float[Array, "B n"]
 ) -> Int[Array, " B"]:
     """Slot of the deepest node reached through passing nodes only; 0 if none passes.
 

@@ -1,11 +1,16 @@
 """What decoding carries from step to step, and what it leaves behind. Letters: see `shapes.py`."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
+from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache
+from medusa_jax.model.layers import rope_tables
+from medusa_jax.param_paths import map_with_path
 
 RUNNING, STOP, LENGTH = 0, 1, 2
 FINISH_REASONS = ("running", "stop", "length")
@@ -20,8 +25,7 @@ class State:
       cache: keys and values of the tokens of `sequence` up to `cache.length`.
       sequence: prompt, then text [B, S].
       root: the next token, chosen but not yet in the cache [B].
-      guesses: the heads' best tokens after the root [B, M, R].
-      scores: their log-probabilities [B, M, R], for trees grown from them; else none, [B, 0, 0].
+      draft: what the drafter knows of the tokens after the root; a pytree with leading dimension B.
       keys: one PRNG key a row [B].
       prompt_length: tokens of the prompt [B].
       limit: length of `sequence` at which a row ends [B].
@@ -35,8 +39,7 @@ class State:
     cache: KVCache
     sequence: Array
     root: Array
-    guesses: Array
-    scores: Array
+    draft: Any
     keys: Array
     prompt_length: Array
     limit: Array
@@ -44,6 +47,52 @@ class State:
     finish: Array
     steps: Array
     tokens_per_step: Array
+
+
+# Leaves of a state that all rows share.
+_SHARED = ("cache/rope", "stop_ids")
+
+
+def insert(state: State, rows: State, row: Array, slot: Array) -> State:
+    """Row `row` of one state takes the place of row `slot` of another of the same capacity.
+
+    The stop tokens and the rotary tables stay those of `state`.
+    """
+
+    def put(path: str, whole: Array, new: Array) -> Array:
+        if path.startswith(_SHARED):
+            return whole
+        taken = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(whole, taken, slot, axis=0)
+
+    return map_with_path(put, state, rows)
+
+
+def free(state: State, slot: Array) -> State:
+    """Ends a row: it takes no further step, and another may take its place."""
+    return dataclasses.replace(state, finish=state.finish.at[slot].set(STOP))
+
+
+def resized(state: State, config: ModelConfig, cache_slots: int) -> State:
+    """The same rows with more cache slots."""
+    cache, more = state.cache, cache_slots - state.cache.capacity
+
+    def padded(array: Array, axis: int) -> Array:
+        width = [(0, 0)] * array.ndim
+        width[axis] = (0, more)
+        return jnp.pad(array, width)
+
+    return dataclasses.replace(
+        state,
+        cache=KVCache(
+            keys=tuple(padded(keys, 3) for keys in cache.keys),
+            values=tuple(padded(values, 2) for values in cache.values),
+            length=cache.length,
+            rope=rope_tables(config, jnp.arange(cache_slots)),
+        ),
+        sequence=padded(state.sequence, 1),
+        tokens_per_step=padded(state.tokens_per_step, 1),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +128,7 @@ class Output:
 
 
 def outputs(state: State) -> list[Output]:
-    """Brings a finished state to the host, one `Output` a row."""
+    """Brings a state to the host, one `Output` a row."""
     sequence, prompt, length, tokens_per_step, steps, finish = jax.device_get(
         (
             state.sequence,

@@ -1,56 +1,44 @@
-"""What decoding cost, and how close it came to the physical limit.
+"""What decoding cost, and how close it came to the memory-bandwidth limit.
 
-A step must read every weight it uses and every cached key and value once; bytes
-a second against the device's memory bandwidth say how much of the limit is had.
+A step must read each weight it uses, and each cached key and value, once. Bytes per second
+against the device's memory bandwidth say which share of the limit decoding reached.
 """
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from medusa_jax.decoding.decoder import Decoder, Output, Params
-from medusa_jax.param_paths import flat
-
-# Peak memory bandwidth in bytes per second, by a part of JAX's `device_kind`; data sheets.
-BANDWIDTH = {
-    "H200": 4.8e12,
-    "H100": 3.35e12,
-    "A100-SXM4-80GB": 2.039e12,
-    "A100 80GB": 1.935e12,
-    "A100": 1.555e12,
-    "B200": 8.0e12,
-    "L40S": 0.864e12,
-    "TPU v4": 1.228e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5e": 0.819e12,
-    "TPU v5": 2.765e12,
-    "TPU v6": 1.64e12,
-    "TPU7x": 7.38e12,
-}
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.distributed.hardware import device_bandwidth
+from medusa_jax.drafting.drafter import Params
+from medusa_jax.param_paths import device_bytes
 
 
 @dataclasses.dataclass
-class Figures:
-    """What decoding cost, summed over batches; compilation is not in it.
+class Stats:
+    """What decoding cost; compilation is counted apart.
 
     Attributes:
-      tokens: new tokens kept.
-      steps: steps of all rows; made: tokens they made before any cut.
-      passes: forward passes, each over a whole batch.
-      seconds: wall time, prefill included; decode_seconds: without it.
-      bytes: what the passes had to read, for the share of the bandwidth limit.
+      tokens: new tokens that were kept.
+      steps: steps of all rows; made: the tokens that they accepted, before any cut.
+      passes: forward passes, each over all rows of a batch.
+      prompts: prompts that were prefilled.
+      seconds: wall time of prefill and passes; decode_seconds: of the passes alone.
+      compile_seconds: ahead-of-time compilation, not part of `seconds`.
+      bytes: bytes that the passes had to read.
     """
 
     tokens: int = 0
     steps: int = 0
     made: int = 0
     passes: int = 0
+    prompts: int = 0
     seconds: float = 0.0
     decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
     bytes: float = 0.0
 
     @property
@@ -71,47 +59,22 @@ class Figures:
             line += f", {share:.0%} of the memory-bandwidth limit"
         return line
 
-    def __add__(self, other: "Figures") -> "Figures":
+    def __add__(self, other: "Stats") -> "Stats":
         return self._each(operator.add, other)
 
-    def __sub__(self, other: "Figures") -> "Figures":
-        """What came on top of an earlier copy (`dataclasses.replace`) of these figures."""
+    def __sub__(self, other: "Stats") -> "Stats":
+        """What came on top of an earlier copy (`dataclasses.replace`) of these stats."""
         return self._each(operator.sub, other)
 
-    def _each(self, operation: Callable[[Any, Any], Any], other: "Figures") -> "Figures":
+    def _each(self, operation: Callable[[Any, Any], Any], other: "Stats") -> "Stats":
         names = [field.name for field in dataclasses.fields(self)]
-        return Figures(*(operation(getattr(self, n), getattr(other, n)) for n in names))
-
-    def add(
-        self,
-        decoder: Decoder,
-        params: Params,
-        outputs: list[Output],
-        seconds: float,
-        decode_seconds: float,
-    ) -> None:
-        """Adds one batch."""
-        passes = max(len(output.tokens_per_step) for output in outputs)
-        cached = sum(len(output.prompt_ids) + len(output.token_ids) / 2 for output in outputs)
-        self.tokens += sum(len(output.token_ids) for output in outputs)
-        self.steps += sum(len(output.tokens_per_step) for output in outputs)
-        self.made += sum(sum(output.tokens_per_step) for output in outputs)
-        self.passes += passes
-        self.seconds += seconds
-        self.decode_seconds += decode_seconds
-        self.bytes += passes * step_bytes(decoder, params, cached)
-
-
-def device_bandwidth(kind: str | None = None) -> float | None:
-    """Bytes per second of this process's device, None where it is not known (CPUs)."""
-    kind = kind or jax.devices()[0].device_kind
-    return next((bytes_s for name, bytes_s in BANDWIDTH.items() if name in kind), None)
+        return Stats(*(operation(getattr(self, n), getattr(other, n)) for n in names))
 
 
 def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
-    """Bytes that one step has to read: weights, the heads in use, cached keys and values.
+    """Bytes that a step has to read: weights, the heads in use, cached keys and values.
 
-    Over a mesh, those that each device reads of its own.
+    Over a mesh, the bytes that each device reads of its own part.
 
     Args:
       cached_tokens: tokens in the cache, summed over the rows of the batch.
@@ -119,26 +82,8 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
     config, backbone = decoder.config, dict(params["backbone"])
     if not config.tied or "lm_head_kernel" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
-    depth, heads = decoder.tree.depth, decoder.heads
     leaves = jax.tree.leaves(backbone)
-    weights = float(sum(map(_bytes, leaves)))
-    for path, leaf in flat(params["heads"] if depth else {}).items():
-        if path.startswith("block_"):  # of all heads
-            weights += _bytes(leaf) * depth / heads.num_heads
-        elif path.startswith(tuple(f"head_{i}/" for i in range(depth))):
-            weights += _bytes(leaf)
-    if depth and heads.shared:
-        # Heads wait for the accepted node, so a projection of the backbone's is read once more.
-        lies = ("lm_head_kernel", "lm_head", "embed")
-        unembedding = next(backbone[name] for name in lies if name in backbone)
-        weights += sum(
-            map(_bytes, jax.tree.leaves(params["heads"].get("vocab_kernel", unembedding)))
-        )
+    weights = sum(map(device_bytes, leaves)) + decoder.drafter.read_bytes(params)
     kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
     per_token = 2 * config.num_layers * kv_heads * config.head_dim * leaves[0].dtype.itemsize
     return weights + cached_tokens * per_token
-
-
-def _bytes(leaf: jax.Array) -> int:
-    """Of the part that one device has."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

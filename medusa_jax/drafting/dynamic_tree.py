@@ -11,12 +11,13 @@ beginning, so these paths are prefix-closed.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from medusa_jax.drafting.tree import PAD
+from medusa_jax.drafting.tree_tables import PAD, TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.shapes import typed
 
@@ -25,47 +26,14 @@ from medusa_jax.shapes import typed
 _STEP = 1e-4
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Branches:
-    """The trees of one step: the tables of `tree.Tree`, one a row.
-
-    Attributes:
-      cells: where each token stands in [root, head 1's R guesses, head 2's, ...] [B, N].
-      depths, parents: [B, N].
-      ancestors: [B, N, E].
-      mask: [B, N, N].
-      depth: of the deepest node there may be.
-    """
-
-    cells: Array
-    depths: Array
-    parents: Array
-    ancestors: Array
-    mask: Array
-    depth: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def inner(self) -> tuple[int, ...]:
-        """Slots that may have children: any but the last."""
-        return tuple(range(max(self.parents.shape[1] - 1, 1)))
-
-    def depth_of(self, slots: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Depth of one node a row."""
-        return self.depths[jnp.arange(slots.shape[0]), slots]
-
-    def path_of(self, slots: Int[Array, " B"]) -> Int[Array, "B E"]:
-        """Slots from the root to one node a row, then PAD."""
-        return self.ancestors[jnp.arange(slots.shape[0]), slots]
-
-
-@dataclasses.dataclass(frozen=True)
-class Grown:
-    """A recipe for trees of `size` tokens, at most `depth` deep and `top_k` wide."""
+class DynamicTree:
+    """Trees of `size` tokens, at most `depth` deep and `top_k` wide, grown anew at each step."""
 
     size: int
     depth: int
     top_k: int = 10
+    scored: ClassVar[bool] = True  # whether `arrange` reads the scores of paths
 
     @property
     def path_cells(self) -> int:
@@ -73,11 +41,11 @@ class Grown:
         return self.depth + 1
 
     def check(self, num_heads: int, vocab_size: int) -> None:
-        """Raises InputError if such trees cannot be had from these heads."""
+        """Raises InputError if these heads cannot give such trees."""
         if self.size < 2:
-            raise InputError(f"a grown tree has 2 tokens or more, got size {self.size}")
+            raise InputError(f"a dynamic tree has 2 tokens or more, got size {self.size}")
         if self.depth < 1:
-            raise InputError(f"a grown tree is 1 deep or more, got depth {self.depth}")
+            raise InputError(f"a dynamic tree is 1 deep or more, got depth {self.depth}")
         if self.depth > num_heads:
             raise InputError(
                 f"a tree {self.depth} deep was asked for, but there are {num_heads} Medusa heads"
@@ -88,13 +56,13 @@ class Grown:
         if self.size > paths:
             raise InputError(f"there are {paths} nodes at most, and {self.size} were asked for")
 
-    def branches(self, scores: Float[Array, "B M R R"]) -> Branches:
-        """This step's trees from the guesses' log-probabilities after each other."""
-        return grow(scores, self.size)
+    def arrange(self, path_scores: Float[Array, "B M R R"]) -> tuple[Array, TreeTables]:
+        """The cell of each slot's token among the candidates [B, N], and this step's tables."""
+        return grow(path_scores, self.size)
 
 
 @typed
-def grow(scores: Float[Array, "B M R R"], size: int) -> Branches:
+def grow(scores: Float[Array, "B M R R"], size: int) -> tuple[Array, TreeTables]:
     """The root and the `size - 1` likeliest paths, in order of likelihood.
 
     Args:
@@ -147,4 +115,5 @@ def grow(scores: Float[Array, "B M R R"], size: int) -> Branches:
         ancestors = jnp.where(here, up[..., None], ancestors)
         mask |= up[..., None] == slot[:, None]
         up = jnp.where(up > 0, jnp.take_along_axis(parents, jnp.maximum(up, 0), axis=1), PAD)
-    return Branches(rooted(cell, 0), depths, parents, ancestors, mask, levels)
+    inner = tuple(range(max(size - 1, 1)))
+    return rooted(cell, 0), TreeTables(parents, depths, ancestors, mask, inner)

@@ -13,15 +13,14 @@ import importlib.resources
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
+from medusa_jax.drafting.tree_tables import PAD, TreeTables
 from medusa_jax.errors import InputError
 
 Node = tuple[int, ...]
-PAD = -1
 CPU_NODES = 8  # products of up to 8 rows cost a 2-core CPU little more than those of 2
 
 
@@ -54,23 +53,10 @@ class Tree:
     """
 
     nodes: tuple[Node, ...] = ()
+    scored: ClassVar[bool] = False  # whether `arrange` reads the scores of paths
 
     def __post_init__(self) -> None:
-        seen = set()
-        for node in self.nodes:
-            if not node or any(type(rank) is not int or rank < 0 for rank in node):
-                raise InputError(
-                    f"tree node {list(node)} is not a non-empty list of ranks counted from 0"
-                )
-            if node in seen:
-                raise InputError(f"tree node {list(node)} is listed twice")
-            seen.add(node)
-        for node in self.nodes:
-            if len(node) > 1 and node[:-1] not in seen:
-                raise InputError(
-                    f"tree node {list(node)} has no parent: {list(node[:-1])} is not listed "
-                    "(every prefix of a node must be a node too)"
-                )
+        _check_nodes(self.nodes)
 
     @classmethod
     def from_lists(cls, lists: Iterable[Iterable[int]]) -> "Tree":
@@ -104,21 +90,6 @@ class Tree:
     def chain(cls, depth: int) -> "Tree":
         """The best guess of each head and nothing else; depth 0 is the root alone."""
         return cls(tuple((0,) * length for length in range(1, depth + 1)))
-
-    @classmethod
-    def default(cls, num_heads: int, accelerated: bool, name: str = "") -> "Tree":
-        """A sound tree where none was tuned: the one published for the model, else `mc_sim_7b_63`.
-
-        A GPU or TPU verifies 64 tokens for little more than one; a CPU pays for
-        each, so there the tree is cut to CPU_NODES.
-        """
-        name = name.lower()
-        fitting = (f"vicuna_{size}_stage2" for size in ("7b", "13b", "33b") if size in name)
-        published = next(fitting, "mc_sim_7b_63") if "vicuna" in name else "mc_sim_7b_63"
-        if "zephyr" in name:
-            published = "zephyr_stage2"
-        tree = cls.published(published).limit_depth(num_heads)
-        return tree if accelerated else tree.cut(CPU_NODES)
 
     def cut(self, size: int) -> "Tree":
         """The first nodes up to `size` tokens, root included.
@@ -195,8 +166,7 @@ class Tree:
         """Slots from the root down to each node, itself included, then PAD [N, E]."""
         table = np.full((self.size, self.path_cells), PAD, np.int32)
         for slot, parent in enumerate(self.parents):
-            if slot:
-                table[slot] = table[parent]
+            table[slot] = table[parent] if slot else PAD
             table[slot, self.depths[slot]] = slot
         return table
 
@@ -213,29 +183,38 @@ class Tree:
         indices = 1 + (self.depths - 1) * top_k + self.ranks
         return np.where(self.depths == 0, 0, indices)
 
-    @property
-    def cells(self) -> np.ndarray:
-        """`candidate_indices` where each head gives just the ranks that the tree needs [N]."""
-        return self.candidate_indices(self.top_k)
+    def arrange(self, path_scores: object) -> tuple[np.ndarray, TreeTables]:
+        """The cell of each slot's token among the candidates [1, N], and the tables.
 
-    @property
-    def inner(self) -> tuple[int, ...]:
-        """Slots with children, ascending."""
-        return tuple(np.unique(self.parents[1:]).tolist())
+        Cells count in [root, head 1's R guesses, head 2's, ...]. A static tree needs no scores.
+        """
+        tables = TreeTables(
+            parents=self.parents[None],
+            depths=self.depths[None],
+            ancestors=self.ancestors[None],
+            mask=self.mask[None],
+            inner=tuple(np.unique(self.parents[1:]).tolist()),
+        )
+        return self.candidate_indices(self.top_k)[None], tables
 
-    def depth_of(self, slots: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Depth of one node a row."""
-        return jnp.asarray(self.depths)[slots]
 
-    def path_of(self, slots: Int[Array, " B"]) -> Int[Array, "B E"]:
-        """Slots from the root to one node a row, then PAD."""
-        return jnp.asarray(self.ancestors)[slots]
-
-    @property
-    def leaf_paths(self) -> np.ndarray:
-        """`ancestors` of the leaves, last slot first: the original's `retrieve_indices` [P, E]."""
-        leaves = sorted(set(range(self.size)) - set(self.parents.tolist()), reverse=True)
-        return self.ancestors[leaves]
+def _check_nodes(nodes: tuple[Node, ...]) -> None:
+    """Raises InputError for a node that is empty, negative or repeated, or has no parent."""
+    seen = set()
+    for node in nodes:
+        if not node or any(type(rank) is not int or rank < 0 for rank in node):
+            raise InputError(
+                f"tree node {list(node)} is not a non-empty list of ranks counted from 0"
+            )
+        if node in seen:
+            raise InputError(f"tree node {list(node)} is listed twice")
+        seen.add(node)
+    for node in nodes:
+        if len(node) > 1 and node[:-1] not in seen:
+            raise InputError(
+                f"tree node {list(node)} has no parent: {list(node[:-1])} is not listed "
+                "(every prefix of a node must be a node too)"
+            )
 
 
 @functools.cache
@@ -247,3 +226,18 @@ def _published() -> dict[str, list[list[int]]]:
 def published_names() -> list[str]:
     """Names that `Tree.published` knows."""
     return list(_published())
+
+
+def default_tree(num_heads: int, accelerated: bool, name: str = "") -> Tree:
+    """A sound tree where no tuned tree exists: the model's published tree, else `mc_sim_7b_63`.
+
+    A GPU or TPU verifies 64 tokens for little more than one. A CPU pays for each token,
+    so the tree is cut to CPU_NODES there.
+    """
+    name = name.lower()
+    fitting = (f"vicuna_{size}_stage2" for size in ("7b", "13b", "33b") if size in name)
+    published = next(fitting, "mc_sim_7b_63") if "vicuna" in name else "mc_sim_7b_63"
+    if "zephyr" in name:
+        published = "zephyr_stage2"
+    tree = Tree.published(published).limit_depth(num_heads)
+    return tree if accelerated else tree.cut(CPU_NODES)

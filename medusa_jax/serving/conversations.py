@@ -1,102 +1,225 @@
-"""Many conversations at once: user turns in, the model's answers between them, in batches."""
+"""Conversations: user turns asked after each other, the model's answers between them.
 
-import collections
+`converse` is the loop over turns of each command: a prompt is a conversation of a single turn.
+Different turns of different conversations are decoded together, in the slots of an engine.
+"""
+
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from medusa_jax.data.prompts import Request
-from medusa_jax.data.tokenizer import Message
-from medusa_jax.decoding.decoder import Output
+from medusa_jax.data.tokenizer import ChatTokenizer, Message, TextStream
+from medusa_jax.decoding.state import Output
 from medusa_jax.errors import InputError
-from medusa_jax.serving.generator import Answerer
-
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+from medusa_jax.serving.engine import Engine, Job
 
 
-@dataclasses.dataclass
-class Talk:
-    """A conversation as it grows.
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer.
 
     Attributes:
-      number: which input it is; it names the random stream, with sample 0.
-      messages: the conversation so far; an unanswered turn is the last.
-      prompt: token ids of the turn to answer.
-      answers: how many there are.
-      truncated: the last one was cut off by its length.
-      problem: why a turn could not be asked, or None.
-      ended: nothing more is to be asked.
+      prompt: the user's text, or the text of the prompt's token ids.
+      prompt_ids, token_ids: the whole prompt, and the answer's tokens after it, up to and
+        including a stop token.
+      text: the answer without special tokens.
+      tokens_per_step: tokens that each step accepted, before any cut at a stop token.
+      finish_reason: "stop" or "length".
+      seconds: time of the engine from its prefill to its end; other rows ran beside it.
     """
 
-    number: int
+    prompt: str
+    prompt_ids: list[int]
+    text: str
+    token_ids: list[int]
+    tokens_per_step: list[int]
+    mean_accepted_length: float
+    finish_reason: str
+    seconds: float
+
+
+@dataclasses.dataclass(eq=False)
+class Conversation:
+    """A request, and its answers as they come.
+
+    Attributes:
+      number, sample: which request it is, and which of its samples: they name the random stream.
+      messages: the conversation so far; an unanswered turn is the last message.
+      completions: the answers.
+      problem: why the next turn could not be asked, or None.
+      ended: nothing more is to be asked.
+      cut_ends: whether an answer that is cut off by its length ends the conversation.
+    """
+
     request: Request
-    messages: list[Message]
-    prompt: list[int] = dataclasses.field(default_factory=list)
-    answers: int = 0
-    truncated: bool = False
+    number: int = 0
+    sample: int = 0
+    messages: list[Message] = dataclasses.field(default_factory=list)
+    completions: list[Completion] = dataclasses.field(default_factory=list)
     problem: InputError | None = None
     ended: bool = False
+    cut_ends: bool = False
 
-    def ask(self, answerer: Answerer) -> None:
-        """Asks the next turn; one that does not fit ends the conversation before it."""
-        request = self.request
-        try:
-            if not request.turns:
-                raise InputError(f"{request.origin}: a prompt of token ids cannot be written down")
-            turn = {"role": "user", "content": request.turns[self.answers]}
-            self.prompt = answerer.encode([*self.messages, turn], request.origin)
-            self.messages.append(turn)
-        except InputError as error:
-            self.problem, self.ended = error, True
+    def __post_init__(self) -> None:
+        self.messages = list(self.request.history)
 
-    def hear(self, answerer: Answerer, output: Output) -> None:
-        """Takes an answer, and asks the next turn.
+    def ask(self, text: ChatTokenizer) -> list[int]:
+        """Prompt ids of the next turn, which becomes the last message.
 
-        A chat template puts answers between marks of its own and they are
-        stripped; a base model's continue the prompt and are kept as they are.
+        Raises:
+          InputError: the turn is empty, or the template refuses it.
         """
-        answer = answerer.text.decode(output.prompt_ids, output.token_ids)
-        if answerer.text.template is not None:
-            answer = answer.strip()
-        self.messages.append({"role": "assistant", "content": answer})
-        self.answers += 1
-        self.truncated = output.finish_reason == "length"
-        self.ended = self.truncated or self.answers == self.request.num_turns
-        if not self.ended:
-            self.ask(answerer)
+        if self.request.prompt_ids:
+            return list(self.request.prompt_ids)
+        turn = self.request.turns[len(self.completions)]
+        messages = [*self.messages, {"role": "user", "content": turn}]
+        if not any(one["content"] for one in messages if one["role"] == "user"):
+            raise InputError(f"{self.request.origin} is empty")
+        prompt = text.encode(messages)
+        self.messages = messages
+        return prompt
+
+    def hear(self, text: ChatTokenizer, output: Output, seconds: float) -> Completion:
+        """Takes an answer.
+
+        A chat template puts answers between marks of its own, so they are stripped in the
+        history. A base model's answer continues the prompt and stays as it is.
+        """
+        answer = text.decode(output.prompt_ids, output.token_ids)
+        turns = self.request.turns
+        prompt = turns[len(self.completions)] if turns else text.decode([], output.prompt_ids)
+        completion = Completion(
+            prompt=prompt,
+            prompt_ids=output.prompt_ids,
+            text=answer,
+            token_ids=output.token_ids,
+            tokens_per_step=output.tokens_per_step,
+            mean_accepted_length=output.mean_accepted_length,
+            finish_reason=output.finish_reason,
+            seconds=seconds,
+        )
+        self.completions.append(completion)
+        content = answer.strip() if text.raw or text.template is not None else answer
+        self.messages.append({"role": "assistant", "content": content})
+        cut = self.cut_ends and output.finish_reason == "length"
+        self.ended = cut or len(self.completions) == self.request.num_turns
+        return completion
 
     def record(self) -> dict[str, Any]:
-        """The line of the output."""
-        said = [{"from": _SPEAKERS[one["role"]], "value": one["content"]} for one in self.messages]
-        return {
-            "id": self.request.id,
+        """The last answer as a line of JSON Lines."""
+        named = {} if self.request.id is None else {"id": self.request.id}
+        return named | dataclasses.asdict(self.completions[-1]) | {
+            "turn": len(self.completions) - 1,
+            "sample": self.sample,
             "input": self.number,
-            "conversations": said,
-            "truncated": self.truncated,
-        }
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How a conversation has moved.
+
+    Attributes:
+      text: what its answer gained, where texts are streamed.
+      completion: the answer, once it is whole; None in between, or where a turn could not
+        be asked (`conversation.problem`).
+    """
+
+    conversation: Conversation
+    text: str
+    completion: Completion | None
+
+
+class _Batch:
+    """Conversations in the slots of an engine."""
+
+    def __init__(
+        self, engine: Engine, text: ChatTokenizer, new_tokens: Callable[[int], int], stream: bool
+    ) -> None:
+        """Args as `converse`."""
+        self._engine, self._text, self._new_tokens = engine, text, new_tokens
+        self._streams: dict[Job, TextStream] | None = {} if stream else None
+        self._live: dict[Job, Conversation] = {}
+
+    def ask(self, conversation: Conversation) -> bool:
+        """Submits the next turn; a turn that cannot be asked ends the conversation: False."""
+        try:
+            prompt = conversation.ask(self._text)
+            stream = (conversation.number, conversation.sample)
+            job = Job(prompt, self._new_tokens(len(prompt)), stream)
+            self._engine.submit(job, conversation.request.origin)
+        except InputError as error:
+            conversation.problem, conversation.ended = error, True
+            return False
+        self._live[job] = conversation
+        if self._streams is not None:
+            self._streams[job] = TextStream(self._text, prompt)
+        return True
+
+    def advance(self) -> Iterator[Update]:
+        """Lets the engine advance; asks the next turn of a conversation whose answer is whole."""
+        for progress in self._engine.advance():
+            job, output, piece = progress.job, progress.output, ""
+            if self._streams is not None:
+                piece = self._streams[job].push(progress.token_ids)
+                if output is not None:
+                    piece += self._streams.pop(job).finish()
+            conversation, completion = self._live[job], None
+            if output is not None:
+                del self._live[job]
+                completion = conversation.hear(self._text, output, progress.seconds)
+            if piece or completion:
+                yield Update(conversation, piece, completion)
+            if completion and not conversation.ended and not self.ask(conversation):
+                yield Update(conversation, "", None)
+
+    def close(self) -> None:
+        """Frees the slots of conversations that nobody waits for any more."""
+        for job in self._live:
+            self._engine.cancel(job)
 
 
 def converse(
-    answerer: Answerer, inputs: Iterable[tuple[int, Request]], batch_size: int
-) -> Iterator[Talk]:
-    """Yields conversations that have ended, in the order of the inputs.
+    engine: Engine,
+    text: ChatTokenizer,
+    conversations: Iterable[Conversation],
+    new_tokens: Callable[[int], int],
+    *,
+    stream: bool = False,
+    refuse: bool = False,
+) -> Iterator[Update]:
+    """Holds conversations, as many at once as the engine has slots; updates as they come.
 
-    A conversation that ends makes room in the batch for the next one, so
-    different turns of different conversations are decoded together.
+    A conversation that ends makes room for the next one. A turn that cannot be asked is an
+    update too.
+
+    Args:
+      conversations: taken as slots become free. Where reading them fails, those taken before
+        are held to their end, then the error is raised.
+      new_tokens: most new tokens for a prompt of so many.
+      stream: report texts as they grow.
+      refuse: a first turn that cannot be asked is an error of reading.
     """
-    coming = iter(inputs)
-    waiting: collections.deque[Talk] = collections.deque()
-    while True:
-        live = [talk for talk in waiting if not talk.ended]
-        while len(live) < batch_size and (one := next(coming, None)) is not None:
-            waiting.append(talk := Talk(*one, list(one[1].history)))
-            talk.ask(answerer)
-            live += [] if talk.ended else [talk]
-        while waiting and waiting[0].ended:
-            yield waiting.popleft()
-        if not live:
-            return
-        rows = [(talk.number, 0) for talk in live]
-        outputs, _ = answerer.run([talk.prompt for talk in live], rows, batch_size)
-        for talk, output in zip(live, outputs, strict=True):
-            talk.hear(answerer, output)
+    coming = iter(conversations)
+    error: InputError | None = None
+    batch, more = _Batch(engine, text, new_tokens, stream), True
+    try:
+        while more or not engine.idle:
+            while more and engine.hungry:
+                try:
+                    conversation = next(coming, None)
+                except InputError as raised:
+                    conversation, error = None, raised
+                more = conversation is not None
+                if conversation is None or batch.ask(conversation):
+                    continue
+                if refuse:
+                    error, more = conversation.problem, False
+                else:
+                    yield Update(conversation, "", None)
+            yield from batch.advance()
+        if error is not None:
+            raise error
+    finally:
+        batch.close()

@@ -1,290 +1,252 @@
-"""Answers to prompts: batches of requests through tokenizer and decoder, timed.
+"""Text to text: the API of two lines.
 
-`Answerer` is the whole way from text to text for programs that decode many
-prompts (`decode.py`, data generation, benchmarks). `decode.Decoder` below it
-knows token ids only.
+generator = Generator.load()
+print(generator.generate(["Once upon a time"])[0].text)
 """
 
 import dataclasses
-import logging
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-
-from medusa_jax.checkpoints.load import Model
+from medusa_jax.checkpoints.hub import shipped
+from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.data.prompts import Request
-from medusa_jax.data.tokenizer import Message, Text, TextStream
+from medusa_jax.data.tokenizer import ChatTokenizer, Message
 from medusa_jax.decoding.acceptance import Acceptance
-from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder, Output, State, outputs, round_up
-from medusa_jax.decoding.sampling import row_keys
-from medusa_jax.decoding.stats import Figures
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.stats import Stats
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.options import check
+from medusa_jax.serving.conversations import Completion, Conversation, Update, converse
+from medusa_jax.serving.engine import Engine
+from medusa_jax.serving.options import (
+    DEFAULT_NEW_TOKENS,
+    DecodingOptions,
+    acceptance_of,
+    tree_of,
+)
 
-log = logging.getLogger(__name__)
-
-DEFAULT_NEW_TOKENS = 256
-SMALLEST_CAPACITY = 128
-FINE_CAPACITY = 512
-
-# Which random stream a row draws from: (prompt number, sample number).
-RowName = tuple[int, int]
+Prompt = str | Sequence[Message]
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How far to decode.
+class Generator:
+    """A model, its tokenizer, and how to decode with them.
 
     Attributes:
-      max_new_tokens: most new tokens, which must fit; None takes what fits, up to `at_most`.
-      max_length: most tokens of prompt and text together; None: the model's context.
-      stop_ids: tokens that end a row; empty to go on past end-of-sequence.
-      at_most: see `max_new_tokens`.
+      model: the backbone and its heads.
+      text: the tokenizer and its chat template.
+      tree: what each step verifies; the root alone is plain decoding.
+      acceptance: which of it becomes text.
+      options: as it was made.
+      at_most: new tokens where neither a call nor the options say how many, if they fit.
     """
-
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    stop_ids: tuple[int, ...] = ()
-    at_most: int = DEFAULT_NEW_TOKENS
-
-
-class Answerer:
-    """Decodes prompts with one model, tree and acceptance."""
 
     def __init__(
         self,
         model: Model,
-        text: Text,
-        tree: Tree | Grown,
+        text: ChatTokenizer,
+        tree: Tree | DynamicTree,
         acceptance: Acceptance,
-        limits: Limits,
-        *,
-        seed: int = 0,
-        suppress: tuple[int, ...] = (),
+        options: DecodingOptions,
+        at_most: int = DEFAULT_NEW_TOKENS,
     ) -> None:
         context = model.config.context
-        if limits.max_length is not None and not 1 < limits.max_length <= context:
+        if options.max_length is not None and not 1 < options.max_length <= context:
             raise InputError(
-                f"max_length {limits.max_length} must lie in 2..{context}, the model's context"
+                f"max_length {options.max_length} must lie in 2..{context}, the model's context"
             )
-        if limits.max_new_tokens is not None and limits.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {limits.max_new_tokens}")
-        self.model, self.text, self.limits, self.seed = model, text, limits, seed
-        self.figures = Figures()
-        self._max_length = limits.max_length or context
-        self._decoder = Decoder(
-            model.config, model.heads, tree, acceptance, self._max_length, suppress, model.mesh
+        self.model, self.text, self.tree, self.acceptance = model, text, tree, acceptance
+        self.options, self.at_most = options, at_most
+        self._engine: Engine | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: str | None = None,
+        heads: str | None = None,
+        dtype: str | None = None,
+        mesh: str | None = None,
+        **options: Any,
+    ) -> "Generator":
+        """Loads a model and its heads; without arguments the model that ships with the project.
+
+        Args:
+          model: Hugging Face directory or hub id, with or without heads inside.
+          heads: directory, file or hub id of Medusa heads; default: those found with the model.
+          dtype: "float32" or "bfloat16".
+          mesh: "tensor=4" splits the work over that many devices.
+          options: any other field of `DecodingOptions`: `tree`, `acceptance`, `temperature`,
+            `seed`, `batch_size`, ...
+
+        Raises:
+          InputError: a file or an option is wrong; the message says which.
+        """
+        known = {field.name for field in dataclasses.fields(DecodingOptions)}
+        if unknown := sorted(options.keys() - known):
+            raise InputError(f"unknown options: {', '.join(unknown)}; expected {sorted(known)}")
+        paths = {"model": model and str(model), "heads": heads and str(heads)}
+        return cls.of(DecodingOptions(**paths, dtype=dtype, mesh=mesh, **options))
+
+    @classmethod
+    def of(
+        cls,
+        options: DecodingOptions,
+        *,
+        at_most: int = DEFAULT_NEW_TOKENS,
+        need_heads: bool = True,
+    ) -> "Generator":
+        """The generator that the options describe.
+
+        Args:
+          at_most: see the class.
+          need_heads: refuse a model without heads; otherwise it is decoded plainly.
+        """
+        check(options, prefix="")
+        acceptance = acceptance_of(options)  # before loading, which takes long
+        model = load_model(
+            options.model or shipped(), options.heads, options.precision, options.mesh
         )
-        self._compiled: set[Any] = set()
+        text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
+        tree = Tree()
+        if need_heads or model.heads.num_heads:
+            tree = tree_of(options, model, acceptance)
+        return cls(model, text, tree, acceptance, options, at_most)
+
+    def with_tree(
+        self,
+        tree: Tree | DynamicTree,
+        acceptance: Acceptance | None = None,
+        **options: Any,
+    ) -> "Generator":
+        """The same with another tree, and stats of its own; `Tree()` decodes plainly.
+
+        Args:
+          acceptance: another scheme.
+          options: other values of `DecodingOptions` that do not concern the model.
+        """
+        changed = dataclasses.replace(self.options, **options)
+        scheme = acceptance or self.acceptance
+        return Generator(self.model, self.text, tree, scheme, changed, self.at_most)
 
     @property
-    def tree(self) -> Tree | Grown:
-        """The tree in use."""
-        return self._decoder.tree
-
-    @property
-    def acceptance(self) -> Acceptance:
-        """The acceptance scheme in use."""
-        return self._decoder.acceptance
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        own = () if self.options.ignore_eos else self.model.stop_ids + self.text.stop_ids
+        return tuple(sorted({*own, *self.options.stop_id}))
 
     @property
     def suppress(self) -> tuple[int, ...]:
         """Tokens that are never produced."""
-        return self._decoder.suppress
+        return tuple(sorted({*self.model.suppress, *self.options.suppress_tokens}))
 
-    def with_tree(
-        self,
-        tree: Tree | Grown,
-        *,
-        acceptance: Acceptance | None = None,
-        stops: bool = True,
-    ) -> "Answerer":
-        """The same with another tree, and figures of its own; `Tree()` decodes plainly.
+    @property
+    def engine(self) -> Engine:
+        """The engine, with `options.batch_size` slots."""
+        if self._engine is None:
+            model = self.model
+            decoder = Decoder(
+                model.config,
+                medusa_drafter(model.heads, self.tree),
+                self.acceptance,
+                self.options.max_length or model.config.context,
+                self.suppress,
+                model.mesh,
+            )
+            self._engine = Engine(
+                decoder,
+                model.params,
+                slots=self.options.batch_size,
+                stop_ids=self.stop_ids,
+                seed=self.options.seed,
+            )
+        return self._engine
 
-        With an `acceptance`, that one; without `stops`, texts go on past end-of-sequence.
-        """
-        decoder = self._decoder
-        limits = self.limits if stops else dataclasses.replace(self.limits, stop_ids=())
-        return Answerer(
-            self.model,
-            self.text,
-            tree,
-            acceptance or decoder.acceptance,
-            limits,
-            seed=self.seed,
-            suppress=decoder.suppress,
-        )
+    @property
+    def stats(self) -> Stats:
+        """What was decoded so far, and its cost."""
+        return self.engine.stats
 
-    def encode(self, messages: Sequence[Message], origin: str = "the prompt") -> list[int]:
-        """Prompt ids of a conversation, checked to fit.
-
-        Raises:
-          InputError: empty, or too long; names `origin`.
-        """
-        if not any(message["content"] for message in messages if message["role"] == "user"):
-            raise InputError(f"{origin} is empty")
-        return self.check(self.text.encode(messages), origin)
-
-    def check(self, prompt_ids: Sequence[int], origin: str = "the prompt") -> list[int]:
-        """The ids; raises InputError, naming `origin`, if the decoder would refuse them."""
-        self._decoder.check_prompt(prompt_ids, self.limits.max_new_tokens or 1, origin)
-        return list(prompt_ids)
-
-    def answer(
-        self, requests: Sequence[Request], rows: Sequence[RowName], batch_size: int | None = None
-    ) -> list[list[dict[str, Any]]]:
-        """Answers one batch: request i as random row `rows[i]`, turn after turn.
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int | None = None
+    ) -> list[Completion]:
+        """Answers all prompts, `options.batch_size` of them at a time.
 
         Args:
-          batch_size: rows to pad the batch to, so that a short last batch
-            compiles nothing new.
+          prompts: each a text or a conversation, a list of {"role", "content"} whose last
+            turn is the user's.
+          max_new_tokens: default: that of the options, else what fits, at most `at_most`.
 
-        Returns:
-          for each request, one record a turn with the keys `prompt`,
-          `prompt_ids`, `text`, `token_ids`, `tokens_per_step`,
-          `mean_accepted_length`, `finish_reason`, `seconds` (of its batch),
-          `turn`, `sample` and, where the request has one, `id`. A conversation
-          that outgrows the context ends there, with a warning.
+        Raises:
+          InputError: a prompt is empty or does not fit; the others are not answered.
         """
-        records: list[list[dict[str, Any]]] = [[] for _ in requests]
-        histories = [list(request.history) for request in requests]
-        for turn in range(max(request.num_turns for request in requests)):
-            live, prompts = [], []
-            for i, request in enumerate(requests):
-                if turn < request.num_turns and len(records[i]) == turn:
-                    prompt = self.prompt(request, histories[i], turn)
-                    if prompt is not None:
-                        prompts.append(prompt)
-                        live.append(i)
-            if not live:
-                break
-            results, seconds = self.run(prompts, [rows[i] for i in live], batch_size)
-            for i, output in zip(live, results, strict=True):
-                record = self.record(requests[i], rows[i], turn, output, seconds)
-                histories[i].append({"role": "assistant", "content": record["text"].strip()})
-                records[i].append(record)
-        return records
+        conversations = [self._conversation(i, prompt) for i, prompt in enumerate(prompts)]
+        for _ in self.converse(conversations, refuse=True, max_new_tokens=max_new_tokens):
+            pass
+        return [one.completions[0] for one in conversations]
 
-    def stream(
-        self, prompt_ids: list[int], row: RowName = (0, 0)
-    ) -> Generator[str, None, tuple[Output, float]]:
-        """Yields the text of one prompt as it is accepted; returns the output and its seconds."""
-        decoder, keys = self._ready([prompt_ids], [row], streaming=True)
-        pieces = TextStream(self.text, prompt_ids)
-        start = time.perf_counter()
-        state = self._prefill(decoder, [prompt_ids], [self._new_tokens(len(prompt_ids))], keys)
-        prefilled = time.perf_counter()
-        steps = decoder.stream(self.model.params, state)
-        while True:
-            try:
-                emitted = next(steps)
-            except StopIteration as stop:
-                state = stop.value
-                break
-            if piece := pieces.push(emitted.tokens[0, : emitted.count[0]].tolist()):
-                yield piece
-        end = time.perf_counter()
-        if piece := pieces.finish():
-            yield piece
-        done = outputs(state)
-        self.figures.add(decoder, self.model.params, done, end - start, end - prefilled)
-        return done[0], end - start
+    def stream(self, prompt: Prompt, max_new_tokens: int | None = None) -> Iterator[str]:
+        """Yields the text of an answer as it is accepted."""
+        how: dict[str, Any] = {"stream": True, "refuse": True, "max_new_tokens": max_new_tokens}
+        for update in self.converse([self._conversation(0, prompt)], **how):
+            yield update.text
 
-    def run(
-        self, prompts: Sequence[list[int]], rows: Sequence[RowName], batch_size: int | None = None
-    ) -> tuple[list[Output], float]:
-        """Decodes one batch of token ids; the outputs and the seconds they took."""
-        padding = max((batch_size or 0) - len(prompts), 0)
-        filler = [0]
-        prompts = [*prompts, *[filler] * padding]
-        new_tokens = [self._new_tokens(len(prompt)) for prompt in prompts]
-        new_tokens[len(prompts) - padding :] = [1] * padding
-        decoder, keys = self._ready(prompts, [*rows, *[(0, 0)] * padding], streaming=False)
-        start = time.perf_counter()
-        state = self._prefill(decoder, prompts, new_tokens, keys)
-        prefilled = time.perf_counter()
-        state = jax.block_until_ready(decoder.generate(self.model.params, state))
-        end = time.perf_counter()
-        done = outputs(state)[: len(prompts) - padding]
-        self.figures.add(decoder, self.model.params, done, end - start, end - prefilled)
-        return done, end - start
+    def converse(
+        self,
+        conversations: Iterable[Conversation],
+        *,
+        stream: bool = False,
+        refuse: bool = False,
+        max_new_tokens: int | None = None,
+    ) -> Iterator[Update]:
+        """`conversations.converse` in the engine's slots."""
+        wanted = max_new_tokens or self.options.max_new_tokens
+        capacity = self.engine.decoder.capacity
 
-    def record(
-        self, request: Request, row: RowName, turn: int, output: Output, seconds: float
-    ) -> dict[str, Any]:
-        """One answer, with the keys that `answer` names."""
-        prompt = request.turns[turn] if request.turns else self.text.decode([], output.prompt_ids)
-        named = {} if request.id is None else {"id": request.id}
-        return named | {
-            "prompt": prompt,
-            "prompt_ids": output.prompt_ids,
-            "text": self.text.decode(output.prompt_ids, output.token_ids),
-            "token_ids": output.token_ids,
-            "tokens_per_step": output.tokens_per_step,
-            "mean_accepted_length": output.mean_accepted_length,
-            "finish_reason": output.finish_reason,
-            "seconds": seconds,
-            "turn": turn,
-            "sample": row[1],
-        }
+        def new_tokens(prompt_tokens: int) -> int:
+            return wanted or max(min(self.at_most, capacity - prompt_tokens), 1)
 
-    def prompt(self, request: Request, history: list[Message], turn: int) -> list[int] | None:
-        """Prompt ids of a turn, which is appended to the history.
+        how = {"stream": stream, "refuse": refuse}
+        return converse(self.engine, self.text, conversations, new_tokens, **how)
 
-        None, with a warning, where a later turn does not fit any more; for the
-        first, InputError.
+    def chat(self) -> "Chat":
+        """A conversation that a person goes on with."""
+        return Chat(self)
+
+    @staticmethod
+    def _conversation(number: int, prompt: Prompt) -> Conversation:
+        if isinstance(prompt, str):
+            return Conversation(Request.of_text(prompt), number)
+        *history, last = prompt
+        if last["role"] != "user":
+            raise InputError(f"prompt {number}: the last message must be the user's")
+        return Conversation(Request((last["content"],), tuple(history)), number)
+
+
+class Chat:
+    """A conversation whose turns come from a person.
+
+    Attributes:
+      history: messages so far.
+      completion: the last answer.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self.history: list[Message] = []
+        self.completion: Completion | None = None
+        self._generator = generator
+
+    def say(self, turn: str) -> Iterator[str]:
+        """Yields the answer to a turn as it is accepted; both join the history.
+
+        Raises:
+          InputError: the conversation no longer fits; the history stays as it was.
         """
-        if request.prompt_ids:
-            return self.check(request.prompt_ids, request.origin)
-        history.append({"role": "user", "content": request.turns[turn]})
-        try:
-            return self.encode(history, request.origin)
-        except InputError as error:
-            if turn == 0:
-                raise
-            log.warning("%s; turn %d and what follows is left out", error, turn + 1)
-            return None
-
-    def _new_tokens(self, prompt_tokens: int) -> int:
-        room = self._max_length - prompt_tokens
-        return self.limits.max_new_tokens or min(self.limits.at_most, room)
-
-    def _ready(
-        self, prompts: Sequence[list[int]], rows: Sequence[RowName], *, streaming: bool
-    ) -> tuple[Decoder, jax.Array]:
-        """A decoder of a fitting capacity, compiled for this batch, and the rows' keys.
-
-        Attention reads every slot, so there are hardly more than needed; long texts get a
-        power of two, so that few numbers of them are compiled.
-        """
-        need = max(len(prompt) + self._new_tokens(len(prompt)) for prompt in prompts)
-        capacity = max(SMALLEST_CAPACITY, 1 << (need - 1).bit_length())
-        if capacity <= FINE_CAPACITY:
-            tail = self.tree.path_cells
-            capacity = max(SMALLEST_CAPACITY, round_up(need + tail, SLOTS_MULTIPLE) - tail)
-        decoder = dataclasses.replace(self._decoder, capacity=min(capacity, self._max_length))
-        keys = row_keys(self.seed, list(rows))
-        width = decoder.padded_length(max(map(len, prompts)))
-        shape = (decoder, len(prompts), width, streaming)
-        if shape not in self._compiled:
-            self._compiled.add(shape)
-            blank = [[0] * min(width, decoder.capacity - 1)] * len(prompts)
-            state = self._prefill(decoder, blank, [1] * len(prompts), keys)
-            drive = decoder.step if streaming else decoder.generate
-            jax.block_until_ready(drive(self.model.params, state))
-        return decoder, keys
-
-    def _prefill(
-        self, decoder: Decoder, prompts: Sequence[list[int]], new: Sequence[int], keys: jax.Array
-    ) -> State:
-        state = decoder.prefill(
-            self.model.params,
-            prompts,
-            max_new_tokens=new,
-            stop_ids=self.limits.stop_ids,
-            keys=keys,
-        )
-        return jax.block_until_ready(state)
+        request = Request((turn,), tuple(self.history))
+        conversation = Conversation(request, number=len(self.history))
+        for update in self._generator.converse([conversation], stream=True, refuse=True):
+            yield update.text
+        self.history = conversation.messages
+        self.completion = conversation.completions[-1]

@@ -9,7 +9,6 @@ for the kinds of device its makers had.
 import dataclasses
 import json
 import os
-import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ import jax
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.checkpoints.tensors import write_json
 from medusa_jax.decoding.acceptance import Acceptance, Greedy
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.distributed.hardware import device
+from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 
@@ -32,22 +32,6 @@ def cache_file(model: Model, dtype: str) -> Path:
     kind = re.sub(r"\W+", "-", device()).strip("-").lower()
     kind += f"-x{model.mesh.size}" if model.mesh else ""
     return Path(home) / "trees" / f"{model.fingerprint}-{kind}-{dtype}.json"
-
-
-def device() -> str:
-    """This process's kind of device; of a CPU its model, and how many cores there are."""
-    if jax.default_backend() != "cpu":
-        return jax.devices()[0].device_kind
-    return f"cpu {cpu()} {os.cpu_count()}"
-
-
-def cpu() -> str:
-    """This machine's processor by name, as far as it is known."""
-    try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or "cpu"
 
 
 def describe(acceptance: Acceptance) -> dict[str, Any]:
@@ -85,13 +69,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return tunings
 
 
-def tree_of(tuning: dict[str, Any]) -> Tree | Grown:
+def tree_of(tuning: dict[str, Any]) -> Tree | DynamicTree:
     """The tree of a tuning: a list of nodes, or a recipe to grow one at every step."""
     tree = tuning["tree"]
-    return Grown(**tree) if isinstance(tree, dict) else Tree.from_lists(tree)
+    return DynamicTree(**tree) if isinstance(tree, dict) else Tree.from_lists(tree)
 
 
-def find(model: Model, acceptance: Acceptance, batch_size: int, dtype: str) -> Tree | Grown | None:
+def find(
+    model: Model, acceptance: Acceptance, batch_size: int, dtype: str
+) -> Tree | DynamicTree | None:
     """The tree tuned for this model here, else one that came with it for such a device.
 
     The same acceptance is looked for first, then its scheme at another

@@ -9,7 +9,7 @@ from medusa_jax.checkpoints.load import resolve
 from medusa_jax.data.corpus import Corpus
 from medusa_jax.data.encoding import Encoded, encode
 from medusa_jax.data.packing import Rows, fit, pack
-from medusa_jax.data.tokenizer import Text
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.errors import InputError
 from medusa_jax.training.settings import Config
 
@@ -27,7 +27,7 @@ def read_rows(config: Config, say: bool) -> tuple[Rows, Rows]:
         raise InputError("data.train names no file and no hub dataset")
     if not config.model.path:
         raise InputError("model.path names no model, whose tokenizer the data needs")
-    text = Text(resolve(config.model.path), template=data.template or None)
+    text = ChatTokenizer(resolve(config.model.path), template=data.template or None)
 
     def encoded(sources: tuple[str, ...]) -> list[Encoded]:
         corpus = Corpus(

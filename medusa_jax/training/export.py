@@ -22,7 +22,7 @@ from medusa_jax.checkpoints.tensors import (
     write_model,
     write_pickle,
 )
-from medusa_jax.data.tokenizer import Text
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.param_paths import flat, joined
@@ -98,7 +98,7 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
         if write:
             copy_beside(source, directory)
             if config.data.template:  # it was trained with another than its tokenizer's own
-                template = Text(source, template=config.data.template).template
+                template = ChatTokenizer(source, template=config.data.template).template
                 (directory / "chat_template.jinja").write_text(template or "", encoding="utf-8")
             write_json(directory / "config.json", settings)
 

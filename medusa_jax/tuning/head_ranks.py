@@ -1,20 +1,10 @@
-"""How often which guess is right, and the best tree for it.
+"""How each head ranks the tokens that came, in texts that the model itself wrote.
 
-On texts that the model itself wrote, `right_ranks` finds at every position and
-for every head the rank of the token that did come: guess r of head k is right
-where that rank is r. From such a table
-
-    grow       builds the best tree: node after node by the probability that its whole path is right
-    simulate   replays decoding with a tree, exactly, without running the model
-
-A path's probability is counted where the table has seen its beginning often, and
-falls back on the head's own accuracy where not (the original multiplies
-accuracies throughout, and divides those of later heads by too many positions).
-Letters: see `shapes.py`; P are the positions of a text, from the last prompt token on.
+Guess r of head k is right where the rank of the token that came is r. Letters: see `shapes.py`;
+P are the positions of a text, from the last prompt token on.
 """
 
 import functools
-import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +14,10 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, rows_of
-from medusa_jax.drafting.tree import Node, Tree
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 
 UNKNOWN = -1  # the text ends before the token that this head guesses
-_PRIOR = 8.0  # how many observations the independent estimate of a path weighs
 
 Ranks = np.ndarray  # [P, M] int32
 
@@ -87,102 +75,3 @@ def accuracy(texts: Sequence[Ranks], top_k: int) -> np.ndarray:
     table = np.concatenate(texts)
     known = np.maximum((table != UNKNOWN).sum(axis=0), 1)
     return np.stack([(table == rank).sum(axis=0) / known for rank in range(top_k)], axis=1)
-
-
-def grow(table: Ranks, size: int, top_k: int) -> tuple[list[Node], list[float]]:
-    """The best nodes of a tree of `size` tokens, in order, and how likely each is all right.
-
-    Nodes are taken by the probability of their path. It falls along a path, so
-    every beginning of the result is the best tree of its own size.
-    """
-    known = np.maximum((table != UNKNOWN).sum(axis=0), 1)
-    alone = np.stack([(table == rank).sum(axis=0) / known for rank in range(top_k)], axis=1)
-    nodes: list[Node] = []
-    values: list[float] = []
-    frontier: list[tuple[float, Node]] = []
-    seen: dict[Node, np.ndarray] = {(): np.arange(len(table))}  # where a node's path is right
-
-    def expand(node: Node, value: float) -> None:
-        depth = len(node)
-        if depth == table.shape[1]:
-            return
-        here = seen[node]
-        here = here[table[here, depth] != UNKNOWN]
-        counts = np.bincount(table[here, depth], minlength=top_k)[:top_k]
-        shares = (counts + _PRIOR * alone[depth]) / (len(here) + _PRIOR)
-        for rank in range(top_k):
-            heapq.heappush(frontier, (-value * float(shares[rank]), (*node, rank)))
-
-    expand((), 1.0)
-    while frontier and len(nodes) < size - 1:
-        value, node = heapq.heappop(frontier)
-        if value == 0:
-            break
-        nodes.append(node)
-        values.append(-value)
-        here = seen[node[:-1]]
-        seen[node] = here[table[here, len(node) - 1] == node[-1]]
-        expand(node, -value)
-    return nodes, values
-
-
-def simulate(texts: Sequence[Ranks], tree: Tree) -> tuple[int, np.ndarray, np.ndarray]:
-    """What decoding these very texts with a tree would do.
-
-    Returns:
-      tokens made; the positions, in the joined texts, at which steps began; how
-      many steps made 1, 2, ... tokens. The steps in which a text ends are left
-      out, since what they would have accepted beyond it is not known.
-    """
-    children = {node: slot for slot, node in enumerate(tree.slots)}
-    made, offset = 0, 0
-    starts: list[int] = []
-    lengths = np.zeros(tree.path_cells + 1, np.int64)
-    for ranks in texts:
-        position = 0
-        while position < len(ranks):
-            node: Node = ()
-            for rank in ranks[position, : tree.depth]:
-                if rank == UNKNOWN or (*node, int(rank)) not in children:
-                    break
-                node = (*node, int(rank))
-            length = len(node) + 1
-            if position + length < len(ranks):
-                starts.append(offset + position)
-                lengths[length] += 1
-                made += length
-            position += length
-        offset += len(ranks)
-    return made, np.array(starts, np.int64), lengths[1:]
-
-
-def mean_accepted_length(texts: Sequence[Ranks], tree: Tree) -> float:
-    """Tokens a step of decoding these texts with a tree."""
-    made, starts, _ = simulate(texts, tree)
-    return made / max(len(starts), 1)
-
-
-def best_tree(
-    texts: Sequence[Ranks], size: int, top_k: int, depth: int | None = None, rounds: int = 3
-) -> Tree:
-    """The best tree of `size` tokens for the positions at which steps do begin.
-
-    It is at most `depth` deep, by default as deep as there are heads.
-
-    Steps begin where the last one failed, where guessing is harder than
-    elsewhere; and where they begin depends on the tree. So: grow it from all
-    positions, see where its steps begin, grow it again from those, and keep
-    what replays best.
-    """
-    texts = [ranks[:, :depth] for ranks in texts]
-    table = np.concatenate(texts)
-    best, most = Tree(), 0.0
-    visited = np.arange(len(table))
-    for _ in range(rounds):
-        tree = Tree(tuple(grow(table[visited], size, top_k)[0]))
-        made, visited, _ = simulate(texts, tree)
-        if (length := made / max(len(visited), 1)) > most:
-            best, most = tree, length
-        if not len(visited):
-            break
-    return best

@@ -20,7 +20,9 @@ from helpers.head_files import (
 from safetensors.numpy import load_file, save_file
 
 from medusa_jax.checkpoints.load import Model, load_model
-from medusa_jax.decoding.decoder import Decoder, outputs
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import outputs
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 
 OWN = ["v0.1", "v1.0", "tgi", "vllm", "mlc", "modelopt"]
@@ -137,7 +139,7 @@ def test_recorded_runs_come_out_after_three_conversions(
     model = load_model(place)
     chex.assert_trees_all_equal(model.params, stories.params)
     records = [one for one in golden if (one.get("tree"), one["mode"]) == ("chain4", "greedy")]
-    decoder = Decoder(model.config, model.heads, Tree.chain(4))
+    decoder = Decoder(model.config, medusa_drafter(model.heads, Tree.chain(4)))
     state = decoder.prefill(
         model.params,
         [record["prompt_ids"] for record in records],

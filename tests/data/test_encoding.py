@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from medusa_jax.data.corpus import Corpus
 from medusa_jax.data.encoding import Encoded, encode
-from medusa_jax.data.tokenizer import Text
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.errors import InputError
 
 CHATML = (
@@ -80,12 +80,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(directory: Path):
     """A tokenizer with a template: a built-in name, the template itself, or none."""
 
-    def text(template: str | None) -> Text:
+    def text(template: str | None) -> ChatTokenizer:
         if template is None or "{" not in template:
-            return Text(directory, template=template)
+            return ChatTokenizer(directory, template=template)
         file = directory / "own.jinja"
         file.write_text(template)
-        return Text(directory, template=str(file))
+        return ChatTokenizer(directory, template=str(file))
 
     return text
 
@@ -110,7 +110,7 @@ def _talk(*contents: str, system: str = "", **rest: Any) -> dict[str, Any]:
     return {"messages": opening + messages, **rest}
 
 
-def _runs(text: Text, document: Encoded) -> list[str]:
+def _runs(text: ChatTokenizer, document: Encoded) -> list[str]:
     """The text of every unbroken run of learnt tokens."""
     edges = np.flatnonzero(np.diff(document.learnt, prepend=False, append=False))
     runs = [document.ids[a:b] for a, b in list(pairwise(edges))[::2]]
@@ -277,7 +277,7 @@ def test_sentencepiece_answers(shared, tmp_path, corpus, template):
     if template == SPACED:
         template = str(tmp_path / "spaced.jinja")
         Path(template).write_text(SPACED)
-    text = Text(shared / "models/stories260K", template=template)
+    text = ChatTokenizer(shared / "models/stories260K", template=template)
     (document,) = encode(corpus(_talk("Tom", "Once 月😀.")), text)
     tokens = np.array(text.tokenizer.convert_ids_to_tokens(document.ids))
     data = b"".join(
@@ -296,7 +296,7 @@ def test_a_text_is_tokenized_as_a_prompt_is(shared, tmp_path, corpus, legacy):
     directory = Path(shutil.copytree(shared / "models/stories260K", tmp_path / "model"))
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": legacy}))
-    text = Text(directory)
+    text = ChatTokenizer(directory)
     plain, talk = encode(corpus({"text": "Once upon"}, _talk("Once", " upon")), text, end="</s>")
     expected = [*text.encode([{"role": "user", "content": "Once upon"}]), text.stop_ids[0]]
     assert plain.ids.tolist() == talk.ids.tolist() == expected
@@ -308,7 +308,7 @@ def test_a_text_is_tokenized_as_a_prompt_is(shared, tmp_path, corpus, legacy):
 @pytest.mark.parametrize("template", ["vicuna", "zephyr"])
 def test_real_dialogues(shared, template):
     """The first of 17,000: what is learnt is the answers, as written, and an end for each."""
-    text = Text(shared / "models/stories260K", template=template)
+    text = ChatTokenizer(shared / "models/stories260K", template=template)
     source = str(shared / "chat/sgd_sharegpt.json.gz")
     documents = list(Corpus([source], max_documents=40))
     for document, encoded in zip(

@@ -1,6 +1,6 @@
 """Acceptance on hand-made logits, and against path-by-path references of the original's rules.
 
-The references are NumPy over `tree.leaf_paths`, one leaf path after another, as
+The references are NumPy over `leaf_paths`, one leaf path after another, as
 the original does it; the library walks nodes.
 """
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.trees import leaf_paths, tables
 
 from medusa_jax.decoding.acceptance import (
     SCHEMES,
@@ -19,7 +20,8 @@ from medusa_jax.decoding.acceptance import (
     walk,
 )
 from medusa_jax.decoding.sampling import draw, warp
-from medusa_jax.drafting.tree import PAD, Tree
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.drafting.tree_tables import PAD
 from medusa_jax.errors import InputError
 
 VOCAB = 16
@@ -47,7 +49,7 @@ def peaks(*tokens: int) -> np.ndarray:
 def decide(scheme, tree: Tree, tokens, logits) -> tuple[int, int]:
     """(last, root) of one row."""
     tokens = jnp.asarray([tokens], jnp.int32)
-    accepted = scheme.accept(tree, tokens, jnp.asarray(logits), context(1))
+    accepted = scheme.accept(tables(tree), tokens, jnp.asarray(logits), context(1))
     return accepted.last.item(), accepted.root.item()
 
 
@@ -67,7 +69,7 @@ def random_step(
 
 
 def run(scheme, tree: Tree, tokens, logits, where: Context) -> tuple[np.ndarray, np.ndarray]:
-    accept = jax.jit(lambda *inputs: scheme.accept(tree, *inputs))
+    accept = jax.jit(lambda *inputs: scheme.accept(tables(tree), *inputs))
     accepted = accept(jnp.asarray(tokens), jnp.asarray(logits), where)
     return np.asarray(accepted.last), np.asarray(accepted.root)
 
@@ -83,7 +85,7 @@ def test_walk_docstring_example():
         asked.append(depth)
         return jnp.array([5, 0, 2, 0])[slots]
 
-    accepted = walk(tree, jnp.array([[7, 3, 5, 9]]), choose)
+    accepted = walk(tables(tree), jnp.array([[7, 3, 5, 9]]), choose)
     assert (accepted.last.item(), accepted.root.item()) == (2, 2)
     assert asked == [0, 1, 2]  # once a depth, not once a node
 
@@ -146,7 +148,7 @@ def test_greedy_takes_the_first_among_equals():
 def longest_runs(tree: Tree, passes: np.ndarray) -> list[tuple[int, list[int]]]:
     """(length, accepted slots) of each leaf path of one row, `passes` [N] a node's own test."""
     runs = []
-    for path in tree.leaf_paths:
+    for path in leaf_paths(tree):
         path = path[path != PAD]
         length = int(np.cumprod(passes[path[1:]]).sum())
         runs.append((length, path[: length + 1].tolist()))
@@ -347,7 +349,7 @@ def test_rows_are_independent(scheme):
     tree, rows = TREES["uneven"], 24
     tokens, logits = random_step(tree, rows, seed=6, spread=1.5, hit=1.5)
     where = Context(context(rows).keys, jnp.arange(rows) * 3)
-    accept = jax.jit(lambda *inputs: scheme.accept(tree, *inputs))
+    accept = jax.jit(lambda *inputs: scheme.accept(tables(tree), *inputs))
     whole = accept(jnp.asarray(tokens), jnp.asarray(logits), where)
     assert len(set(whole.last.tolist())) > 1
     for row in range(rows):

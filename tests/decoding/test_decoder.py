@@ -12,10 +12,14 @@ import pytest
 from helpers.models import TINY, TinyModel, random_model
 
 from medusa_jax.checkpoints.load import load_model
-from medusa_jax.decoding import decoder as decode_module
+from medusa_jax.decoding import decoder as decoder_module
+from medusa_jax.decoding import prefill as prefill_module
 from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless, Typical
-from medusa_jax.decoding.decoder import Decoder, bucket, outputs
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.decoding.state import outputs
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 
@@ -51,7 +55,7 @@ def test_recorded_runs_of_the_original(stories, golden, tree_name, mode, tempera
     ]
     assert len(records) == 5
     results = _decode(
-        Decoder(stories.config, stories.heads, tree, scheme),
+        Decoder(stories.config, medusa_drafter(stories.heads, tree), scheme),
         stories.params,
         [record["prompt_ids"] for record in records],
         max_new_tokens=[len(record["output_ids"]) for record in records],
@@ -138,7 +142,7 @@ def test_greedy_text_equals_hugging_face(shared, name):
         random = random_model(model.config, num_heads=3)
         params, heads = model.params | {"heads": random.params["heads"]}, random.heads
     for tree in (Tree(), BUSHY):
-        decoder = Decoder(model.config, heads, tree, Greedy(), suppress=suppress)
+        decoder = Decoder(model.config, medusa_drafter(heads, tree), Greedy(), suppress=suppress)
         for rows in (slice(0, 1), slice(None)):
             results = _decode(
                 decoder, params, prompts[rows], max_new_tokens=60, stop_ids=model.stop_ids
@@ -172,7 +176,7 @@ def test_greedy_text_past_a_sliding_window(tmp_path):
     expected = _hugging_face(tmp_path, prompts, 48)
     assert len({token for text in expected for token in text}) > 10  # not a constant text
     for tree in (Tree(), BUSHY):
-        decoder = Decoder(model.config, random.heads, tree)
+        decoder = Decoder(model.config, medusa_drafter(random.heads, tree))
         params = model.params | {"heads": random.params["heads"]}
         results = _decode(decoder, params, prompts, max_new_tokens=48)
         assert [result.token_ids for result in results] == expected
@@ -184,7 +188,7 @@ def test_greedy_text_past_a_sliding_window(tmp_path):
 @pytest.mark.parametrize("scheme", [Greedy(), Typical(1.0, sample_root=True), Lossless(0.8)])
 def test_batched_rows_equal_single_rows(tiny: TinyModel, scheme):
     """Unequal prompts, limits and accepted lengths; sampling by each row's own key."""
-    decoder = Decoder(tiny.config, tiny.heads, BUSHY, scheme)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), scheme)
     limits = [30, 7, 50, 1]
     keys = row_keys(3, [(row, 0) for row in range(4)])
     batch = _decode(decoder, tiny.params, PROMPTS, max_new_tokens=limits, keys=keys)
@@ -205,7 +209,9 @@ def test_medusa_equals_plain_decoding(tiny: TinyModel):
     settings = {"max_new_tokens": 60}
     plain = _decode(Decoder(tiny.config), tiny.params, PROMPTS, **settings)
     for tree in (BUSHY, Tree.chain(3), Tree.chain(1)):
-        medusa = _decode(Decoder(tiny.config, tiny.heads, tree), tiny.params, PROMPTS, **settings)
+        medusa = _decode(
+            Decoder(tiny.config, medusa_drafter(tiny.heads, tree)), tiny.params, PROMPTS, **settings
+        )
         assert [m.token_ids for m in medusa] == [p.token_ids for p in plain]
         lengths = [length for m in medusa for length in m.tokens_per_step]
         assert 1 in lengths and max(lengths) > 1
@@ -214,16 +220,16 @@ def test_medusa_equals_plain_decoding(tiny: TinyModel):
 def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel, monkeypatch):
     """Blocks of 16, the last one moved back: the same text as in one pass."""
     prompts = [list(np.arange(length) % 37) for length in (61, 16, 17, 40)]
-    decoder = Decoder(tiny.config, tiny.heads, BUSHY, capacity=80)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), capacity=80)
     whole = _decode(decoder, tiny.params, prompts, max_new_tokens=12)
-    monkeypatch.setattr(decode_module, "PREFILL_BLOCK", 16)
-    monkeypatch.setattr(decode_module, "bucket", lambda length: 70)
+    monkeypatch.setattr(prefill_module, "PREFILL_BLOCK", 16)
+    monkeypatch.setattr(decoder_module, "bucket", lambda length: 70)
     jax.clear_caches()
     assert _decode(decoder, tiny.params, prompts, max_new_tokens=12) == whole
 
 
 def test_stream_yields_what_generate_writes(tiny: TinyModel):
-    decoder = Decoder(tiny.config, tiny.heads, BUSHY)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
     settings = {"max_new_tokens": [25, 3], "stop_ids": [2]}
     expected = _decode(decoder, tiny.params, PROMPTS[:2], **settings)
     steps = decoder.stream(tiny.params, decoder.prefill(tiny.params, PROMPTS[:2], **settings))
@@ -242,7 +248,7 @@ def test_stream_yields_what_generate_writes(tiny: TinyModel):
 
 def test_a_row_ends_at_a_stop_token_inside_an_accepted_path(tiny: TinyModel):
     """Whatever token of the plain text is made a stop token, the text ends with it."""
-    decoder = Decoder(tiny.config, tiny.heads, BUSHY)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
     (whole,) = _decode(decoder, tiny.params, [[1, 5]], max_new_tokens=40)
     assert whole.finish_reason == "length"
     ends = np.cumsum(whole.tokens_per_step)
@@ -263,7 +269,7 @@ def test_suppressed_tokens_are_never_made(tiny: TinyModel):
     (free,) = _decode(Decoder(tiny.config), tiny.params, [[1, 5]], max_new_tokens=30)
     banned = tuple(sorted(set(free.token_ids)))[:3]
     for scheme in (Greedy(), Lossless(2.0), Typical(2.0)):
-        decoder = Decoder(tiny.config, tiny.heads, BUSHY, scheme, suppress=banned)
+        decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), scheme, suppress=banned)
         (result,) = _decode(decoder, tiny.params, [[1, 5]], max_new_tokens=60)
         assert not set(banned) & set(result.token_ids)
 
@@ -271,7 +277,7 @@ def test_suppressed_tokens_are_never_made(tiny: TinyModel):
 def test_bfloat16_decodes(tiny: TinyModel):
     """The same dtype all the way: parameters, cache, hidden states."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)
-    decoder = Decoder(tiny.config, tiny.heads, BUSHY)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
     state = decoder.prefill(params, PROMPTS, max_new_tokens=8)
     assert {x.dtype for x in (*state.cache.keys, *state.cache.values)} == {jnp.dtype("bfloat16")}
     assert all(len(result.token_ids) == 8 for result in outputs(decoder.generate(params, state)))
@@ -282,7 +288,7 @@ def test_bfloat16_decodes(tiny: TinyModel):
 
 @pytest.mark.parametrize("tree", [Tree(), BUSHY])
 def test_generate_stays_on_the_device_and_aliases_the_cache(tiny: TinyModel, tree):
-    decoder = Decoder(tiny.config, tiny.heads, tree)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, tree))
     state = decoder.prefill(tiny.params, PROMPTS, max_new_tokens=8)
     compiled = Decoder.generate.lower(decoder, tiny.params, state).compile()
     text = compiled.as_text()
@@ -296,7 +302,7 @@ def test_generate_stays_on_the_device_and_aliases_the_cache(tiny: TinyModel, tre
 
 
 def test_nothing_recompiles_for_another_prompt_or_limit(tiny: TinyModel):
-    decoder = Decoder(tiny.config, tiny.heads, BUSHY)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
     _decode(decoder, tiny.params, [[1, 5], [2]], max_new_tokens=9, stop_ids=[3])
     compiled = []
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
@@ -320,8 +326,8 @@ def test_nothing_recompiles_for_another_prompt_or_limit(tiny: TinyModel):
 
 def test_step_traces_once(tiny: TinyModel):
     chex.clear_trace_counter()
-    decoder = Decoder(tiny.config, tiny.heads, Tree.chain(2))
-    count = chex.assert_max_traces(n=1)(decoder._step)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, Tree.chain(2)))
+    count = chex.assert_max_traces(n=1)(decoder._advance)
     step = jax.jit(count)
     state = decoder.prefill(tiny.params, [[1, 2]], max_new_tokens=9)
     for _ in range(3):
@@ -332,7 +338,7 @@ def test_step_traces_once(tiny: TinyModel):
 
 
 def test_capacity_is_checked_before_decoding(tiny: TinyModel):
-    decoder = Decoder(tiny.config, tiny.heads, BUSHY, capacity=32)
+    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), capacity=32)
     with pytest.raises(
         InputError, match=r"prompt 1 has 20 tokens and 13 new .* 33 exceed a capacity of 32"
     ):
@@ -359,11 +365,11 @@ def test_bad_prompts(tiny: TinyModel, settings, prompts, message):
 
 def test_a_decoder_checks_its_parts(tiny: TinyModel):
     with pytest.raises(InputError, match=r"\[0, 0, 0, 0\] is 4 deep, but there are 3"):
-        Decoder(tiny.config, tiny.heads, Tree.chain(4))
+        Decoder(tiny.config, medusa_drafter(tiny.heads, Tree.chain(4)))
     with pytest.raises(InputError, match="capacity 129 exceeds the model's context of 128"):
         Decoder(tiny.config, capacity=129)
     with pytest.raises(InputError, match="rank 40 of a vocabulary of 40"):
-        Decoder(tiny.config, tiny.heads, Tree.from_lists([[40]]))
+        Decoder(tiny.config, medusa_drafter(tiny.heads, Tree.from_lists([[40]])))
 
 
 def test_bucket_example():
@@ -379,10 +385,10 @@ def test_shared_heads_use_the_backbones_own_projection(tiny: TinyModel):
         f"head_{i}": {"block_0": zero, "vocab": tiny.params["backbone"]["lm_head"]}
         for i in range(3)
     }
-    decoder = Decoder(TINY, heads, BUSHY)
+    decoder = Decoder(TINY, medusa_drafter(heads, BUSHY))
     state = decoder.prefill(params, PROMPTS, max_new_tokens=4)
-    same = Decoder(TINY, tiny.heads, BUSHY).prefill(
+    same = Decoder(TINY, medusa_drafter(tiny.heads, BUSHY)).prefill(
         tiny.params | {"heads": own}, PROMPTS, max_new_tokens=4
     )
-    np.testing.assert_array_equal(state.guesses, same.guesses)
-    np.testing.assert_array_equal(state.guesses[:, 0, 0], state.root)
+    np.testing.assert_array_equal(state.draft.guesses, same.draft.guesses)
+    np.testing.assert_array_equal(state.draft.guesses[:, 0, 0], state.root)

@@ -18,8 +18,10 @@ from helpers.models import TinyModel, random_model
 from scipy import stats
 
 from medusa_jax.decoding.acceptance import Accepted, Context, Lossless, Typical
-from medusa_jax.decoding.decoder import Decoder, Output, outputs
+from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys, warp
+from medusa_jax.decoding.state import Output, outputs
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
@@ -85,7 +87,7 @@ def exact(logits: jax.Array, target: Lossless) -> np.ndarray:
 
 def counts(model: TinyModel, tree: Tree, acceptance, seed: int) -> tuple[np.ndarray, float]:
     """How often each continuation was decoded [V * V * V], and the mean accepted length."""
-    decoder = Decoder(model.config, model.heads, tree, acceptance)
+    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), acceptance)
     base = jax.random.key(seed)
     found, lengths = np.zeros(model.config.vocab_size**NEW, int), []
     for start in range(0, SAMPLES, BATCH):
@@ -173,7 +175,7 @@ DENSE = Tree(tuple(n for d in (1, 2, 3) for n in itertools.product(range(4), rep
 
 
 def decode(model: TinyModel, tree: Tree, rows: list[int]) -> list[Output]:
-    decoder = Decoder(model.config, model.heads, tree, TARGET)
+    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), TARGET)
     state = decoder.prefill(
         model.params,
         [PROMPTS[row] for row in rows],

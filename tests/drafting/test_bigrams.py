@@ -12,15 +12,19 @@ from helpers.head_files import VOCAB, edit_weights, heads_file, random_heads
 from helpers.models import TinyModel
 from safetensors.numpy import load_file
 
+from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.cli import decoding_flags
-from medusa_jax.data.tokenizer import Text
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless
-from medusa_jax.decoding.decoder import Decoder, Output, outputs
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.drafting import bigrams
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.tuning import bigram_counts
 
 PROMPTS = [[1, 5, 9], [3], [7, 2, 11, 30, 4]]
 
@@ -30,14 +34,16 @@ def every(*texts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.array(ids), np.ones(len(ids), bool)) for ids in texts]
 
 
-def decode(model: TinyModel, tree: Tree | Grown, scheme: Acceptance, **more: Any) -> list[Output]:
-    decoder = Decoder(model.config, model.heads, tree, scheme, capacity=64)
+def decode(
+    model: TinyModel, tree: Tree | DynamicTree, scheme: Acceptance, **more: Any
+) -> list[Output]:
+    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), scheme, capacity=64)
     state = decoder.prefill(model.params | more, PROMPTS, max_new_tokens=40)
     return outputs(decoder.generate(model.params | more, state))
 
 
 def test_counting_worked_example():
-    tokens, scores = bigrams.count(every([1, 2, 1, 2], [2, 3]), most=3)
+    tokens, scores = bigram_counts.count(every([1, 2, 1, 2], [2, 3]), most=3)
     assert tokens.tolist() == [2, 1, 3]
     expected = 0.4 * np.log([(2.5 / 7) / 0.5, (2.25 / 7) / 0.25, (2.25 / 7) / 0.25])
     np.testing.assert_allclose(scores[0], expected)
@@ -45,16 +51,16 @@ def test_counting_worked_example():
 
 def test_only_what_counts_is_second_and_only_the_frequent_are_listed():
     ids, counted = np.array([9, 4, 4, 8, 4]), np.array([True, False, True, True, True])
-    tokens, scores = bigrams.count([(ids, counted)], most=1)  # pairs: 4 4, 4 8, 8 4
+    tokens, scores = bigram_counts.count([(ids, counted)], most=1)  # pairs: 4 4, 4 8, 8 4
     assert tokens.tolist() == [4]
     np.testing.assert_allclose(scores, [[0.4 * np.log((1 + 5 * 2 / 3) / (2 + 5) / (2 / 3))]])
     with pytest.raises(InputError, match="no two tokens in a row"):
-        bigrams.count(every([7], []), most=4)
+        bigram_counts.count(every([7], []), most=4)
 
 
 def test_links_worked_example(tmp_path: Path):
-    path = bigrams.save(tmp_path, np.array([2, 1]), np.array([[0, 0.1], [0, 0]]))
-    table = jax.tree.map(jnp.asarray, bigrams.load(path, vocab_size=5))
+    path = bigram_file.save(tmp_path, np.array([2, 1]), np.array([[0, 0.1], [0, 0]]))
+    table = jax.tree.map(jnp.asarray, bigram_file.load(path, vocab_size=5))
     found = bigrams.links(table, jnp.array([[2, 3]]), jnp.array([[3, 1]]))
     np.testing.assert_allclose(found, [[[0, 0.1], [0, 0]]], atol=1e-4)
 
@@ -66,9 +72,9 @@ def test_pairs_of_its_own_texts_lengthen_the_paths_and_leave_the_texts(
     """The lossless scheme draws by position, so it too writes the very same text."""
     plain = decode(tiny, Tree(), scheme)
     texts = every(*(one.prompt_ids + one.token_ids for one in plain))
-    path = bigrams.save(tmp_path, *bigrams.count(texts, most=30))
-    table = jax.tree.map(jnp.asarray, bigrams.load(path, tiny.config.vocab_size))
-    tree = Grown(6, 3, 10)
+    path = bigram_file.save(tmp_path, *bigram_counts.count(texts, most=30))
+    table = jax.tree.map(jnp.asarray, bigram_file.load(path, tiny.config.vocab_size))
+    tree = DynamicTree(6, 3, 10)
     without, with_them = decode(tiny, tree, scheme), decode(tiny, tree, scheme, bigrams=table)
     assert [one.token_ids for one in with_them] == [one.token_ids for one in plain]
     steps = [sum(len(one.tokens_per_step) for one in some) for some in (without, with_them)]
@@ -80,7 +86,7 @@ def test_the_file_beside_heads_is_loaded_and_goes_with_them(saved: Path, tmp_pat
     heads = heads_file(tmp_path / "heads", random_heads(3))
     before = load_model(saved, heads)
     scores = np.arange(9.0).reshape(3, 3)
-    path = bigrams.save(heads.parent, np.array([5, 0, 23]), scores)
+    path = bigram_file.save(heads.parent, np.array([5, 0, 23]), scores)
     assert [file.name for file in sorted(heads.parent.iterdir())] == [path.name, heads.name]
     for source in (heads, heads.parent, go(heads, "vllm")):
         model = load_model(saved, source)
@@ -107,7 +113,7 @@ def test_what_is_no_table_is_refused(
     saved: Path, tmp_path: Path, change: dict[str, np.ndarray], message: str
 ):
     heads = heads_file(tmp_path, random_heads(3))
-    path = bigrams.save(tmp_path, np.array([1, 2]), np.zeros((2, 2)))
+    path = bigram_file.save(tmp_path, np.array([1, 2]), np.zeros((2, 2)))
     edit_weights(path, lambda tensors: tensors | change)
     with pytest.raises(InputError, match=message):
         load_model(saved, heads)
@@ -129,12 +135,12 @@ def test_the_command_counts_what_the_assistant_says(count: Any, tmp_path: Path):
     )
     code, said = count("--data", data, "--output", tmp_path, "--tokens", 50)
     assert code == 0
-    text = Text(decoding_flags.shipped(""))
+    text = ChatTokenizer(decoding_flags.shipped(""))
     answer = text.tokenizer.encode(" dog cat dog</s>", add_special_tokens=False)
     assert f"{len(answer)} tokens read, 1 records left out; wrote pairs of" in said
     found = load_file(tmp_path / "bigrams.safetensors")
     assert set(found["tokens"].tolist()) == set(answer)
-    table = bigrams.load(tmp_path / "bigrams.safetensors", 4096)
+    table = bigram_file.load(tmp_path / "bigrams.safetensors", 4096)
     dog, cat = (int(table["rows"][answer[i]]) for i in (0, 1))
     assert table["scores"][dog, cat] > 0 > table["scores"][dog, dog]
 
@@ -163,7 +169,7 @@ def test_the_shipped_table_is_one_of_its_model():
     stored = load_file(decoding_flags.shipped("bigrams.safetensors"))
     assert stored["scores"].shape == (len(stored["tokens"]),) * 2
     model = load_model(decoding_flags.shipped(""))
-    text = Text(model.directory).tokenizer
+    text = ChatTokenizer(model.directory).tokenizer
     time, upon = (text.encode(word, add_special_tokens=False) for word in (" time", " upon"))
     table = model.params["bigrams"]
     rows, scores = np.asarray(table["rows"]), np.asarray(table["scores"])

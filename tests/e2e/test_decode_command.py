@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.paths import SCRIPT
 
-from medusa_jax.data.tokenizer import Text
+from medusa_jax.data.tokenizer import ChatTokenizer
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_samples_of_a_file_in_batches(run, models, stories_flags, tmp_path):
     assert one[0]["token_ids"] != one[1]["token_ids"]
     assert one[6]["prompt_ids"] == one[0]["prompt_ids"]
     first, second = one[2], one[3]
-    text = Text(models / "stories260K", raw=True)
+    text = ChatTokenizer(models / "stories260K", raw=True)
     conversation = ["Tom", first["text"].strip(), "Then"]
     assert second["prompt"] == "Then"
     assert second["prompt_ids"] == text.encode([{"content": turn} for turn in conversation])

@@ -11,9 +11,11 @@ import transformers
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.cli import decoding_flags
 from medusa_jax.data.prompts import read_requests
-from medusa_jax.data.tokenizer import Text
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
-from medusa_jax.decoding.decoder import Decoder, outputs
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import outputs
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving import tree_store
 
@@ -68,7 +70,7 @@ def test_a_table_is_booked_and_the_answer_ends_by_itself(run: Any):
 
 
 def test_hugging_face_writes_the_same_text(shipped: Model):
-    prompt = Text(shipped.directory).encode([{"role": "user", "content": "One day, a dog"}])
+    prompt = ChatTokenizer(shipped.directory).encode([{"role": "user", "content": "One day, a dog"}])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         shipped.directory, dtype=torch.float32
     )
@@ -79,7 +81,7 @@ def test_hugging_face_writes_the_same_text(shipped: Model):
         max_new_tokens=40,
     )
     tree = Tree.published("mc_sim_7b_63").cut(8)
-    decoder = Decoder(shipped.config, shipped.heads, tree, capacity=128)
+    decoder = Decoder(shipped.config, medusa_drafter(shipped.heads, tree), capacity=128)
     state = decoder.prefill(shipped.params, [prompt], max_new_tokens=40)
     (ours,) = outputs(decoder.generate(shipped.params, state))
     assert ours.token_ids == expected[0, len(prompt) :].tolist()

@@ -20,10 +20,12 @@ import numpy as np
 from helpers.models import TINY, random_model
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.decoding.acceptance import Greedy, Lossless
-from medusa_jax.decoding.decoder import Decoder, outputs
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import outputs
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.rules import decode_mesh, shardings
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.model.linear import for_decoding
 
@@ -70,13 +72,13 @@ def random(devices: int, tree: Any, acceptance: Any, **shape: Any) -> dict[str, 
     config = dataclasses.replace(TINY, **shape)
     model = random_model(config)
     params = for_decoding(model.params, tied=config.tied)
-    if isinstance(tree, Grown):
+    if isinstance(tree, DynamicTree):
         size = config.vocab_size
         scores = jax.random.normal(jax.random.key(0), (size + 1, size + 1))
         params["bigrams"] = {"rows": jnp.arange(size, dtype=jnp.int32), "scores": scores}
     mesh = decode_mesh(f"tensor={devices}", config)
     split = jax.device_put(params, shardings(params, mesh))
-    alone = Decoder(config, model.heads, tree, acceptance)
+    alone = Decoder(config, medusa_drafter(model.heads, tree), acceptance)
     return compare(alone, params, dataclasses.replace(alone, mesh=mesh), split)
 
 
@@ -85,7 +87,7 @@ def stories(model: str, heads: str) -> dict[str, Any]:
     alone, split = load_model(model, heads), load_model(model, heads, mesh="tensor=8")
     assert alone.fingerprint == split.fingerprint
     jax.tree.map(np.testing.assert_array_equal, alone.params, split.params)
-    decoder = Decoder(alone.config, alone.heads, TREE)
+    decoder = Decoder(alone.config, medusa_drafter(alone.heads, TREE))
     together = dataclasses.replace(decoder, mesh=split.mesh)
     return compare(decoder, alone.params, together, split.params)
 
@@ -95,7 +97,13 @@ if __name__ == "__main__":
     found = {
         "multi_head": random(4, TREE, Greedy(), num_layers=1, windows=(None,), num_kv_heads=4),
         "grouped": random(
-            8, Grown(7, 2, 4), Lossless(0.8), num_heads=8, head_dim=4, tied=True, qkv_bias=True
+            8,
+            DynamicTree(7, 2, 4),
+            Lossless(0.8),
+            num_heads=8,
+            head_dim=4,
+            tied=True,
+            qkv_bias=True,
         ),
     }
     if real:

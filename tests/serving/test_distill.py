@@ -9,7 +9,7 @@ import pytest
 
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.data.prompts import Request
-from medusa_jax.data.tokenizer import Text
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.distill import word_range
 from medusa_jax.drafting.tree import Tree
@@ -88,7 +88,7 @@ def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales
     written = _records(output)
     assert [one["input"] for one in written] == [0, 1, 2, 3, 5, 6]
     assert written[1]["id"] == "tales.txt-1"
-    text = Text(shared / "models/stories260K")
+    text = ChatTokenizer(shared / "models/stories260K")
     answerer = Answerer(stories, text, Tree(), Greedy(), LIMITS)
     for one in written:
         prompt, story = _values(one)
@@ -111,7 +111,7 @@ def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, 
     assert len(_values(second)) == 2 and not second["truncated"]
 
     directory = shared / "models/stories260K"
-    text = Text(directory, template=str(template))
+    text = ChatTokenizer(directory, template=str(template))
     plain = Answerer(load_model(directory), text, Tree(), Lossless(0.3), LIMITS, seed=3)
     system = {"role": "system", "content": "Be brief."}
     request = Request(tuple(_values(first)[1::2]), (system,))

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from medusa_jax import Decoder, Greedy, Tree, export, load_model, outputs
 from medusa_jax.checkpoints.names import backbone_places
 from medusa_jax.convert import convert
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import from_hf
@@ -412,7 +413,7 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     trained = merged.params["backbone"]["layer_0"]["mlp"]["up"]["kernel"]
     assert np.abs(trained - start).max() > 1e-3
 
-    decoder = Decoder(merged.config, merged.heads, Tree.chain(2), Greedy())
+    decoder = Decoder(merged.config, medusa_drafter(merged.heads, Tree.chain(2)), Greedy())
     state = decoder.prefill(merged.params, [[0, 5, 6]], max_new_tokens=9)
     (output,) = outputs(decoder.generate(merged.params, state))
     tokens = jax.numpy.asarray([[0, 5, 6, *output.token_ids]])

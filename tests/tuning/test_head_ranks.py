@@ -9,7 +9,9 @@ from helpers.models import TinyModel
 
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.decoding.acceptance import Lossless
-from medusa_jax.decoding.decoder import Decoder, outputs
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import outputs
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.tuning.head_ranks import (
@@ -107,7 +109,7 @@ def test_replay_of_a_text_by_hand():
 def test_replay_takes_the_very_steps_of_decoding(stories: Model, scheme: Lossless | None):
     tree = Tree.published("mc_sim_7b_63").cut(20)
     how = {"acceptance": scheme} if scheme else {}
-    decoder = Decoder(stories.config, stories.heads, tree, capacity=128, **how)
+    decoder = Decoder(stories.config, medusa_drafter(stories.heads, tree), capacity=128, **how)
     state = decoder.prefill(stories.params, PROMPTS, max_new_tokens=90)
     for one in outputs(decoder.generate(stories.params, state)):
         ids = jnp.array([one.prompt_ids + one.token_ids])

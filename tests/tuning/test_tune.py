@@ -12,7 +12,7 @@ from medusa_jax import tune
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.cli import decoding_flags
 from medusa_jax.decoding.acceptance import Greedy, Lossless
-from medusa_jax.drafting.dynamic_tree import Grown
+from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving import tree_store
@@ -100,13 +100,13 @@ def test_nearest_acceptance_then_batch_is_found(stories: Model, home: Path):
     ):
         tree_store.save(path, tuning(tree, scheme, batch))
 
-    def found(scheme: Any, batch: int) -> Tree | Grown | None:
+    def found(scheme: Any, batch: int) -> Tree | DynamicTree | None:
         return tree_store.find(stories, scheme, batch, "float32")
 
     assert found(Greedy(), 2) == Tree(((0,),))
     assert found(Greedy(), 16) == Tree(((1,),))
     assert found(Lossless(1.0), 64) == Tree(((2,),))
-    assert found(Lossless(0.5), 1) == Grown(6, 3, 4)
+    assert found(Lossless(0.5), 1) == DynamicTree(6, 3, 4)
     assert tree_store.find(stories, Greedy(), 1, "bfloat16") is None
     other = dataclasses.replace(stories, fingerprint="of-another-model")
     assert tree_store.find(other, Greedy(), 1, "float32") is None

@@ -1,0 +1,59 @@
+"""The bigram table beside a file of heads, `bigrams.safetensors`:
+
+tokens  [L]     int32    ids of the most frequent tokens
+scores  [L, L]  float16  what the second token gains after the first
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from medusa_jax.checkpoints.tensors import StoredTensor, open_file, write_model
+from medusa_jax.drafting.bigrams import NAME
+from medusa_jax.errors import InputError
+
+
+def beside(heads: Path) -> Path | None:
+    """The file that lies with heads, in their directory, where there is one."""
+    file = (heads if heads.is_dir() else heads.parent) / f"{NAME}.safetensors"
+    return file if file.is_file() else None
+
+
+def save(directory: Path, tokens: np.ndarray, scores: np.ndarray) -> Path:
+    """Writes the file into a directory of heads, whole or not at all; returns its path."""
+    arrays = {"tokens": tokens.astype(np.int32), "scores": scores.astype(np.float16)}
+    tensors = {
+        name: StoredTensor(
+            array.shape, str(array.dtype), lambda index=..., array=array: array[index]
+        )
+        for name, array in arrays.items()
+    }
+    write_model(directory, f"{NAME}.tmp", tensors)
+    path = directory / f"{NAME}.safetensors"
+    (directory / f"{NAME}.tmp.safetensors").replace(path)
+    return path
+
+
+def load(file: Path, vocab_size: int) -> dict[str, np.ndarray]:
+    """A table as `links` wants it; a last row and column of zeros serve all tokens not in it.
+
+    Raises:
+      InputError: the file is no such table, or one for another vocabulary.
+    """
+    stored = open_file(file)
+    shapes = {name: one.shape for name, one in stored.items()}
+    length = math.prod(shapes.get("tokens", ()))
+    if shapes != {"tokens": (length,), "scores": (length, length)} or not length:
+        raise InputError(f"{file}: expected tokens [L] and scores [L, L], got {shapes}")
+    if stored["tokens"].dtype != "int32" or not stored["scores"].dtype.startswith("float"):
+        kinds = {name: one.dtype for name, one in stored.items()}
+        raise InputError(f"{file}: expected tokens in int32 and scores in float16, got {kinds}")
+    tokens, scores = stored["tokens"].read(), stored["scores"].read().astype(np.float32)
+    if tokens.min() < 0 or tokens.max() >= vocab_size or len(np.unique(tokens)) != length:
+        raise InputError(f"{file}: expected different tokens of a vocabulary of {vocab_size}")
+    if not np.isfinite(scores).all():
+        raise InputError(f"{file}: scores that are no numbers")
+    rows = np.full(vocab_size, length, np.int32)
+    rows[tokens] = np.arange(length)
+    return {"rows": rows, "scores": np.pad(scores, (0, 1))}

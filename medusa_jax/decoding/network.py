@@ -1,0 +1,78 @@
+"""The backbone as decoding calls it: suppressed tokens, and results placed on a mesh."""
+
+import dataclasses
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from medusa_jax.distributed.rules import CACHE
+from medusa_jax.drafting.drafter import Params
+from medusa_jax.model.backbone import Backbone
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.kv_cache import Block, KVCache
+from medusa_jax.param_paths import map_with_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A backbone and what every pass of it obeys.
+
+    Attributes:
+      config: shape of the backbone.
+      suppress: token ids that are never produced.
+      mesh: the devices that share the work; None for one device.
+    """
+
+    config: ModelConfig
+    suppress: tuple[int, ...] = ()
+    mesh: Mesh | None = None
+
+    def bound(self, params: Params) -> nn.Module:
+        """The backbone with its parameters, as a drafter gets it."""
+        return Backbone(self.config).bind({"params": params["backbone"]})
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "#B T T"],
+        past: KVCache | None,
+    ) -> tuple[Float[Array, "B T D"], Block]:
+        """`Backbone.__call__`, its hidden states whole on each device of the mesh."""
+        backbone = Backbone(self.config)
+        hidden, block = backbone.apply(
+            {"params": params["backbone"]}, tokens, positions, mask, past
+        )
+        # A split of D would travel to all earlier layers, with two more collectives in each.
+        return self.placed(hidden), block
+
+    def logits(self, params: Params, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
+        """Logits of the next token, -inf for suppressed tokens, float32."""
+        logits = Backbone(self.config).apply(
+            {"params": params["backbone"]}, hidden, method="unembed"
+        )
+        if self.suppress:
+            logits = logits.at[..., np.array(self.suppress)].set(-jnp.inf)
+        return logits
+
+    def places(self, tree: Any) -> Any:
+        """Shardings of a `State` or `Emitted`: keys and values by heads, the rest replicated."""
+        assert self.mesh is not None
+        heads, whole = NamedSharding(self.mesh, CACHE), NamedSharding(self.mesh, P())
+        return map_with_path(
+            lambda path, _: heads if re.search("cache/(keys|values)/", path) else whole, tree
+        )
+
+    def placed(self, tree: Any) -> Any:
+        """The tree with these shardings, inside a compiled function."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.places(tree))

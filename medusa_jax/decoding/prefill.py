@@ -1,0 +1,110 @@
+"""Prompts to the first state: run in padded blocks, the first root chosen, the first draft made."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from medusa_jax.decoding.acceptance import Acceptance, Context
+from medusa_jax.decoding.network import Network
+from medusa_jax.decoding.state import LENGTH, RUNNING, State
+from medusa_jax.drafting.drafter import Drafter, Params
+from medusa_jax.model.backbone import causal_mask
+from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
+
+# Longer prompts run in blocks of this many tokens, which bounds the memory of attention.
+PREFILL_BLOCK = 512
+SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """Padded length of a prompt: a power of two up to PREFILL_BLOCK, then a multiple of it.
+
+    (5, 17, 512, 700) -> (16, 32, 512, 1024).
+    """
+    if length > PREFILL_BLOCK:
+        return round_up(length, PREFILL_BLOCK)
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not less: (149, 64) -> 192."""
+    return -(-value // multiple) * multiple
+
+
+def prefill_rows(
+    network: Network,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    cache_slots: int,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    limit: Int[Array, " B"],
+    stop_ids: Int[Array, " Q"],
+    keys: Array,
+) -> State:
+    """The state after the prompts, whose first roots are chosen.
+
+    Args:
+      tokens: prompts, padded on the right.
+      lengths: tokens of each prompt.
+      limit: length of prompt and text at which a row ends; a row without room ends at once.
+    """
+    cache, last_hidden = _run_prompts(network, cache_slots, params, tokens, lengths)
+    logits = network.logits(params, last_hidden)
+    batch, padded = tokens.shape
+    state = State(
+        cache=dataclasses.replace(cache, length=lengths),
+        sequence=jnp.zeros((batch, cache_slots), jnp.int32).at[:, :padded].set(tokens),
+        root=acceptance.root(logits, Context(keys, lengths)),
+        draft=drafter.draft(drafter.prepare(params), network.bound(params), last_hidden),
+        keys=keys,
+        prompt_length=lengths,
+        limit=limit,
+        stop_ids=stop_ids,
+        finish=jnp.where(limit > lengths, RUNNING, LENGTH).astype(jnp.int32),
+        steps=jnp.zeros(batch, jnp.int32),
+        tokens_per_step=jnp.zeros((batch, cache_slots), jnp.int32),
+    )
+    return network.placed(state)
+
+
+def _run_prompts(
+    network: Network, cache_slots: int, params: Params, tokens: Array, lengths: Array
+) -> tuple[KVCache, Array]:
+    """The cache of the prompts, and the hidden state of each prompt's last token [B, D]."""
+    batch, padded = tokens.shape
+    size = min(padded, PREFILL_BLOCK)
+    dtype = params["backbone"]["embed"]["embedding"].dtype
+    cache = init_cache(network.config, batch, cache_slots, dtype)
+    last_hidden = jnp.zeros((batch, network.config.hidden_size), dtype)
+
+    def run(
+        cache: KVCache, last_hidden: Array, start: int | Array, past: KVCache | None
+    ) -> tuple[KVCache, Array]:
+        block_tokens = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+        hidden, block = network.hidden(params, block_tokens, positions, causal_mask(size), past)
+        # The block that holds a row's last token sets that row's hidden state.
+        index = lengths - 1 - start
+        inside = (index >= 0) & (index < size)
+        last = hidden[jnp.arange(batch), jnp.clip(index, 0, size - 1)]
+        return write_block(cache, block, start), jnp.where(inside[:, None], last, last_hidden)
+
+    cache, last_hidden = run(cache, last_hidden, 0, None)
+    if padded == size:
+        return cache, last_hidden
+    # The last block is moved back to end with the padding; the tokens that it repeats are
+    # written again with the same values.
+    starts = jnp.minimum(jnp.arange(size, padded, size), padded - size)
+
+    def run_block(carry: tuple[KVCache, Array], start: Array) -> tuple[Any, None]:
+        cache, last_hidden = carry
+        past = dataclasses.replace(cache, length=jnp.full_like(lengths, start))
+        return run(cache, last_hidden, start, past), None
+
+    (cache, last_hidden), _ = jax.lax.scan(run_block, (cache, last_hidden), starts)
+    return cache, last_hidden

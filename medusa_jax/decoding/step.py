@@ -1,0 +1,88 @@
+"""One decode step: propose a tree, verify it in one pass, commit the accepted path."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from medusa_jax.decoding.acceptance import Acceptance, Context
+from medusa_jax.decoding.network import Network
+from medusa_jax.decoding.state import LENGTH, RUNNING, STOP, Emitted, State
+from medusa_jax.drafting.drafter import Drafter, Params
+from medusa_jax.model.kv_cache import commit
+from medusa_jax.shapes import typed
+
+
+def advance(
+    network: Network, drafter: Drafter, acceptance: Acceptance, params: Params, state: State
+) -> tuple[State, Emitted]:
+    """Verifies one tree a row and appends the accepted path; finished rows stay as they are.
+
+    Args:
+      params: as `drafter.prepare` returns them.
+    """
+    length = state.cache.length
+    rows = jnp.arange(length.shape[0])
+
+    # 1. Propose the tree's tokens and verify them in one pass.
+    tokens, tree = drafter.propose(params, state.draft, state.root)
+    positions = length[:, None] + tree.depths
+    hidden, block = network.hidden(params, tokens, positions, jnp.asarray(tree.mask), state.cache)
+    logits = network.logits(params, hidden)
+
+    # 2. Accept a path; cut it at the first stop token and at the row's limit.
+    accepted = acceptance.accept(tree, tokens, logits, Context(state.keys, length))
+    # A token is never negative, but XLA does not know: so the path waits for the logits even
+    # where it is constant (the root alone), the cache is read before it is written, and XLA
+    # makes no copy of it.
+    never = (accepted.root < 0).astype(jnp.int32)
+    path = jnp.maximum(tree.path_to(accepted.last), never[:, None])
+    made = tree.depth_of(accepted.last) + 1
+    path_tokens = jnp.take_along_axis(tokens, path, axis=1)
+    running = state.finish == RUNNING
+    count, finish = cut(path_tokens, made, state.limit - length, state.stop_ids)
+    count = jnp.where(running, count, 0)
+    finish = jnp.where(running, finish, state.finish)
+
+    # 3. Commit the path, and draft again from its last token.
+    draft = drafter.draft(params, network.bound(params), hidden[rows, accepted.last])
+    state = dataclasses.replace(
+        state,
+        cache=commit(state.cache, block, path, count),
+        sequence=_append(state.sequence, path_tokens, length),
+        root=accepted.root,
+        draft=draft,
+        finish=finish,
+        steps=state.steps + running,
+        tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(
+            jnp.where(running, made, 0)
+        ),
+    )
+    return network.placed((state, Emitted(path_tokens, count, finish)))
+
+
+@typed
+def cut(
+    tokens: Int[Array, "B E"], made: Int[Array, " B"], room: Int[Array, " B"],
+    stop_ids: Int[Array, " Q"],
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:  # fmt: skip
+    """How many tokens of a path to keep, and whether the row ends with them.
+
+    tokens (5, 2, 9), made 3, stop id 2 -> keep 2, STOP; without it and with
+    room 3 -> keep 3, LENGTH; with more room -> keep 3, RUNNING.
+    """
+    cells = jnp.arange(tokens.shape[1])
+    kept = jnp.minimum(made, room)
+    stops = jnp.isin(tokens, stop_ids) & (cells < kept[:, None])
+    stopped = stops.any(axis=1)
+    finish = jnp.where(stopped, STOP, jnp.where(kept >= room, LENGTH, RUNNING))
+    count = jnp.where(stopped, stops.argmax(axis=1) + 1, kept)
+    return count.astype(jnp.int32), finish.astype(jnp.int32)
+
+
+def _append(sequence: Array, tokens: Array, length: Array) -> Array:
+    """Writes all path cells after each row's length; later steps overwrite those not kept."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.vmap(write)(sequence, tokens, length)

@@ -1,0 +1,121 @@
+"""The drafter of the paper: Medusa heads guess, a tree of their guesses is verified."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from medusa_jax.drafting import bigrams
+from medusa_jax.drafting.drafter import Drafter, NoDraft, Params
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, first_heads, top_guesses
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.drafting.tree_tables import TreeTables
+from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.param_paths import device_bytes, flat
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MedusaDraft:
+    """The guesses after the next root.
+
+    Attributes:
+      guesses: the best tokens of each head [B, M, R].
+      scores: their log-probabilities [B, M, R], where the tree reads them; else [B, 0, 0].
+    """
+
+    guesses: Array
+    scores: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaDrafter:
+    """Medusa heads and the tree of their guesses (paper, section 2.1).
+
+    Attributes:
+      heads: shape of the heads.
+      tree: static, or grown anew at each step. The root alone is plain decoding: `NoDraft`.
+    """
+
+    heads: HeadsConfig
+    tree: Tree | DynamicTree
+
+    @property
+    def size(self) -> int:
+        """N, tokens that a step verifies."""
+        return self.tree.size
+
+    @property
+    def depth(self) -> int:
+        """Deepest guess: the number of heads that the tree asks."""
+        return self.tree.depth
+
+    def check(self, model: ModelConfig) -> None:
+        self.tree.check(self.heads.num_heads, self.heads.truncated or model.vocab_size)
+        if not self.tree.depth:
+            raise InputError("a tree of the root alone asks no head: use NoDraft()")
+
+    def prepare(self, params: Params) -> Params:
+        return params | {"heads": first_heads(params["heads"], self.depth)}
+
+    def draft(
+        self, params: Params, backbone: nn.Module, hidden: Float[Array, "B D"]
+    ) -> MedusaDraft:
+        asked = MedusaHeads(dataclasses.replace(self.heads, num_heads=self.depth))
+        logits = asked.apply({"params": params["heads"]}, hidden, backbone.unembed)
+        token_map = params["heads"].get("token_map")
+        guesses, values = top_guesses(logits, self.tree.top_k, token_map)
+        if not self.tree.scored:
+            return MedusaDraft(guesses, jnp.zeros((hidden.shape[0], 0, 0)))
+        every = jnp.stack(logits, axis=1)
+        likely = jnp.exp(every - values[..., :1])
+        # A product: a CPU would split a sum among its threads, which costs more than the sum.
+        total = likely @ jnp.ones(every.shape[-1])
+        scores = values - values[..., :1] - jnp.log(total)[..., None]
+        return MedusaDraft(guesses, scores)
+
+    def propose(
+        self, params: Params, draft: MedusaDraft, root: Int[Array, " B"]
+    ) -> tuple[Int[Array, "B N"], TreeTables]:
+        scores = path_scores(params, draft, root) if self.tree.scored else draft.scores
+        cells, tables = self.tree.arrange(scores)
+        batch = root.shape[0]
+        candidates = jnp.concatenate((root[:, None], draft.guesses.reshape(batch, -1)), axis=1)
+        cells = jnp.broadcast_to(cells, (batch, self.size))
+        return jnp.take_along_axis(candidates, cells, axis=1), tables
+
+    def read_bytes(self, params: Params) -> float:
+        share, total = self.depth / self.heads.num_heads, 0.0
+        for path, leaf in flat(params["heads"]).items():
+            if path.startswith("block_"):  # of all heads
+                total += device_bytes(leaf) * share
+            elif path.startswith(tuple(f"head_{i}/" for i in range(self.depth))):
+                total += device_bytes(leaf)
+        if self.heads.shared:
+            # Heads wait for the accepted token, so the shared projection is read once more.
+            names = ("lm_head_kernel", "lm_head", "embed")
+            own = next(params["backbone"][name] for name in names if name in params["backbone"])
+            projection = params["heads"].get("vocab_kernel", own)
+            total += sum(map(device_bytes, jax.tree.leaves(projection)))
+        return total
+
+
+def medusa_drafter(heads: HeadsConfig, tree: Tree | DynamicTree) -> Drafter:
+    """A drafter for a tree of any size: `NoDraft` where the tree is the root alone."""
+    return MedusaDrafter(heads, tree) if tree.depth else NoDraft()
+
+
+def path_scores(
+    params: Params, draft: MedusaDraft, root: Int[Array, " B"]
+) -> Float[Array, "B M R R"]:
+    """Log-probability of each guess after each guess of the head before, or after the root."""
+    scores, guesses = draft.scores[:, :, None, :], draft.guesses
+    if bigrams.NAME not in params:
+        return jnp.broadcast_to(scores, (*guesses.shape, guesses.shape[-1]))
+    roots = jnp.broadcast_to(root[:, None, None], guesses[:, :1].shape)
+    before = jnp.concatenate((roots, guesses[:, :-1]), axis=1)
+    return jnp.minimum(scores + bigrams.links(params[bigrams.NAME], before, guesses), 0)

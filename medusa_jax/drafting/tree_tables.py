@@ -1,0 +1,53 @@
+"""The tables of a tree of tokens, as a decode step and an acceptance scheme read them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+PAD = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TreeTables:
+    """The shape of the trees of one step. Letters: see `shapes.py`.
+
+    Slots number the tokens as the backbone sees them; slot 0 is the root. The leading
+    dimension is B, or 1 where all rows share one tree. `Tree` draws an example.
+
+    Attributes:
+      parents: slot of each token's parent, PAD for the root [#B, N].
+      depths: distance of each token from the root [#B, N].
+      ancestors: slots from the root to each token, itself included, then PAD [#B, N, E].
+      mask: True where a token (row) sees another: itself and its ancestors [#B, N, N].
+      inner: slots that may have children, ascending.
+    """
+
+    parents: Array
+    depths: Array
+    ancestors: Array
+    mask: Array
+    inner: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest token that the tables have room for: E - 1."""
+        return self.ancestors.shape[-1] - 1
+
+    def depth_of(self, slots: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Depth of one slot a row."""
+        return jnp.asarray(self.depths)[self._rows(slots), slots]
+
+    def path_to(self, slots: Int[Array, " B"]) -> Int[Array, "B E"]:
+        """Slots from the root to one slot a row, then PAD.
+
+        For the example of `Tree`: slot 3 -> (0, 1, 3), slot 2 -> (0, 2, PAD).
+        """
+        return jnp.asarray(self.ancestors)[self._rows(slots), slots]
+
+    def _rows(self, slots: Array) -> Array:
+        """The row of the tables for each row of the batch."""
+        rows = jnp.arange(slots.shape[0])
+        return rows if self.parents.shape[0] > 1 else jnp.zeros_like(rows)

@@ -1,0 +1,125 @@
+"""How to decode: the options of a `Generator`, which command lines make flags."""
+
+import dataclasses
+import logging
+import re
+from pathlib import Path
+
+from medusa_jax.checkpoints.load import Model
+from medusa_jax.decoding.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
+from medusa_jax.distributed.hardware import accelerated
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.tree import Tree, default_tree, published_names
+from medusa_jax.errors import InputError
+from medusa_jax.options import option
+from medusa_jax.serving import tree_store
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NEW_TOKENS = 256
+MOST_RANKS = 10  # guesses of each head that a tree may use; the original's top-k
+
+
+@dataclasses.dataclass(kw_only=True)
+class DecodingOptions:
+    """What to decode with, and how. `tree` and `acceptance` may also be objects.
+
+    The help of each field says what it is; `serving.generator.Generator.load` takes them all.
+    """
+
+    model: str | None = option(None, help="Hugging Face directory or hub id, with or without heads "
+        "inside (default: the small model that ships with the project)")  # fmt: skip
+    heads: str | None = option(None, help="directory, file or hub id of Medusa heads (default: "
+        "those found with the model)")  # fmt: skip
+    chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
+        "tokenizer's)")  # fmt: skip
+    raw: bool = option(False, help="no chat template: BOS and the text as it is")
+    tree: str | Tree | DynamicTree = option("auto", help="auto: the tree tuned for this model and "
+        "device; a published name; a JSON file; grow:SIZE or grow:SIZE:DEPTH: grown anew at each "
+        "step")  # fmt: skip
+    acceptance: str | Acceptance = option("greedy", help=" | ".join(SCHEMES))
+    temperature: float | None = option(None, help="default: 1.0 lossless, 0.7 typical")
+    top_k: int = option(0, help="lossless: tokens kept, 0 for all")
+    top_p: float = option(1.0, help="lossless: probability mass kept")
+    epsilon: float = option(0.09, help="typical: posterior threshold")
+    alpha: float = option(0.3, help="typical: factor of exp(-entropy)")
+    sample_root: bool = option(False, help="typical: draw the root token")
+    seed: int = option(0, help="of all random draws")
+    autoregressive: bool = option(False, help="plain decoding, one token a step")
+    max_new_tokens: int | None = option(None, least=1, help=f"default: what fits, at most "
+        f"{DEFAULT_NEW_TOKENS}")  # fmt: skip
+    max_length: int | None = option(None, help="prompt and text together (default: the context)")
+    batch_size: int = option(1, least=1, help="rows decoded together: slots that prompts refill")
+    dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
+        "CPU, else bfloat16")  # fmt: skip
+    mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
+        "(default: one)")  # fmt: skip
+    ignore_eos: bool = option(False, help="go on past end-of-sequence")
+    stop_id: list[int] = option([], action="append", help="another token that ends a text")
+    suppress_tokens: list[int] = option([], nargs="+", help="ids never to produce")
+    debug: bool = False
+
+    @property
+    def precision(self) -> str:
+        """The precision that `dtype` names, or the usual precision of this machine."""
+        return self.dtype or ("bfloat16" if accelerated() else "float32")
+
+
+def acceptance_of(options: DecodingOptions) -> Acceptance:
+    """The acceptance scheme that the options describe."""
+    if not isinstance(options.acceptance, str):
+        return options.acceptance
+    if options.acceptance == "greedy":
+        return Greedy()
+    if options.acceptance == "typical":
+        temperature = 0.7 if options.temperature is None else options.temperature
+        return Typical(temperature, options.epsilon, options.alpha, options.sample_root)
+    if options.acceptance == "lossless":
+        temperature = 1.0 if options.temperature is None else options.temperature
+        return Lossless(temperature, options.top_k, options.top_p)
+    raise InputError(f"unknown acceptance {options.acceptance!r}; expected {', '.join(SCHEMES)}")
+
+
+def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree | DynamicTree:
+    """The tree that the options name; the root alone is plain decoding.
+
+    Raises:
+      InputError: the model has no heads, or the name of the tree means nothing.
+    """
+    if options.autoregressive:
+        return Tree()
+    num_heads = model.heads.num_heads
+    if not num_heads:
+        raise InputError(
+            f"no Medusa heads were found with {options.model}: give --heads, or --autoregressive"
+        )
+    tree = options.tree
+    if not isinstance(tree, str):
+        return tree
+    if tree == "auto":
+        tuned = tree_store.find(model, scheme, options.batch_size, options.precision)
+        return tuned or default_tree(num_heads, accelerated(), str(options.model))
+    if recipe := re.fullmatch(r"grow:(\d+)(?::(\d+))?", tree):
+        return dynamic_tree(model, *(int(part) for part in recipe.groups() if part))
+    if tree in published_names():
+        return Tree.published(tree)
+    if Path(tree).is_file():
+        return Tree.from_json(tree)
+    raise InputError(
+        f"--tree {tree}: neither auto, nor grow:SIZE, nor grow:SIZE:DEPTH, nor a JSON file, "
+        f"nor one of {', '.join(published_names())}"
+    )
+
+
+def usable_ranks(model: Model) -> int:
+    """R, guesses of each head that a tree may use."""
+    return min(MOST_RANKS, model.heads.truncated or model.config.vocab_size)
+
+
+def dynamic_tree(model: Model, size: int, depth: int | None = None) -> DynamicTree:
+    """Trees of `size` tokens grown at each step, at most `depth` deep (default: as the heads)."""
+    deepest = model.heads.num_heads if depth is None else depth
+    # No node has more children than that. Bigrams may lift a guess of a later rank, but to
+    # ask for more ranks costs what these then accept.
+    widest = max(size - 1, 1)
+    return DynamicTree(size, deepest, min(usable_ranks(model), widest))
