@@ -1,9 +1,6 @@
-"""Trains Medusa heads, alone or with their backbone: `configs/` has the recipes."""
+"""Trains Medusa heads; `python train.py --help` lists the flags, `configs/` has the recipes."""
 
-import sys
-
-from medusa_jax.cli import runner
-from medusa_jax.train import main, parse
+from medusa_jax.train import main
 
 if __name__ == "__main__":
-    runner.run(main, parse(sys.argv[1:]))
+    main()

@@ -36,7 +36,7 @@ MAY_IMPORT |= {
     "bench": (LIBRARY | {"tuning", "cli"}) - {"training"},
 }
 ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "train", "tune"}
-MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES} | {"scripts": set()}
+MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES}
 # Third-party packages and the only folders that may import them.
 WALLS = {
     "datasets": {"data"},
@@ -50,6 +50,7 @@ WALLS = {
     "safetensors": {"checkpoints"},
     "tensorboardX": {"training"},
     "torch": {"checkpoints", "bench"},
+    "tqdm": {"progress"},
     "transformers": {"data", "bench"},
 }
 TRAINING = ["optax", "orbax", "datasets", "chex", "torch", "medusa_jax.training"]

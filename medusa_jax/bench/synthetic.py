@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from medusa_jax.bench.summary import spread
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
-from medusa_jax.distributed.hardware import device_bandwidth
 from medusa_jax.decoding.stats import step_bytes
+from medusa_jax.distributed.hardware import device_bandwidth
 from medusa_jax.distributed.rules import abstract, decode_mesh
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads

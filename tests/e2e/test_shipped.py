@@ -70,7 +70,9 @@ def test_a_table_is_booked_and_the_answer_ends_by_itself(run: Any):
 
 
 def test_hugging_face_writes_the_same_text(shipped: Model):
-    prompt = ChatTokenizer(shipped.directory).encode([{"role": "user", "content": "One day, a dog"}])
+    prompt = ChatTokenizer(shipped.directory).encode(
+        [{"role": "user", "content": "One day, a dog"}]
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         shipped.directory, dtype=torch.float32
     )

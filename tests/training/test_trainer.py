@@ -484,17 +484,18 @@ def trained_logits(workdir: Path, tokens: Any) -> Any:
     return scanned_backbone.logits(weights.model, params["backbone"], hidden, adapters, scale)
 
 
-def test_any_checkpoint_can_be_exported(finished: Path, tmp_path: Path, capsys: Any):
-    export.main(export.parse(["--workdir", str(finished), "--output", str(tmp_path / "last")]))
+def test_any_checkpoint_can_be_exported(finished: Path, tmp_path: Path):
+    run = str(finished)
+    export.run(export.Options(workdir=run, output=str(tmp_path / "last")))
     name = "heads/medusa_lm_head.safetensors"
     assert (tmp_path / "last" / name).read_bytes() == (finished / name).read_bytes()
-    flags = ["--workdir", str(finished), "--output", str(tmp_path / "at16"), "--step", "16"]
-    export.main(export.parse(flags))
+    at16 = export.Options(workdir=run, output=str(tmp_path / "at16"), step=16)
+    export.run(at16)
     assert (tmp_path / "at16" / name).read_bytes() != (finished / name).read_bytes()
     with pytest.raises(InputError, match="no checkpoint of step 5; it has 16, 20, 24"):
-        export.main(export.parse(["--workdir", str(finished), "--step", "5"]))
+        export.run(export.Options(workdir=run, step=5))
     with pytest.raises(InputError, match="heads exists already"):
-        export.main(export.parse(flags))
+        export.run(at16)
 
 
 BAD = {
