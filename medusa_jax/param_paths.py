@@ -23,7 +23,12 @@ def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     return nested(flat(first) | flat(second))
 
 
-def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def map_with_path(
+    function: Callable[..., Any],
+    tree: Any,
+    *others: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
     """`jax.tree.map` over pytrees of one structure, whose function gets the path first."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(
@@ -31,6 +36,7 @@ def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         ),
         tree,
         *others,
+        is_leaf=is_leaf,
     )
 
 
