@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from medusa_jax.bench.aot import compile_decoding
 from medusa_jax.bench.measure import make_jobs, make_systems, measure
 from medusa_jax.bench.peers import PEERS, HuggingFace, available
@@ -36,6 +34,7 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
+from medusa_jax.progress import progress
 from medusa_jax.serving.generator import Answerer
 
 EXAMPLE = """python -m medusa_jax.bench --model DIR --heads DIR --prompts question.jsonl \\
@@ -213,7 +212,7 @@ def random_report(flags: argparse.Namespace) -> dict[str, Any]:
     config, bandwidth = PRESETS[flags.random_weights], copy_bandwidth()
     heads = heads_of(flags, config)
     count = len(trees(flags.sizes, heads.num_heads)) * len(set(flags.batch_sizes))
-    with tqdm(total=count * (flags.repeats + 1), desc="timing", unit=" runs") as bar:
+    with progress(total=count * (flags.repeats + 1), label="timing", unit="runs") as bar:
         rows = time_steps(
             config,
             heads,

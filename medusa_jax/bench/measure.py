@@ -6,14 +6,13 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from medusa_jax.bench.peers import PEERS, HuggingFace
 from medusa_jax.data.prompts import Request
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.decoding.stats import Figures
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.progress import progress
 from medusa_jax.serving.generator import Answerer
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def make_jobs(
     if not fitting:
         raise InputError("none of the prompts can be decoded (see the warnings)")
     total = len(medusa) * sum(map(len, fitting.values()))
-    with tqdm(total=total, desc="warm-up", unit=" prompts") as bar:
+    with progress(total=total, label="warm-up", unit="prompts") as bar:
         for (name, answerer), (category, members) in itertools.product(
             medusa.items(), fitting.items()
         ):
@@ -142,7 +141,7 @@ def measure(jobs: list[Job], systems: dict[str, dict[str, System]], repeats: int
         for system in some.values():
             system(warm[name])
     total = repeats * sum(len(systems[job.acceptance]) for job in jobs)
-    with tqdm(total=total, desc="timing", unit=" runs") as bar:
+    with progress(total=total, label="timing", unit="runs") as bar:
         for repeat, (number, job) in itertools.product(range(repeats), enumerate(jobs)):
             names = list(systems[job.acceptance])
             shift = (number + repeat) % len(names)

@@ -22,12 +22,11 @@ import jax.numpy as jnp
 
 from medusa_jax.bench.measure import MEDUSA, PLAIN, Job, Run
 from medusa_jax.bench.peers import PEERS
-from medusa_jax.distributed.hardware import device_bandwidth
 from medusa_jax.decoding.stats import Figures
+from medusa_jax.distributed.hardware import cpu, device_bandwidth
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.distributed.hardware import cpu
 
 OVERALL = "overall"
 SYSTEMS = (PLAIN, MEDUSA, *PEERS)

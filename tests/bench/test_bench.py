@@ -95,6 +95,8 @@ def _row(report: dict[str, Any], *names: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_every_system_has_its_rows(report):
     systems = {"greedy": ["plain", "medusa", "hf", "hf_lookup"], "typical": ["plain", "medusa"]}
     assert [(row["acceptance"], row["category"], row["system"]) for row in report["rows"]] == [
@@ -105,6 +107,8 @@ def test_every_system_has_its_rows(report):
     ]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_texts_are_the_same_and_counted(report):
     """Two turns of the first prompt: a conversation goes on with its own answers."""
     for system in ("medusa", "hf", "hf_lookup"):
@@ -115,6 +119,8 @@ def test_texts_are_the_same_and_counted(report):
         assert row["tokens"] == 5 * row["texts"]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_figures_add_up(report):
     for row in (row for row in report["rows"] if row["system"] == "medusa"):
         drafts, counts = row["num_drafts"], row["accepted_length_histogram"]
@@ -135,6 +141,8 @@ def test_figures_add_up(report):
     assert plain["num_drafts"] == plain["tokens"]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_report_is_written(made, report):
     text = (made / "bench.md").read_text()
     assert "| maths | HF prompt lookup |" in text
@@ -157,6 +165,8 @@ def test_counters_of_an_example():
     }
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_batches_without_peers(model, prompts, tmp_path):
     """A short last batch is padded; what pads it counts for nothing."""
     report = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
@@ -167,6 +177,8 @@ def test_batches_without_peers(model, prompts, tmp_path):
     assert row["tokens"] == 30
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_random_weights(monkeypatch, tmp_path, capsys):
     """Steps of tied weights and shared heads, with the lengths that another run accepted."""
     monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
@@ -195,6 +207,8 @@ def test_random_weights(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "out/steps.png").is_file()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_report_is_a_histogram(made, report):
     mean, origin = histogram(made / "bench.json")
     assert mean == _row(report, "greedy", "overall", "medusa")["mean_accepted_length"]
