@@ -1,0 +1,140 @@
+"""Slots that are refilled from a queue, beside fixed batches that wait for their last row.
+
+    python benchmarks/refill.py --output refill.json
+
+Both decode the same prompts, whose texts end at very different lengths: each prompt gets
+its own number of new tokens, drawn evenly between --shortest and --longest, and goes on
+past end-of-sequence. Fixed batches take the prompts in the same order, each with the least
+capacity that holds its longest row, one prefill, and a single device loop until its last
+row ends. The two take turns; compilation is not timed, all else is.
+"""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from medusa_jax.bench.report import table
+from medusa_jax.bench.summary import about
+from medusa_jax.checkpoints.hub import shipped
+from medusa_jax.checkpoints.tensors import write_json
+from medusa_jax.cli import runner
+from medusa_jax.cli.output import check_output
+from medusa_jax.data.prompts import read_requests
+from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.decoding.state import Output, outputs
+from medusa_jax.errors import InputError
+from medusa_jax.options import option
+from medusa_jax.serving.conversations import Conversation
+from medusa_jax.serving.engine import Job
+from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.options import DecodingOptions
+from medusa_jax.serving.programs import fitting
+
+EXAMPLE = "python benchmarks/refill.py --output refill.json"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Options(DecodingOptions):
+    """What to decode, in how many slots, and how often."""
+
+    prompts: str = option(str(shipped("prompts.jsonl")), metavar="FILE", help="JSON Lines, first "
+        "turns (default: those that ship with the project)")  # fmt: skip
+    max_prompts: int = option(64, least=1, help="decoded in each round")
+    shortest: int = option(4, least=1, help="new tokens")
+    longest: int = option(256, least=1, help="new tokens")
+    batch_size: int = option(16, least=1, help="slots, and rows of a fixed batch")
+    rounds: int = option(3, least=1, help="in each, both decode all prompts")
+    output: str | None = option(None, metavar="FILE", help="JSON")
+
+
+def make_jobs(options: Options, generator: Generator) -> list[Job]:
+    """The prompts with their numbers of new tokens, which depend on the seed alone."""
+    if options.longest < options.shortest:
+        raise InputError(f"--longest {options.longest} is less than --shortest")
+    requests = list(itertools.islice(read_requests(options.prompts), options.max_prompts))
+    draw = np.random.default_rng(options.seed)
+    lengths = draw.integers(options.shortest, options.longest + 1, len(requests))
+    return [
+        Job(Conversation(request).ask(generator.text), int(length), (number, 0))
+        for number, (request, length) in enumerate(zip(requests, lengths, strict=True))
+    ]
+
+
+def fixed_batches(generator: Generator, jobs: Sequence[Job]) -> tuple[list[Output], int]:
+    """Decodes batch after batch, each until its last row ends; also the passes."""
+    options, params = generator.options, generator.model.params
+    done: list[Output] = []
+    passes = 0
+    for start in range(0, len(jobs), options.batch_size):
+        batch = jobs[start : start + options.batch_size]
+        decoder = fitting(generator.engine.decoder, max(job.tokens for job in batch))
+        state = decoder.prefill(
+            params,
+            [job.prompt_ids for job in batch],
+            max_new_tokens=[job.max_new_tokens for job in batch],
+            keys=row_keys(options.seed, [job.stream for job in batch]),
+        )
+        ended = outputs(decoder.generate(params, state))
+        passes += max(len(output.tokens_per_step) for output in ended)
+        done += ended
+    return done, passes
+
+
+def refilled_slots(generator: Generator, jobs: Sequence[Job]) -> tuple[list[Output], int]:
+    """Decodes with the engine; also the passes."""
+    before = generator.stats.passes
+    done = generator.engine.run(jobs)
+    return done, generator.stats.passes - before
+
+
+def measure(options: Options) -> None:
+    """Lets both take turns, and prints tokens/s and their ratio, round by round."""
+    check_output(options.output)
+    generator = Generator.of(dataclasses.replace(options, ignore_eos=True, stop_id=[]))
+    jobs = make_jobs(options, generator)
+    systems: dict[str, Callable[[Generator, Sequence[Job]], tuple[list[Output], int]]]
+    systems = {"fixed": fixed_batches, "refilled": refilled_slots}
+    first = {name: system(generator, jobs) for name, system in systems.items()}  # compiles
+    texts = [[output.token_ids for output in first[name][0]] for name in systems]
+    same = sum(a == b for a, b in zip(*texts, strict=True))
+    tokens, compiled = sum(map(len, texts[0])), generator.stats.compile_seconds
+    rounds: list[dict[str, Any]] = []
+    for number in tqdm(range(options.rounds), unit=" rounds"):
+        speeds: dict[str, float] = {}
+        for name in sorted(systems, reverse=bool(number % 2)):
+            start = time.perf_counter()
+            systems[name](generator, jobs)
+            speeds[name] = tokens / (time.perf_counter() - start)
+        rounds.append(speeds | {"ratio": speeds["refilled"] / speeds["fixed"]})
+    assert generator.stats.compile_seconds == compiled, "a program was compiled while timed"
+    passes = {name: first[name][1] for name in systems}
+    cells = [
+        [str(number), f"{r['fixed']:.0f}", f"{r['refilled']:.0f}", f"{r['ratio']:.2f}x"]
+        for number, r in enumerate(rounds, start=1)
+    ]
+    print(table(["round", "fixed batches, tokens/s", "refilled slots, tokens/s", "ratio"], cells))
+    print(
+        f"\n{len(jobs)} prompts, {tokens} tokens, {options.batch_size} slots: median ratio "
+        f"{statistics.median(r['ratio'] for r in rounds):.2f}x; passes {passes['fixed']} and "
+        f"{passes['refilled']}; {same} of {len(jobs)} texts are the same"
+    )
+    if options.output:
+        report = {"prompts": len(jobs), "tokens": tokens, "passes": passes, "rounds": rounds}
+        write_json(Path(options.output), about() | {"backend": jax.default_backend()} | report)
+
+
+def main() -> None:
+    """The command line."""
+    runner.command(measure, Options, __doc__ or "", EXAMPLE)
+
+
+if __name__ == "__main__":
+    main()
