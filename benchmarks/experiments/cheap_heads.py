@@ -1,7 +1,8 @@
 """Heads with less to read: truncated and shared projections beside full ones.
 
     python benchmarks/experiments/cheap_heads.py --config configs/stories_medusa1.py \\
-        --truncated 128 --raw --calibration valid.jsonl --prompts test.jsonl --workdir runs/cheap_stories
+        --truncated 128 --raw --calibration valid.jsonl --prompts test.jsonl \\
+        --workdir runs/cheap_stories
 
 Trains the same Medusa-1 recipe four times. Of each: the bytes that its heads add to a step, and
 the mean accepted length on the prompts (greedy; replayed exactly on the model's own texts,
