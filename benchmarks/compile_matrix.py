@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from medusa_jax.cli import runner
 from medusa_jax.options import option
+from medusa_jax.progress import progress
 
 EXAMPLE = "python benchmarks/compile_matrix.py > docs/compile_matrix.md"
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +153,7 @@ class Options:
 def compile_all(options: Options) -> None:
     """Prints the tables."""
     log = Log(Path(options.log))
-    with tqdm(total=len(DECODING) + len(TRAINING), unit=" commands") as bar:
+    with progress(total=len(DECODING) + len(TRAINING), unit="commands") as bar:
         decoding, training = [], []
         for shape, topology, chips in DECODING:
             command = f"-m medusa_jax.bench memory --model {shape} --compile_only {topology}"

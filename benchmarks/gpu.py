@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from medusa_jax.bench.report import BANDWIDTH, NO_ACCEPTANCE, spread_cell, steps_table, table
+from medusa_jax.bench.report import BANDWIDTH, NO_ACCEPTANCE, steps_table
 from medusa_jax.bench.summary import about, copy_bandwidth, spread
 from medusa_jax.bench.synthetic import random_model
 from medusa_jax.bench.timing import time_prefill, time_steps
@@ -38,6 +38,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.options import option
+from medusa_jax.reports import spread_cell, table
 from medusa_jax.training import settings
 from medusa_jax.training.mesh import BATCH, make_mesh
 from medusa_jax.training.setup import assemble

@@ -20,9 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from medusa_jax.bench.report import table
 from medusa_jax.bench.summary import about
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.tensors import write_json
@@ -33,9 +31,11 @@ from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
+from medusa_jax.progress import progress
+from medusa_jax.reports import table
 from medusa_jax.serving.conversations import Conversation
 from medusa_jax.serving.engine import Job
-from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions
 from medusa_jax.serving.programs import fitting
 
@@ -102,7 +102,7 @@ def refilled_slots(generator: Generator, jobs: Sequence[Job]) -> tuple[list[Outp
 def measure(options: Options) -> None:
     """Lets both take turns, and prints tokens/s and their ratio, round by round."""
     check_output(options.output)
-    generator = Generator.of(dataclasses.replace(options, ignore_eos=True, stop_id=[]))
+    generator = load_generator(dataclasses.replace(options, ignore_eos=True, stop_id=[]))
     jobs = make_jobs(options, generator)
     systems: dict[str, Callable[[Generator, Sequence[Job]], tuple[list[Output], int]]]
     systems = {"fixed": fixed_batches, "refilled": refilled_slots}
@@ -111,7 +111,7 @@ def measure(options: Options) -> None:
     same = sum(a == b for a, b in zip(*texts, strict=True))
     tokens, compiled = sum(map(len, texts[0])), generator.stats.compile_seconds
     rounds: list[dict[str, Any]] = []
-    for number in tqdm(range(options.rounds), unit=" rounds"):
+    for number in progress(range(options.rounds), unit="rounds"):
         speeds: dict[str, float] = {}
         busy: dict[str, float] = {}
         for name in sorted(systems, reverse=bool(number % 2)):

@@ -15,18 +15,18 @@ import statistics
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from medusa_jax.bench.report import spread_cell, table
 from medusa_jax.bench.summary import spread
 from medusa_jax.cli import runner
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree, published_names
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
+from medusa_jax.progress import progress
+from medusa_jax.reports import spread_cell, table
 from medusa_jax.serving import tree_store
 from medusa_jax.serving.engine import Job
-from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, dynamic_tree
 from medusa_jax.tuning import tree_search
 from medusa_jax.tuning.head_ranks import Ranks
@@ -52,7 +52,7 @@ def candidates(ranks: list[Ranks], heads: int, seconds: dict[int, float]) -> dic
     """The two fastest cuts of every published tree by replayed length and time of their size."""
     sizes, times = zip(*sorted(seconds.items()), strict=True)
     named: dict[Tree, list[str]] = {}
-    for name in tqdm(published_names(), desc="replay", unit=" trees"):
+    for name in progress(published_names(), label="replay", unit="trees"):
         whole = Tree.published(name).limit_depth(heads)
         cuts = map(whole.cut, range(2, min(whole.size, max(sizes)) + 1))
         speeds = {
@@ -102,7 +102,7 @@ def time_texts(
     order = np.random.default_rng(0)
     for _ in range(options.repeats):
         before = {name: dataclasses.replace(one.stats) for name, one in timed.items()}
-        for number, prompt in enumerate(tqdm(prompts, desc="decode", unit=" prompts")):
+        for number, prompt in enumerate(progress(prompts, label="decode", unit="prompts")):
             job = Job(prompt, options.max_new_tokens or 1, (number, 0))
             for name in order.permutation(list(timed)):
                 timed[name].engine.run([job])
@@ -113,7 +113,7 @@ def time_texts(
 
 def compare(options: Options) -> None:
     """Replays, times and prints."""
-    generator = Generator.of(options)
+    generator = load_generator(options)
     tuning = tuning_of(generator)
     calibration = TuneOptions(prompts=options.prompts, max_prompts=options.max_prompts)
     prompts = read_prompts(calibration, generator)

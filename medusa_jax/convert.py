@@ -42,9 +42,9 @@ def run(options: Options) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-convert`."""
-    runner.command(run, Options, __doc__ or "", EXAMPLE)
+    runner.command(run, Options, __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

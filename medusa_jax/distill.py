@@ -16,9 +16,9 @@ def run(options: DistillOptions) -> None:
     distill(options)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-distill`."""
-    runner.command(run, DistillOptions, __doc__ or "", EXAMPLE)
+    runner.command(run, DistillOptions, __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

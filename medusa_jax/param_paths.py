@@ -1,41 +1,38 @@
-"""Nested parameter dicts addressed by path: "heads/head_0/block_0/weight"."""
+"""Nested parameter dicts addressed by path: "heads/head_0/block_0/weight".
+
+A leaf is whatever is no mapping: `flat` keeps a `model.linear.Weight` whole, and so does
+`map_with_path` where `is_leaf` says so. A path ends in the parameter's name, never inside it.
+"""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by path."""
-    leaves = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= flat(value, f"{prefix}{key}/")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by path. Whatever is not a dict is a leaf, other pytrees included."""
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flat`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *keys, last = path.split("/")
-        inner = tree
-        for key in keys:
-            inner = inner.setdefault(key, {})
-        inner[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dicts with different leaves as one."""
-    return nested(flat(one) | flat(other))
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts with different leaves, merged."""
+    return nested(flat(first) | flat(second))
 
 
-def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def map_with_path(
+    function: Callable[..., Any],
+    tree: Any,
+    *others: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
     """`jax.tree.map` over pytrees of one structure, whose function gets the path first."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(
@@ -43,9 +40,13 @@ def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         ),
         tree,
         *others,
+        is_leaf=is_leaf,
     )
 
 
-def device_bytes(leaf: jax.Array) -> int:
-    """Bytes of the part of an array that a single device holds."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def device_bytes(tree: Any) -> int:
+    """Bytes of the parts of a pytree's arrays that a single device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -13,9 +13,9 @@ def run(options: TuneOptions) -> None:
     tune(options)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-tune`."""
-    runner.command(run, TuneOptions, __doc__ or "", EXAMPLE)
+    runner.command(run, TuneOptions, __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,26 @@
-"""What the tests share: models made on the spot, and the real ones beside a checkout.
+"""Fixtures that the tests share: models made on the spot, and the real ones beside a checkout.
 
 Real models, traces and texts are other people's and lie in `../shared`. Tests
 that need them skip in a bare clone; CI refuses to run without.
 """
 
-import atexit
 import io
 import json
-import os
 import runpy
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # What one test compiles, other workers and the processes that tests start need not compile
-    # again. JAX reads this when it is imported, and workers inherit it.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medusa_jax_tests_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+from helpers import environment
 
-# Tests compile more than they compute: 40% of their time was LLVM's optimization. XLA's own passes
-# over the program, and its kernels for matrix products, stay as they are.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-from helpers.paths import ROOT, SCRIPT, SHARED, TESTS
-
-# Scripts that tests start find this checkout's package and the helpers.
-_PATHS = [str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-os.environ["PYTHONPATH"] = os.pathsep.join(_PATHS)
+environment.prepare()  # before JAX is imported
 
 import pytest
-import torch
 import transformers
-from helpers.head_files import LAYERS, VOCAB, WIDTH
+from helpers.head_files import random_llama
 from helpers.models import TINY, TinyModel, random_model
+from helpers.paths import SCRIPT, SHARED
 
 from medusa_jax.checkpoints import conversion
 from medusa_jax.checkpoints.load import Model, load_model
@@ -103,23 +87,7 @@ def tiny() -> TinyModel:
 @pytest.fixture(scope="session")
 def llama() -> transformers.PreTrainedModel:
     """A random untied Llama with biases, so that all kinds of tensor occur."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_bias=True,
-        tie_word_embeddings=False,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_()
-    return model
+    return random_llama()
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,14 @@
 
 import re
 
+import pytest
 from helpers.paths import ROOT
 
 README = ROOT / "README.md"
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_library_example_runs(shared, capsys):
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)
     lines = [line for line in code.splitlines() if line]

@@ -14,14 +14,14 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from medusa_jax.bench.report import table
 from medusa_jax.cli import flags, runner
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.options import option
-from medusa_jax.serving.generator import Generator
+from medusa_jax.reports import table
+from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, usable_ranks
 from medusa_jax.training.config_file import read_config
 from medusa_jax.training.trainer import train
@@ -92,7 +92,7 @@ def compare(options: Options, overrides: list[str]) -> None:
         if not (workdir / "heads").is_dir():
             train(config, workdir)
         paths = {"model": config.model.path, "heads": str(workdir / "heads")}
-        generator = Generator.of(dataclasses.replace(options, **paths))
+        generator = load_generator(dataclasses.replace(options, **paths))
         heads, backbone = bytes_of_heads(generator)
         by_tree = lengths(options, generator)
         head = ["heads", "MB a step", "of the backbone's", *by_tree]

@@ -7,14 +7,13 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from medusa_jax.bench.peers import PEERS, HuggingFace
 from medusa_jax.data.prompts import Request
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.decoding.stats import Stats
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.progress import progress
 from medusa_jax.serving.conversations import Conversation
 from medusa_jax.serving.engine import Job
 from medusa_jax.serving.generator import Generator
@@ -76,7 +75,7 @@ def make_tasks(medusa: dict[str, Generator], requests: list[Request]) -> Iterato
         categories[request.category].append((number, request))
     answered, problems = 0, set()
     total = len(medusa) * sum(request.num_turns for request in requests)
-    with tqdm(total=total, desc="warm-up", unit=" turns") as bar:
+    with progress(total=total, label="warm-up", unit="turns") as bar:
         for (name, generator), (category, members) in itertools.product(
             medusa.items(), categories.items()
         ):
@@ -181,7 +180,7 @@ def measure(
         for system in own.values():
             system(warm[name])
     total = repeats * sum(len(systems[task.acceptance]) for task in tasks)
-    with tqdm(total=total, desc="timing", unit=" runs") as bar:
+    with progress(total=total, label="timing", unit="runs") as bar:
         for repeat, (number, task) in itertools.product(range(repeats), enumerate(tasks)):
             names = list(systems[task.acceptance])
             shift = (number + repeat) % len(names)

@@ -21,7 +21,7 @@ from medusa_jax.data.prompts import Request, read_requests
 from medusa_jax.decoding.acceptance import Acceptance
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
-from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, tree_of
 
 EXAMPLE = """python -m medusa_jax.bench prompts --model DIR --heads DIR --prompts question.jsonl \\
@@ -121,7 +121,7 @@ def generators(options: PromptsOptions, schemes: dict[str, Acceptance]) -> dict[
     first, *others = schemes
     # A prompt that leaves less room than --max_new_tokens gets a shorter text.
     decoding = dataclasses.replace(options, acceptance=schemes[first], max_new_tokens=None)
-    loaded = Generator.of(decoding, at_most=options.max_new_tokens or 1, need_heads=False)
+    loaded = load_generator(decoding, at_most=options.max_new_tokens or 1, need_heads=False)
     by_scheme = {first: loaded}
     for name in others:
         tree = loaded.tree

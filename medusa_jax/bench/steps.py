@@ -9,8 +9,6 @@ import dataclasses
 import logging
 from typing import Any
 
-from tqdm import tqdm
-
 from medusa_jax.bench.output import check_directory, write_report
 from medusa_jax.bench.report import NO_ACCEPTANCE
 from medusa_jax.bench.summary import about, copy_bandwidth
@@ -27,6 +25,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.options import option
+from medusa_jax.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ def bench(options: StepsOptions) -> None:
         raise InputError(f"--heads: the weights of {options.model} are random, and so its heads")
     subject, bandwidth = load(options), copy_bandwidth()
     cases = len(trees(options.sizes, subject.heads.num_heads)) * len(set(options.batch_sizes))
-    with tqdm(total=cases * (options.repeats + 1), desc="timing", unit=" runs") as bar:
+    with progress(total=cases * (options.repeats + 1), label="timing", unit="runs") as bar:
         rows = time_steps(
             subject.config,
             subject.heads,

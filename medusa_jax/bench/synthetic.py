@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from medusa_jax.checkpoints.names import backbone_places, head_places
+from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.distributed.rules import abstract
-from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads
-from medusa_jax.model.backbone import Backbone, causal_mask
+from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.linear import for_decoding
+from medusa_jax.param_paths import nested
 
 
 def random_params(abstract: Any, dtype: str) -> Any:
@@ -30,26 +31,6 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return (0.02 * jax.random.normal(key, shape)).astype(dtype)
 
 
-def abstract_backbone(config: ModelConfig) -> Any:
-    """Abstract parameters of a backbone."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    init = jax.eval_shape(
-        lambda: Backbone(config).init(jax.random.key(0), tokens, tokens, causal_mask(2))
-    )
-    return init["params"]
-
-
-def abstract_heads(heads: HeadsConfig) -> Any:
-    """Abstract parameters of heads."""
-    hidden = jnp.zeros((1, heads.hidden_size))
-    init = jax.eval_shape(
-        lambda: MedusaHeads(heads).init(
-            jax.random.key(0), hidden, lambda x: jnp.zeros((*x.shape[:-1], heads.vocab_size))
-        )
-    )
-    return init["params"]
-
-
 def random_model(
     config: ModelConfig, heads: HeadsConfig, dtype: str, mesh: Mesh | None = None
 ) -> dict[str, Any]:
@@ -61,6 +42,11 @@ def abstract_model(
     config: ModelConfig, heads: HeadsConfig, mesh: Mesh | None = None
 ) -> dict[str, Any]:
     """Abstract {"backbone", "heads"} laid out for decoding, and over a mesh where there is one."""
-    parts = {"backbone": abstract_backbone(config), "heads": abstract_heads(heads)}
-    shapes = jax.eval_shape(functools.partial(for_decoding, tied=config.tied), parts)
+    tables = {"backbone": backbone_places(config), "heads": head_places(heads)}
+    leaves = {
+        "/".join((part, *place.path)): jax.ShapeDtypeStruct(place.shape, jnp.float32)
+        for part, table in tables.items()
+        for place in table.values()
+    }
+    shapes = jax.eval_shape(functools.partial(for_decoding, tied=config.tied), nested(leaves))
     return abstract(shapes, mesh) if mesh else shapes

@@ -13,10 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from medusa_jax.checkpoints import bigram_file, dialects
+from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
-from medusa_jax.checkpoints.dialects import DIALECTS, StoredHeads, head_settings, open_heads
-from medusa_jax.checkpoints.load import check_fit, resolve
+from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
+from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, check_fit, divide, open_heads
+from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import ORIGINAL, head_places
 from medusa_jax.checkpoints.tensors import (
     SHARD_BYTES,
@@ -177,7 +178,7 @@ def _open_base(heads: StoredHeads, base: str, reason: str) -> Base:
     settings = read_json(directory / "config.json")
     config = from_hf(settings)
     check_fit(heads, config)
-    _, tensors = dialects.divide(open_model(directory))
+    _, tensors = divide(open_model(directory))
     name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
     if name not in tensors:
         raise InputError(f"{directory} has no {name}")
@@ -232,7 +233,7 @@ def _verify(directory: Path, target: str, tensors: Tensors) -> None:
     """Reads all back. Raises RuntimeError where anything differs from what was to be written."""
     open_heads(directory, target)
     if DIALECTS[target].names is ORIGINAL:
-        files = (directory / name for name in dialects.HEAD_FILES)
+        files = (directory / name for name in HEAD_FILES)
         written = {file: open_file(file) for file in files if file.is_file()}
     else:
         written = {directory: open_model(directory)}

@@ -1,4 +1,4 @@
-"""Names of tensors in checkpoint files, and where each goes in our parameters.
+"""Names of tensors in checkpoint files, and the parameter that each one holds.
 
 One table serves both ways, reading and writing: shapes are the same on both
 sides, so a tensor is only ever renamed.
@@ -16,7 +16,7 @@ from medusa_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a stored tensor goes.
+    """The parameter that a stored tensor holds.
 
     Attributes:
       path: keys in the nested parameter dict.
@@ -73,8 +73,8 @@ class HeadNames:
     Attributes:
       linear: a residual block's, without ".weight" and ".bias".
       vocab: a head's own projection.
-      shared: one projection of all heads that lies with them; "": lies never there.
-      token_map: ids of the rows of truncated projections; "": is never there.
+      shared: a stored projection that all heads share; "" where the dialect has none.
+      token_map: ids of the rows of truncated projections; "" where the dialect has none.
     """
 
     linear: str
@@ -93,7 +93,7 @@ def head_places(
     """Names of head tensors: "0.0.linear.weight" in the original's files.
 
     Args:
-      with_shared: a projection of all heads lies with them.
+      with_shared: whether a projection that all heads share is stored with them.
     """
     width, rows = config.hidden_size, config.truncated or config.vocab_size
     places = {}

@@ -7,7 +7,6 @@ memory, so a model is never held twice.
 import dataclasses
 import json
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
@@ -45,8 +44,8 @@ class StoredTensor:
     read: Callable[..., np.ndarray]
 
     @property
-    def T(self) -> "StoredTensor":
-        """The same with its dimensions in reverse order; only when read is anything turned."""
+    def mT(self) -> "StoredTensor":
+        """The transpose of a matrix, which is transposed when it is read."""
 
         def read(index: Any = ...) -> np.ndarray:
             return self.read(index if index is ... else index[::-1]).T
@@ -75,9 +74,12 @@ class StoredTensor:
         return StoredTensor(shape, self.dtype, lambda index=...: self.read()[ids][index])
 
     def cast(self, dtype: str) -> "StoredTensor":
-        """It, each number rounded to the nearest of another type."""
-        kind = jnp.dtype(dtype)
-        return StoredTensor(self.shape, dtype, lambda index=...: np.asarray(self.read(index), kind))
+        """It, each number rounded to the nearest of another type; read in C order."""
+
+        def read(index: Any = ...) -> np.ndarray:
+            return np.asarray(self.read(index), jnp.dtype(dtype), order="C")
+
+        return StoredTensor(self.shape, dtype, read)
 
 
 Tensors = dict[str, StoredTensor]
@@ -126,7 +128,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object whole or not at all."""
     whole = file.with_suffix(".tmp")
     whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, file)
+    whole.replace(file)
 
 
 def _open_shards(index: Path) -> Tensors:

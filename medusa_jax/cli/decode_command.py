@@ -12,7 +12,7 @@ from medusa_jax.data.prompts import Request, count_requests, read_requests
 from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
-from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of
 
 EXAMPLE = "python decode.py --model DIR --heads DIR --prompt 'Once upon a time'"
@@ -44,7 +44,7 @@ def load(options: Options) -> Generator:
         )
     if jax.process_index() == 0:
         check_output(options.output)
-    generator = Generator.of(options)
+    generator = load_generator(options)
     if options.chat and generator.text.template is None and not options.raw:
         raise InputError(
             "--chat: the tokenizer has no chat template; give --chat_template or --raw"
@@ -78,9 +78,9 @@ def decode(options: Options) -> None:
         )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-decode`, which decode.py runs too."""
-    runner.command(decode, Options, __doc__ or "", EXAMPLE)
+    runner.command(decode, Options, __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ def run(main: Callable[[argparse.Namespace], None], namespace: argparse.Namespac
     if message is not None:
         if namespace.debug:
             traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if code == INTERRUPTED:  # all that was open is closed: nobody waits for JAX to wind down
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

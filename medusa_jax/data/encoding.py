@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from medusa_jax.data.corpus import Corpus, Document
-from medusa_jax.data.tokenizer import Message, ChatTokenizer
+from medusa_jax.data.tokenizer import ChatTokenizer, Message
 from medusa_jax.errors import InputError
 
 

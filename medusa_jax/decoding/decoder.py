@@ -66,17 +66,7 @@ class Decoder:
     def __post_init__(self) -> None:
         if not self.capacity:
             object.__setattr__(self, "capacity", min(self.config.context, DEFAULT_CAPACITY))
-        if self.capacity > self.config.context:
-            raise InputError(
-                f"capacity {self.capacity} exceeds the model's context of "
-                f"{self.config.context} tokens"
-            )
-        if any(not 0 <= token < self.config.vocab_size for token in self.suppress):
-            raise InputError(
-                f"suppress names token ids {list(self.suppress)}, but the vocabulary is "
-                f"0..{self.config.vocab_size - 1}"
-            )
-        self.drafter.check(self.config)
+        _check(self)
 
     @property
     def network(self) -> Network:
@@ -195,6 +185,21 @@ class Decoder:
             return self._advance(params, state)[0], steps + 1
 
         return jax.lax.while_loop(going, body, (state, jnp.zeros((), jnp.int32)))
+
+
+def _check(decoder: Decoder) -> None:
+    """Raises InputError where the parts of a decoder do not fit each other."""
+    config = decoder.config
+    if decoder.capacity > config.context:
+        raise InputError(
+            f"capacity {decoder.capacity} exceeds the model's context of {config.context} tokens"
+        )
+    if any(not 0 <= token < config.vocab_size for token in decoder.suppress):
+        raise InputError(
+            f"suppress names token ids {list(decoder.suppress)}, but the vocabulary is "
+            f"0..{config.vocab_size - 1}"
+        )
+    decoder.drafter.check(config)
 
 
 def padded_length(decoder: Decoder, length: int) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import re
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +33,7 @@ class Network:
     suppress: tuple[int, ...] = ()
     mesh: Mesh | None = None
 
-    def bound(self, params: Params) -> nn.Module:
+    def bound(self, params: Params) -> Backbone:
         """The backbone with its parameters, as a drafter gets it."""
         return Backbone(self.config).bind({"params": params["backbone"]})
 
@@ -47,18 +46,16 @@ class Network:
         past: KVCache | None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """`Backbone.__call__`, its hidden states whole on each device of the mesh."""
-        backbone = Backbone(self.config)
-        hidden, block = backbone.apply(
-            {"params": params["backbone"]}, tokens, positions, mask, past
-        )
+        variables, inputs = {"params": params["backbone"]}, (tokens, positions, mask, past)
+        passed: Any = Backbone(self.config).apply(variables, *inputs)
+        hidden, block = passed
         # A split of D would travel to all earlier layers, with two more collectives in each.
         return self.placed(hidden), block
 
     def logits(self, params: Params, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
         """Logits of the next token, -inf for suppressed tokens, float32."""
-        logits = Backbone(self.config).apply(
-            {"params": params["backbone"]}, hidden, method="unembed"
-        )
+        variables = {"params": params["backbone"]}
+        logits: Any = Backbone(self.config).apply(variables, hidden, method="unembed")
         if self.suppress:
             logits = logits.at[..., np.array(self.suppress)].set(-jnp.inf)
         return logits

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import Output
 from medusa_jax.distributed.hardware import device_bandwidth
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.param_paths import device_bytes
@@ -49,6 +50,18 @@ class Stats:
     def mean_accepted_length(self) -> float:
         return self.made / max(self.steps, 1)
 
+    def add_passes(self, passes: int, seconds: float) -> None:
+        """Counts a call of the device loop."""
+        self.passes += passes
+        self.seconds += seconds
+        self.decode_seconds += seconds
+
+    def add_output(self, output: Output) -> None:
+        """Counts a row that has ended."""
+        self.tokens += len(output.token_ids)
+        self.steps += len(output.tokens_per_step)
+        self.made += sum(output.tokens_per_step)
+
     def __str__(self) -> str:
         line = (
             f"{self.tokens} tokens in {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s, "
@@ -80,10 +93,10 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
       cached_tokens: tokens in the cache, summed over the rows of the batch.
     """
     config, backbone = decoder.config, dict(params["backbone"])
-    if not config.tied or "lm_head_kernel" in backbone:
+    if not config.tied or "lm_head" in backbone:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
-    leaves = jax.tree.leaves(backbone)
-    weights = sum(map(device_bytes, leaves)) + decoder.drafter.read_bytes(params)
+    weights = device_bytes(backbone) + decoder.drafter.read_bytes(params)
     kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
-    per_token = 2 * config.num_layers * kv_heads * config.head_dim * leaves[0].dtype.itemsize
+    itemsize = jax.tree.leaves(backbone)[0].dtype.itemsize
+    per_token = 2 * config.num_layers * kv_heads * config.head_dim * itemsize
     return weights + cached_tokens * per_token

@@ -2,51 +2,49 @@
 
 The table is searched in paths, so it places an optimizer's moments, whose
 paths end like their parameter's, with their parameter. Training splits over
-(data, fsdp, tensor), see `training/sharding.py`; decoding over (tensor, group,
+(data, fsdp, tensor), see `training/mesh.py`; decoding over (tensor, group,
 copy), which together are the devices of tensor parallelism: `decode_mesh`.
 """
 
+import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import map_with_path
 
 HEADS = ("tensor", "group")  # query heads are split over these, never cut
 ALL = (*HEADS, "copy")
-# What splits its outputs over `tensor` is followed by what splits its inputs
-# over it, so that one sum a block crosses the devices.
+# Axes of [..., out, in]; a weight [in, out] has the last two the other way round. A mesh has the
+# axes of training or those of decoding, and what it lacks splits nothing. What splits its outputs
+# over `tensor` is followed by what splits its inputs over it, so that one sum a block crosses
+# the devices.
 RULES = (
     (r"/ns_coeffs$", (None,)),  # constants that Muon keeps in its state
     # Looked up by rows: parts of a row would have to be put together over all rows of the batch.
     (r"embedding$", P((*ALL, "fsdp"), None)),
-    # For training, [out, in].
-    (r"(lm_head|vocab)$", P("tensor", "fsdp")),
-    (r"(query|key|value|gate|up)/weight$", P("tensor", "fsdp")),
+    (r"(lm_head|vocab)$", P(ALL, "fsdp")),
+    (r"query/weight$", P(HEADS, "fsdp")),
+    (r"(key|value)/weight$", P("tensor", "fsdp")),
+    (r"(gate|up)/weight$", P(ALL, "fsdp")),
     (r"(query|key|value|gate|up)/bias$", P("tensor")),
-    (r"(out|down)/weight$", P("fsdp", "tensor")),
+    (r"attention/out/weight$", P("fsdp", HEADS)),
+    (r"down/weight$", P("fsdp", ALL)),
     (r"(query|key|value|gate|up|lm_head)/a$", P(None, "fsdp")),
     (r"(query|key|value|gate|up|lm_head)/b$", P("tensor", None)),
     (r"(out|down)/a$", P(None, "tensor")),
     (r"(out|down)/b$", P("fsdp", None)),
-    (r"block_\d+/weight$", P(None, "fsdp")),
-    # For decoding, [in, out].
-    (r"(key|value)/kernel$", P(None, "tensor")),
-    (r"query/kernel$", P(None, HEADS)),
-    (r"attention/out/kernel$", P(HEADS, None)),
-    (r"(gate|up)/kernel$", P(None, ALL)),
-    (r"down/kernel$", P(ALL, None)),
-    (r"(lm_head_|vocab_)kernel$", P(None, ALL)),
-    (r"block_\d+/kernel$", P(None, None, ALL)),
+    (r"head_\d+/block_\d+/weight$", P(None, "fsdp")),  # of one head, in training
+    (r"block_\d+/weight$", P(ALL, None)),  # of all heads, for decoding
     (r"(scale|bias|token_map)$", P(None)),
     (r"^bigrams/", P()),  # of which a step reads a few numbers here and there
 )
@@ -56,7 +54,7 @@ CACHE = P(None, "tensor", None, None)  # keys [B, K, C, S] and values [B, K, S, 
 def start_processes() -> None:
     """Joins the other processes of a run, where there are any.
 
-    Pods, SLURM and MPI are recognised by JAX itself. Local processes say who
+    Pods, SLURM and MPI are recognized by JAX itself. Local processes say who
     they are: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -113,8 +111,11 @@ def decode_mesh(text: str, config: ModelConfig, devices: Sequence[Any] | None = 
     return jax.make_mesh(sizes, ALL, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh, order: str = "out_in") -> P:
     """Axes of an array; what an axis does not divide stays whole, a stack's dimension too.
+
+    Args:
+      order: of a weight's last two dimensions, see `model.linear.Weight`.
 
     Raises:
       InputError: no rule knows the path.
@@ -123,8 +124,10 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         return P()
     for pattern, axes in RULES:
         if re.search(pattern, path):
+            if order == "in_out":
+                axes = tuple(axes)[::-1]
             axes = (*(None,) * (len(shape) - len(axes)), *axes)
-            return P(*(_fitting(one, size, mesh) for one, size in zip(axes, shape, strict=True)))
+            return P(*(_fitting(names, n, mesh) for names, n in zip(axes, shape, strict=True)))
     raise InputError(f"no sharding rule for parameter {path} {list(shape)}")
 
 
@@ -141,21 +144,42 @@ def _fitting(
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a pytree of arrays or shapes."""
-    return map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf.shape, mesh)), tree)
+    """The sharding of every leaf of a pytree of arrays, shapes or stored tensors."""
+
+    def sharding(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, Weight):
+            axes = spec(path, leaf.data.shape, mesh, leaf.order)
+            return dataclasses.replace(leaf, data=NamedSharding(mesh, axes))
+        return NamedSharding(mesh, spec(path, leaf.shape, mesh))
+
+    return map_with_path(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, Weight))
+
+
+def put(
+    read: Callable[[Any], Any], shape: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    """An array on its devices, each of which gets no more than its part.
+
+    Args:
+      read: index -> that part of the array, on the host; `...` reads all of it.
+      sharding: None for the default device. All processes must give the same array.
+    """
+    if sharding is None:
+        return jax.device_put(read(...))
+    parts: dict[str, Any] = {}  # devices that hold the same part share what was read
+
+    def part(index: Any) -> Any:
+        if str(index) not in parts:
+            parts[str(index)] = read(index)
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays of the host on every device of a mesh; without one, on the default device.
-
-    Every process must give the same ones.
-    """
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, tree)
-    place = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda array: jax.make_array_from_callback(array.shape, place, lambda i: array[i]), tree
-    )
+    """Arrays of the host on every device of a mesh; without one, on the default device."""
+    sharding = None if mesh is None else NamedSharding(mesh, P())
+    return jax.tree.map(lambda array: put(array.__getitem__, array.shape, sharding), tree)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:

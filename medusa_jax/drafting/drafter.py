@@ -12,11 +12,11 @@ A drafter is a frozen dataclass, static under `jax.jit`; its parameters are pass
 import dataclasses
 from typing import Any, Protocol
 
-import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.drafting.tree_tables import PAD, TreeTables
+from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 
 Params = dict[
@@ -47,7 +47,7 @@ class Drafter(Protocol):
         """The parameters as a loop of steps should hold them; called outside of the loop."""
         ...
 
-    def draft(self, params: Params, backbone: nn.Module, hidden: Float[Array, "B D"]) -> Draft:
+    def draft(self, params: Params, backbone: Backbone, hidden: Float[Array, "B D"]) -> Draft:
         """What the guesses after the next root need.
 
         Args:
@@ -80,7 +80,7 @@ class NoDraft:
     def prepare(self, params: Params) -> Params:
         return params
 
-    def draft(self, params: Params, backbone: nn.Module, hidden: Float[Array, "B D"]) -> Draft:
+    def draft(self, params: Params, backbone: Backbone, hidden: Float[Array, "B D"]) -> Draft:
         return ()
 
     def propose(
@@ -92,7 +92,7 @@ class NoDraft:
         return 0.0
 
 
-ROOT_ALONE: Any = TreeTables(
+ROOT_ALONE = TreeTables(
     parents=np.full((1, 1), PAD, np.int32),
     depths=np.zeros((1, 1), np.int32),
     ancestors=np.zeros((1, 1, 1), np.int32),

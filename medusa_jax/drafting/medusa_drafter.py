@@ -1,8 +1,8 @@
 """The drafter of the paper: Medusa heads guess, a tree of their guesses is verified."""
 
 import dataclasses
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,6 +14,7 @@ from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, first_hea
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
+from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.param_paths import device_bytes, flat
 
@@ -62,11 +63,9 @@ class MedusaDrafter:
     def prepare(self, params: Params) -> Params:
         return params | {"heads": first_heads(params["heads"], self.depth)}
 
-    def draft(
-        self, params: Params, backbone: nn.Module, hidden: Float[Array, "B D"]
-    ) -> MedusaDraft:
+    def draft(self, params: Params, backbone: Backbone, hidden: Float[Array, "B D"]) -> MedusaDraft:
         asked = MedusaHeads(dataclasses.replace(self.heads, num_heads=self.depth))
-        logits = asked.apply({"params": params["heads"]}, hidden, backbone.unembed)
+        logits: Any = asked.apply({"params": params["heads"]}, hidden, backbone.unembed)
         token_map = params["heads"].get("token_map")
         guesses, values = top_guesses(logits, self.tree.top_k, token_map)
         if not self.tree.scored:
@@ -97,10 +96,9 @@ class MedusaDrafter:
                 total += device_bytes(leaf)
         if self.heads.shared:
             # Heads wait for the accepted token, so the shared projection is read once more.
-            names = ("lm_head_kernel", "lm_head", "embed")
-            own = next(params["backbone"][name] for name in names if name in params["backbone"])
-            projection = params["heads"].get("vocab_kernel", own)
-            total += sum(map(device_bytes, jax.tree.leaves(projection)))
+            backbone = params["backbone"]
+            unembedding = backbone["lm_head"] if "lm_head" in backbone else backbone["embed"]
+            total += device_bytes(params["heads"].get("vocab", unembedding))
         return total
 
 

@@ -12,7 +12,6 @@ over all V, so what a head cannot say costs a guess and never changes a text.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from medusa_jax.model.backbone import Linear
-from medusa_jax.model.linear import multiply, multiply_each, project
+from medusa_jax.model.linear import Linear, parameter, weight_of
 from medusa_jax.shapes import typed
 
 
@@ -36,7 +34,7 @@ class HeadsConfig:
       hidden_size: D of the backbone they were trained on.
       vocab_size: V, or 0 where the heads' own tensors do not say (shared or truncated).
       shared: logits through one projection, the backbone's lm_head or its
-        `token_map` rows, instead of an own one (the original's version "2").
+        `token_map` rows, instead of its own (the original's version "2").
       truncated: W, rows of the projection where it has fewer than V; else 0.
     """
 
@@ -56,44 +54,22 @@ class Head(nn.Module):
 
     config: HeadsConfig
 
-    def setup(self) -> None:
-        config = self.config
-        # Zero weights and biases make a new head start as the lm_head itself.
-        zeros = nn.initializers.zeros
-        self.blocks = [
-            Linear(config.hidden_size, use_bias=True, kernel_init=zeros, name=f"block_{i}")
-            for i in range(config.num_layers)
-        ]
-        if not config.shared and not self.has_variable("params", "vocab_kernel"):
-            init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
-            rows = config.truncated or config.vocab_size
-            self.vocab = self.param("vocab", init, (rows, config.hidden_size))
-
+    @nn.compact
     def __call__(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
         """Logits, float32 [*dims, W], from hidden states [*dims, D]."""
-        return self.project(self.features(x), unembed)
-
-    def features(self, x: Array) -> Array:
-        """What the vocabulary projection reads [*dims, D]."""
-        for block in self.blocks:
-            x = x + nn.silu(block(x))
-        return x
-
-    def project(self, x: Array, unembed: Callable[[Array], Array]) -> Array:
-        """Logits of features."""
-        if self.config.shared:
-            return unembed(x)
-        if self.has_variable("params", "vocab_kernel"):
-            return multiply(x, self.get_variable("params", "vocab_kernel"))
-        return project(x, self.vocab)
+        config, features = self.config, _features(_blocks(self.config), x)
+        if config.shared:
+            return unembed(features)
+        rows = config.truncated or config.vocab_size
+        return parameter(self, "vocab", (rows, config.hidden_size)).dot(features)
 
 
 class MedusaHeads(nn.Module):
-    """All heads.
+    """All heads, whose blocks run as one product for M heads.
 
-    Parameters: a nested dict, one sub-dict a head, but for decoding the blocks of all together
-    (`layout.py`); beside them, where heads are truncated, `token_map`, and, where a shared
-    projection lies with them, `vocab` [W, D].
+    Parameters: the stacked blocks, "block_0/weight" [M, D, D] and "block_0/bias" [M, D]; heads'
+    own projections, "head_0/vocab". Truncated heads have a "token_map" [W]. A projection that is
+    stored with the heads and shared by them is "vocab".
     """
 
     config: HeadsConfig
@@ -104,42 +80,48 @@ class MedusaHeads(nn.Module):
 
         Args:
           hidden: the backbone's hidden states after its final norm [*dims, D].
-          unembed: the backbone's own projection, for shared heads that hold none.
+          unembed: the backbone's own projection, for shared heads without one.
         """
-        if self.has_variable("params", "vocab_kernel"):
-            unembed = functools.partial(
-                multiply, kernel=self.get_variable("params", "vocab_kernel")
-            )
-        heads = [Head(self.config, name=f"head_{i}") for i in range(self.config.num_heads)]
-        if self.is_initializing():
-            return [head(hidden, unembed) for head in heads]
-        if self.has_variable("params", "block_0"):
-            features = self._features(hidden)
-        else:
-            features = jnp.stack([head.features(hidden) for head in heads], axis=-2)
-        if self.config.shared:  # one product reads the projection once, not once a head
-            return list(jnp.moveaxis(unembed(features), -2, 0))
-        return [head.project(features[..., i, :], unembed) for i, head in enumerate(heads)]
+        config, (*dims, width) = self.config, hidden.shape
+        x = jnp.broadcast_to(hidden[..., None, :], (*dims, config.num_heads, width))
+        features = _features(_blocks(config, stack=(config.num_heads,)), x)
+        if not config.shared:
+            projection = dataclasses.replace(config, num_layers=0)  # a head without its blocks
+            return [
+                Head(projection, name=f"head_{i}")(features[..., i, :], unembed)
+                for i in range(config.num_heads)
+            ]
+        stored = self.get_variable("params", "vocab")
+        if stored is not None:
+            unembed = weight_of(stored).dot
+        # One product reads the shared projection once, not once a head.
+        return list(jnp.moveaxis(unembed(features), -2, 0))
 
-    def _features(self, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims M D"]:
-        """`Head.features` of all heads, whose blocks lie stacked."""
-        heads, width = self.config.num_heads, hidden.shape[-1]
-        x = jnp.broadcast_to(hidden[..., None, :], (*hidden.shape[:-1], heads, width))
-        for i in range(self.config.num_layers):
-            block = self.get_variable("params", f"block_{i}")
-            y = multiply_each(x, block["kernel"]).astype(x.dtype)
-            x = x + nn.silu(y + block["bias"])
-        return x
+
+def _blocks(config: HeadsConfig, stack: tuple[int, ...] = ()) -> list[Linear]:
+    """The residual blocks of one head, or, with stack (M,), of M heads."""
+    # Zero weights and biases make a new head start as its vocabulary projection alone.
+    return [
+        Linear(config.hidden_size, True, stack, nn.initializers.zeros, name=f"block_{i}")
+        for i in range(config.num_layers)
+    ]
+
+
+def _features(blocks: list[Linear], x: Array) -> Array:
+    """The input of the vocabulary projection: [*dims, D] of one head, [*dims, M, D] of M heads."""
+    for block in blocks:
+        x = x + nn.silu(block(x))
+    return x
 
 
 def first_heads(params: dict[str, Any], count: int) -> dict[str, Any]:
-    """Heads' parameters, of stacked blocks those of the first `count` heads alone.
+    """Heads' parameters whose stacked blocks are those of the first `count` heads.
 
-    To cut a stack copies what is left of it: do it before a loop, not in it.
+    Cutting a stack copies the rest of it: do it before a loop, not in it.
     """
     return {
-        name: jax.tree.map(lambda stack: stack[:count], one) if name.startswith("block_") else one
-        for name, one in params.items()
+        name: jax.tree.map(lambda stack: stack[:count], leaf) if name.startswith("block_") else leaf
+        for name, leaf in params.items()
     }
 
 

@@ -13,7 +13,7 @@ import importlib.resources
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -59,32 +59,29 @@ class Tree:
         _check_nodes(self.nodes)
 
     @classmethod
-    def from_lists(cls, lists: Iterable[Iterable[int]]) -> "Tree":
+    def from_lists(cls, lists: Iterable[Iterable[int]], origin: str = "") -> "Tree":
         """Builds a tree from JSON-like rank lists, for example `[[0], [1], [0, 0]]`."""
         try:
             if not isinstance(lists, list | tuple):
                 raise TypeError
             return cls(tuple(tuple(node) for node in lists))
         except TypeError:
-            raise InputError(
-                "a tree is a list of rank lists, for example [[0], [1], [0, 0]]"
-            ) from None
+            problem = "a tree is a list of rank lists, for example [[0], [1], [0, 0]]"
+        except InputError as error:
+            problem = str(error)
+        raise InputError(origin + problem)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Tree":
         """Reads a file that holds a JSON list of rank lists."""
-        try:
-            return cls.from_lists(json.loads(Path(path).read_text()))
-        except (OSError, ValueError) as error:
-            raise InputError(f"tree file {path}: {error}") from None
+        return cls.from_lists(_read_json(path), f"tree file {path}: ")
 
     @classmethod
     def published(cls, name: str) -> "Tree":
         """One of the original's nine trees (FasterDecoding/Medusa `medusa_choices.py`)."""
-        trees = _published()
-        if name not in trees:
-            raise InputError(f"no published tree {name!r}; there are: {', '.join(trees)}")
-        return cls.from_lists(trees[name])
+        if name not in _published():
+            raise InputError(f"no published tree {name!r}; there are: {', '.join(_published())}")
+        return cls.from_lists(_published()[name])
 
     @classmethod
     def chain(cls, depth: int) -> "Tree":
@@ -108,17 +105,7 @@ class Tree:
 
     def check(self, num_heads: int, vocab_size: int) -> None:
         """Raises InputError, naming the node, if heads or vocabulary are too small for it."""
-        for node in self.nodes:
-            if len(node) > num_heads:
-                raise InputError(
-                    f"tree node {list(node)} is {len(node)} deep, but there are "
-                    f"{num_heads} Medusa heads"
-                )
-            if max(node) >= vocab_size:
-                raise InputError(
-                    f"tree node {list(node)} asks for rank {max(node)} of a vocabulary of "
-                    f"{vocab_size}"
-                )
+        _check_fit(self.nodes, num_heads, vocab_size)
 
     @property
     def size(self) -> int:
@@ -164,11 +151,7 @@ class Tree:
     @functools.cached_property
     def ancestors(self) -> np.ndarray:
         """Slots from the root down to each node, itself included, then PAD [N, E]."""
-        table = np.full((self.size, self.path_cells), PAD, np.int32)
-        for slot, parent in enumerate(self.parents):
-            table[slot] = table[parent] if slot else PAD
-            table[slot, self.depths[slot]] = slot
-        return table
+        return _ancestors(self.parents, self.depths)
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
@@ -188,14 +171,33 @@ class Tree:
 
         Cells count in [root, head 1's R guesses, head 2's, ...]. A static tree needs no scores.
         """
-        tables = TreeTables(
-            parents=self.parents[None],
-            depths=self.depths[None],
-            ancestors=self.ancestors[None],
-            mask=self.mask[None],
-            inner=tuple(np.unique(self.parents[1:]).tolist()),
-        )
+        inner = tuple(np.unique(self.parents[1:]).tolist())
+        arrays = self.parents, self.depths, self.ancestors, self.mask
+        tables = TreeTables(*(array[None] for array in arrays), inner=inner)
         return self.candidate_indices(self.top_k)[None], tables
+
+
+def _ancestors(parents: np.ndarray, depths: np.ndarray) -> np.ndarray:
+    """`Tree.ancestors` from parents and depths [N]."""
+    table = np.full((len(parents), depths.max() + 1), PAD, np.int32)
+    for slot, parent in enumerate(parents):
+        table[slot] = table[parent] if slot else PAD
+        table[slot, depths[slot]] = slot
+    return table
+
+
+def _check_fit(nodes: tuple[Node, ...], num_heads: int, vocab_size: int) -> None:
+    """`Tree.check`."""
+    for node in nodes:
+        if len(node) > num_heads:
+            raise InputError(
+                f"tree node {list(node)} is {len(node)} deep, but there are "
+                f"{num_heads} Medusa heads"
+            )
+        if max(node) >= vocab_size:
+            raise InputError(
+                f"tree node {list(node)} asks for rank {max(node)} of a vocabulary of {vocab_size}"
+            )
 
 
 def _check_nodes(nodes: tuple[Node, ...]) -> None:
@@ -215,6 +217,13 @@ def _check_nodes(nodes: tuple[Node, ...]) -> None:
                 f"tree node {list(node)} has no parent: {list(node[:-1])} is not listed "
                 "(every prefix of a node must be a node too)"
             )
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"tree file {path}: {error}") from None
 
 
 @functools.cache

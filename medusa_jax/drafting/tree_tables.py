@@ -4,9 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 PAD = -1
+
+Table = Array | np.ndarray  # constant in a static tree, computed in a dynamic tree
 
 
 @jax.tree_util.register_dataclass
@@ -25,10 +28,10 @@ class TreeTables:
       inner: slots that may have children, ascending.
     """
 
-    parents: Array
-    depths: Array
-    ancestors: Array
-    mask: Array
+    parents: Table
+    depths: Table
+    ancestors: Table
+    mask: Table
     inner: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property

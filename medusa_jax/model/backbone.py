@@ -10,33 +10,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from medusa_jax.model.attention import attend
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
-from medusa_jax.model.layers import attend, rms_norm, rope_tables, rotate, within_window
-from medusa_jax.model.linear import multiply, project
+from medusa_jax.model.layers import rms_norm, rope_tables, rotate, within_window
+from medusa_jax.model.linear import Linear, Weight, parameter
 from medusa_jax.shapes import typed
 
 Parts = list[tuple[Array, Array, Array]]
-
-
-class Linear(nn.Module):
-    """x W^T + b with W [out, in], or with its transpose where `layout` has made one."""
-
-    features: int
-    use_bias: bool = False
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        if self.has_variable("params", "kernel"):
-            y = multiply(x, self.get_variable("params", "kernel"))
-        else:
-            shape = (self.features, x.shape[-1])
-            y = project(x, self.param("weight", self.kernel_init, shape))
-        y = y.astype(x.dtype)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
-        return y
 
 
 class RMSNorm(nn.Module):
@@ -112,7 +93,10 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer."""
+    """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer.
+
+    A tied model may hold "lm_head" too: decoding's copy in the order that is fast for products.
+    """
 
     config: ModelConfig
 
@@ -121,10 +105,10 @@ class Backbone(nn.Module):
         self.embed = nn.Embed(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, name=f"layer_{i}") for i in range(config.num_layers)]
         self.final_norm = RMSNorm(config.norm_eps)
-        if not config.tied and not self.has_variable("params", "lm_head_kernel"):
-            init = nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+        self.lm_head = None
+        if not config.tied or self.has_variable("params", "lm_head"):
             shape = (config.vocab_size, config.hidden_size)
-            self.lm_head = self.param("lm_head", init, shape)
+            self.lm_head = parameter(self, "lm_head", shape)
 
     @typed
     def __call__(
@@ -169,16 +153,18 @@ class Backbone(nn.Module):
             x, layer_keys, layer_values = layer(x, rope, masks[window], past)
             keys.append(layer_keys)
             values.append(layer_values)
-        hidden = self.final_norm(x)
-        if self.is_initializing() and not self.config.tied:
-            _ = self.lm_head  # so that it is created
-        return hidden, (tuple(keys), tuple(values))
+        return self.finish(x), (tuple(keys), tuple(values))
 
-    def unembed(self, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
-        """Next-token logits, float32 [*dims, V]."""
-        if self.has_variable("params", "lm_head_kernel"):
-            return multiply(hidden, self.get_variable("params", "lm_head_kernel"))
-        return project(hidden, self.embed.embedding if self.config.tied else self.lm_head)
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states from the last layer's output [B, T, D]."""
+        return self.final_norm(x)
+
+    def unembed(
+        self, hidden: Float[Array, "*dims D"], rows: Int[Array, " W"] | None = None
+    ) -> Float[Array, "*dims V"]:
+        """Next-token logits, float32 [*dims, V]; with `rows`, of these tokens only [*dims, W]."""
+        weight = Weight(self.embed.embedding) if self.lm_head is None else self.lm_head
+        return (weight if rows is None else weight.rows(rows)).dot(hidden)
 
 
 def causal_mask(size: int) -> Array:

@@ -1,7 +1,7 @@
 """The key/value cache: preallocated, one length per row, only accepted tokens inside.
 
 A decode step reads the cache in place and keeps its own tree's keys and values
-beside it (`layers.attend`); `commit` then writes the accepted path. So rejected
+beside it (`attention.attend`); `commit` then writes the accepted path. So rejected
 nodes are never written, and slots at or beyond a row's length are never read.
 """
 

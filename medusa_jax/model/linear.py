@@ -1,87 +1,133 @@
-"""How weights lie in memory: [out, in] in files and in training, [in, out] for decoding.
+"""Weights as parameters that know their own layout, and the linear layer that reads them.
 
-Both give the same numbers. With the 2 to 64 rows of a tree XLA's CPU products
-take half the time on [in, out]; `hf.load_model` brings weights in that way, and
-the modules use whichever they find: "weight" [F, D] or "kernel" [D, F],
-"lm_head" or "lm_head_kernel", "vocab" or "vocab_kernel". For decoding the blocks
-of all heads are stacked too, "block_0/kernel" [M, D, D]: one product for M.
+Files, training and `Module.init` hold a weight as a plain array [out, in]. Decoding holds a
+`Weight` [in, out]: with the 2 to 64 rows of a tree, XLA's CPU products take half the time in that
+order. Modules read both through `parameter`, so a path means the same weight in every layout.
 """
 
-import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+import dataclasses
+from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from medusa_jax.param_paths import flat, nested
 from medusa_jax.shapes import typed
 
-_T = TypeVar("_T")
-_KERNELS = {"weight": "kernel", "lm_head": "lm_head_kernel", "vocab": "vocab_kernel"}
+# Letters of a weight's dimensions in an einsum: f is out, d is in.
+_LETTERS = {"out_in": "fd", "in_out": "df"}
 
 
-@typed
-def project(x: Float[Array, "*dims D"], weight: Float[Array, "F D"]) -> Float[Array, "*dims F"]:
-    """x W^T, accumulated and returned in float32."""
-    return jnp.einsum("...d,fd->...f", x, weight, preferred_element_type=jnp.float32)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank update (LoRA) of a weight: scale B A.
 
-
-@typed
-def multiply(x: Float[Array, "*dims D"], kernel: Float[Array, "D F"]) -> Float[Array, "*dims F"]:
-    """x K, accumulated and returned in float32."""
-    return jnp.einsum("...d,df->...f", x, kernel, preferred_element_type=jnp.float32)
-
-
-@typed
-def multiply_each(
-    x: Float[Array, "*dims M D"], kernels: Float[Array, "M D F"]
-) -> Float[Array, "*dims M F"]:
-    """Each of M vectors times the kernel of its own, accumulated and returned in float32."""
-    if kernels.shape[0] == 1:  # as a batch of one XLA would transpose the kernel on a CPU
-        return multiply(x, kernels[0])
-    return jnp.einsum("...md,mdf->...mf", x, kernels, preferred_element_type=jnp.float32)
-
-
-def placed(path: str, array: Any, *, tied: bool = False) -> dict[str, Any]:
-    """A parameter as decoding wants it, by path; norms, biases and embeddings stay as they are.
-
-    "mlp/up/weight" [F, D] becomes "mlp/up/kernel" [D, F]. A tied embedding stays for its
-    lookup of rows, and is there a second time as "lm_head_kernel".
+    Attributes:
+      a, b: [..., R, in] and [..., out, R].
+      scale: alpha / R of the LoRA paper.
+      dropout: probability that a number of the adapter's input is dropped.
+      key: PRNG key of the dropout; None for no dropout.
     """
-    *inner, name = path.split("/")
-    if name in _KERNELS:
-        return {"/".join([*inner, _KERNELS[name]]): array.T}
-    if tied and path == "embed/embedding":
-        return {path: array, "lm_head_kernel": array.T}
-    return {path: array}
+
+    a: Array
+    b: Array
+    scale: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    key: Array | None = None
+
+    def dot(self, x: Array) -> Array:
+        """scale B A x, float32."""
+        if self.key is not None and self.dropout:
+            kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        low = Weight(self.a).dot(x).astype(x.dtype)
+        return self.scale * Weight(self.b).dot(low)
 
 
-def stacked(leaves: dict[str, _T], stack: Callable[[list[_T]], _T]) -> dict[str, _T]:
-    """All leaves by path, those of heads' blocks stacked over the heads.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight, or the weights of M heads stacked along a leading axis.
 
-    "head_0/block_1/bias" [D] to "head_3/block_1/bias" become "block_1/bias" [4, D].
+    A pytree node, so `jax.tree.map` reaches the arrays inside; `param_paths.flat` keeps it whole.
+
+    Attributes:
+      data: [out, in] or [in, out], as `order` says; of a stack [M, ., .]. Before it is loaded,
+        a tensor in a file, a shape, or a sharding.
+      order: "out_in" or "in_out".
+      adapter: added to the product, or None.
     """
-    found: dict[str, dict[int, _T]] = {}
-    rest = {}
-    for path, leaf in leaves.items():
-        if match := re.fullmatch(r"head_(\d+)/(block_\d+/\w+)", path):
-            found.setdefault(match[2], {})[int(match[1])] = leaf
-        else:
-            rest[path] = leaf
-    return rest | {
-        path: stack([heads[number] for number in sorted(heads)]) for path, heads in found.items()
-    }
+
+    data: Any
+    order: str = dataclasses.field(default="out_in", metadata={"static": True})
+    adapter: Adapter | None = None
+
+    @typed
+    def dot(self, x: Float[Array, "*dims"]) -> Float[Array, "*out"]:
+        """The product W x of the last axis, accumulated and returned in float32.
+
+        x [*dims, in] -> [*dims, out]. Of a stack, each of M vectors meets its own weight:
+        x [*dims, M, in] -> [*dims, M, out].
+        """
+        data, letters = self.data, _LETTERS[self.order]
+        if data.ndim == 3 and data.shape[0] == 1:
+            data = data[0]  # XLA would transpose a batch of size 1 on a CPU
+        stack = "m" if data.ndim == 3 else ""
+        equation = f"...{stack}d,{stack}{letters}->...{stack}f"
+        y = jnp.einsum(equation, x, data, preferred_element_type=jnp.float32)
+        return y if self.adapter is None else y + self.adapter.dot(x)
+
+    def rows(self, ids: Array) -> "Weight":
+        """The weight of some outputs only, such as the logits of W tokens."""
+        axis = -2 if self.order == "out_in" else -1
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = dataclasses.replace(adapter, b=jnp.take(adapter.b, ids, axis=-2))
+        return Weight(jnp.take(self.data, ids, axis=axis), self.order, adapter)
 
 
-def for_decoding(params: dict[str, Any], *, tied: bool = False) -> dict[str, Any]:
-    """Nested {"backbone", "heads"} parameters [out, in] as decoding wants them."""
-    laid = {}
-    for part, inner in params.items():
-        leaves = {
-            where: one
-            for path, leaf in flat(inner).items()
-            for where, one in placed(path, leaf, tied=tied and part == "backbone").items()
-        }
-        laid[part] = nested(stacked(leaves, jnp.stack))
-    return laid
+def weight_of(leaf: Any) -> Weight:
+    """A parameter as a `Weight`: a plain array is in the order [out, in]."""
+    return leaf if isinstance(leaf, Weight) else Weight(leaf)
+
+
+# Lecun's normal initializer for weights [out, in].
+weight_init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    init: nn.initializers.Initializer = weight_init,
+) -> Weight:
+    """A module's weight of shape [..., out, in], in whatever layout its parameters hold it."""
+    if module.has_variable("params", name):  # `param` would compare an [in, out] leaf with `shape`
+        return weight_of(module.get_variable("params", name))
+    return weight_of(module.param(name, init, shape))
+
+
+class Linear(nn.Module):
+    """W x + b, or of a stack the W_m x_m + b_m of M heads.
+
+    Attributes:
+      features: out.
+      use_bias: whether there is a b.
+      stack: (M,) for the weights of M heads; () for a single weight.
+      kernel_init: initializer of W.
+    """
+
+    features: int
+    use_bias: bool = False
+    stack: tuple[int, ...] = ()
+    kernel_init: nn.initializers.Initializer = weight_init
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (*self.stack, self.features, x.shape[-1])
+        y = parameter(self, "weight", shape, self.kernel_init).dot(x).astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (*self.stack, self.features))
+        return y

@@ -5,7 +5,7 @@ Different turns of different conversations are decoded together, in the slots of
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from medusa_jax.data.prompts import Request
@@ -13,6 +13,8 @@ from medusa_jax.data.tokenizer import ChatTokenizer, Message, TextStream
 from medusa_jax.decoding.state import Output
 from medusa_jax.errors import InputError
 from medusa_jax.serving.engine import Engine, Job
+
+Prompt = str | Sequence[Message]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,16 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self.messages = list(self.request.history)
+
+    @classmethod
+    def of(cls, prompt: "Prompt", number: int = 0) -> "Conversation":
+        """A conversation of a single turn: a text, or messages whose last is the user's."""
+        if isinstance(prompt, str):
+            return cls(Request.of_text(prompt), number)
+        *history, last = prompt
+        if last["role"] != "user":
+            raise InputError(f"prompt {number}: the last message must be the user's")
+        return cls(Request((last["content"],), tuple(history)), number)
 
     def ask(self, text: ChatTokenizer) -> list[int]:
         """Prompt ids of the next turn, which becomes the last message.
@@ -144,12 +156,15 @@ class _Batch:
 
     def ask(self, conversation: Conversation) -> bool:
         """Submits the next turn; a turn that cannot be asked ends the conversation: False."""
+        before = conversation.messages
         try:
             prompt = conversation.ask(self._text)
             stream = (conversation.number, conversation.sample)
             job = Job(prompt, self._new_tokens(len(prompt)), stream)
-            self._engine.submit(job, conversation.request.origin)
+            begun = bool(conversation.completions)  # then it goes on before others begin
+            self._engine.submit(job, conversation.request.origin, next=begun)
         except InputError as error:
+            conversation.messages = before  # without the turn that nobody answers
             conversation.problem, conversation.ended = error, True
             return False
         self._live[job] = conversation

@@ -5,6 +5,8 @@ print(generator.generate(["Once upon a time"])[0].text)
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.options import check
-from medusa_jax.serving.conversations import Completion, Conversation, Update, converse
+from medusa_jax.serving.conversations import Completion, Conversation, Prompt, Update, converse
 from medusa_jax.serving.engine import Engine
 from medusa_jax.serving.options import (
     DEFAULT_NEW_TOKENS,
@@ -29,7 +31,7 @@ from medusa_jax.serving.options import (
     tree_of,
 )
 
-Prompt = str | Sequence[Message]
+log = logging.getLogger(__name__)
 
 
 class Generator:
@@ -60,7 +62,6 @@ class Generator:
             )
         self.model, self.text, self.tree, self.acceptance = model, text, tree, acceptance
         self.options, self.at_most = options, at_most
-        self._engine: Engine | None = None
 
     @classmethod
     def load(
@@ -74,12 +75,7 @@ class Generator:
         """Loads a model and its heads; without arguments the model that ships with the project.
 
         Args:
-          model: Hugging Face directory or hub id, with or without heads inside.
-          heads: directory, file or hub id of Medusa heads; default: those found with the model.
-          dtype: "float32" or "bfloat16".
-          mesh: "tensor=4" splits the work over that many devices.
-          options: any other field of `DecodingOptions`: `tree`, `acceptance`, `temperature`,
-            `seed`, `batch_size`, ...
+          model, heads, dtype, mesh, options: fields of `DecodingOptions`, which documents them.
 
         Raises:
           InputError: a file or an option is wrong; the message says which.
@@ -88,32 +84,7 @@ class Generator:
         if unknown := sorted(options.keys() - known):
             raise InputError(f"unknown options: {', '.join(unknown)}; expected {sorted(known)}")
         paths = {"model": model and str(model), "heads": heads and str(heads)}
-        return cls.of(DecodingOptions(**paths, dtype=dtype, mesh=mesh, **options))
-
-    @classmethod
-    def of(
-        cls,
-        options: DecodingOptions,
-        *,
-        at_most: int = DEFAULT_NEW_TOKENS,
-        need_heads: bool = True,
-    ) -> "Generator":
-        """The generator that the options describe.
-
-        Args:
-          at_most: see the class.
-          need_heads: refuse a model without heads; otherwise it is decoded plainly.
-        """
-        check(options, prefix="")
-        acceptance = acceptance_of(options)  # before loading, which takes long
-        model = load_model(
-            options.model or shipped(), options.heads, options.precision, options.mesh
-        )
-        text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
-        tree = Tree()
-        if need_heads or model.heads.num_heads:
-            tree = tree_of(options, model, acceptance)
-        return cls(model, text, tree, acceptance, options, at_most)
+        return load_generator(DecodingOptions(**paths, dtype=dtype, mesh=mesh, **options))
 
     def with_tree(
         self,
@@ -142,27 +113,17 @@ class Generator:
         """Tokens that are never produced."""
         return tuple(sorted({*self.model.suppress, *self.options.suppress_tokens}))
 
-    @property
+    @functools.cached_property
     def engine(self) -> Engine:
         """The engine, with `options.batch_size` slots."""
-        if self._engine is None:
-            model = self.model
-            decoder = Decoder(
-                model.config,
-                medusa_drafter(model.heads, self.tree),
-                self.acceptance,
-                self.options.max_length or model.config.context,
-                self.suppress,
-                model.mesh,
-            )
-            self._engine = Engine(
-                decoder,
-                model.params,
-                slots=self.options.batch_size,
-                stop_ids=self.stop_ids,
-                seed=self.options.seed,
-            )
-        return self._engine
+        model, options = self.model, self.options
+        capacity = options.max_length or model.config.context
+        drafter = medusa_drafter(model.heads, self.tree)
+        decoder = Decoder(
+            model.config, drafter, self.acceptance, capacity, self.suppress, model.mesh
+        )
+        ends, slots = self.stop_ids, options.batch_size
+        return Engine(decoder, model.params, slots=slots, stop_ids=ends, seed=options.seed)
 
     @property
     def stats(self) -> Stats:
@@ -182,7 +143,7 @@ class Generator:
         Raises:
           InputError: a prompt is empty or does not fit; the others are not answered.
         """
-        conversations = [self._conversation(i, prompt) for i, prompt in enumerate(prompts)]
+        conversations = [Conversation.of(prompt, i) for i, prompt in enumerate(prompts)]
         for _ in self.converse(conversations, refuse=True, max_new_tokens=max_new_tokens):
             pass
         return [one.completions[0] for one in conversations]
@@ -190,7 +151,7 @@ class Generator:
     def stream(self, prompt: Prompt, max_new_tokens: int | None = None) -> Iterator[str]:
         """Yields the text of an answer as it is accepted."""
         how: dict[str, Any] = {"stream": True, "refuse": True, "max_new_tokens": max_new_tokens}
-        for update in self.converse([self._conversation(0, prompt)], **how):
+        for update in self.converse([Conversation.of(prompt)], **how):
             yield update.text
 
     def converse(
@@ -215,14 +176,26 @@ class Generator:
         """A conversation that a person goes on with."""
         return Chat(self)
 
-    @staticmethod
-    def _conversation(number: int, prompt: Prompt) -> Conversation:
-        if isinstance(prompt, str):
-            return Conversation(Request.of_text(prompt), number)
-        *history, last = prompt
-        if last["role"] != "user":
-            raise InputError(f"prompt {number}: the last message must be the user's")
-        return Conversation(Request((last["content"],), tuple(history)), number)
+
+def load_generator(
+    options: DecodingOptions, *, at_most: int = DEFAULT_NEW_TOKENS, need_heads: bool = True
+) -> Generator:
+    """The generator that the options describe.
+
+    Args:
+      at_most: see `Generator`.
+      need_heads: refuse a model without heads; otherwise it is decoded plainly.
+    """
+    check(options, prefix="")
+    acceptance = acceptance_of(options)  # before loading, which takes long
+    model = load_model(options.model or shipped(), options.heads, options.precision, options.mesh)
+    text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
+    tree: Tree | DynamicTree = Tree()
+    if need_heads or model.heads.num_heads:
+        tree = tree_of(options, model, acceptance)
+    elif not options.autoregressive:
+        log.warning("no Medusa heads were found with %s: plain decoding", options.model)
+    return Generator(model, text, tree, acceptance, options, at_most)
 
 
 class Chat:

@@ -8,6 +8,7 @@ for the kinds of device its makers had.
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -22,6 +23,8 @@ from medusa_jax.distributed.hardware import device
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 BESIDE = "medusa_trees.json"
 
@@ -96,5 +99,8 @@ def find(
 
     for tunings in (here, brought):
         if tunings:
-            return tree_of(min(tunings, key=far))
+            nearest = min(tunings, key=far)
+            if nearest["acceptance"] != wanted:
+                log.info("no tree was tuned for %s: that of %s", wanted, nearest["acceptance"])
+            return tree_of(nearest)
     return None

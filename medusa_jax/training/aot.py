@@ -14,7 +14,7 @@ from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
 from medusa_jax.training.settings import Config
 from medusa_jax.training.setup import assemble
 from medusa_jax.training.trainer import check_length
-from medusa_jax.training.weights import Weights, heads_shape, layout, model_shape, split
+from medusa_jax.training.weights import Weights, heads_shape, model_shape, plan, split
 
 
 def compile_step(config: Config, topology: str) -> Memory:
@@ -36,7 +36,7 @@ def lower(config: Config, mesh: Mesh) -> Any:
     """The step of a run, lowered for a mesh from shapes alone."""
     model = model_shape(config, absent=True)
     heads = heads_shape(config, model)
-    table = layout(config, model, heads)
+    table = plan(config, model, heads)
     leaves = {path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for path, p in table.items()}
     trainable, frozen = split(leaves, table)
     weights = Weights(model, heads, trainable, abstract(frozen, mesh))

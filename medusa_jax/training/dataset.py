@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from medusa_jax.checkpoints.load import resolve
+from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.data.corpus import Corpus
 from medusa_jax.data.encoding import Encoded, encode
 from medusa_jax.data.packing import Rows, fit, pack

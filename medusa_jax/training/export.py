@@ -1,5 +1,6 @@
 """Trained weights to the original's formats: v0.1 heads, or a merged v1.0 directory."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
 from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
-from medusa_jax.checkpoints.load import resolve
+from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, head_places
 from medusa_jax.checkpoints.tensors import (
     StoredTensor,
@@ -25,6 +26,8 @@ from medusa_jax.checkpoints.tensors import (
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import flat, joined
 from medusa_jax.training import lora, scanned_backbone
 from medusa_jax.training.settings import Config
@@ -46,12 +49,12 @@ def export(config: Config, weights: Weights, target: Path, *, write: bool = True
     Raises:
       InputError: see `destination`.
     """
-    dtype, made = config.run.export_dtype or config.model.dtype, destination(config, target)
+    dtype, directory = config.run.export_dtype or config.model.dtype, destination(config, target)
     if config.mode == "medusa1":
-        _heads(config, weights, made, dtype, write)
+        _heads(config, weights, directory, dtype, write)
     else:
-        _merged(config, weights, made, dtype, write)
-    return made
+        _merged(config, weights, directory, dtype, write)
+    return directory
 
 
 def destination(config: Config, target: Path) -> Path:
@@ -60,11 +63,11 @@ def destination(config: Config, target: Path) -> Path:
     Raises:
       InputError: it is what the run started from.
     """
-    made = target / ("heads" if config.mode == "medusa1" else "model")
+    directory = target / ("heads" if config.mode == "medusa1" else "model")
     for name, source in (("model.path", config.model.path), ("heads.path", config.heads.path)):
-        if source and Path(source).resolve() == made.resolve():
+        if source and Path(source).resolve() == directory.resolve():
             raise InputError(f"{name} {source} is where the result goes; give another --workdir")
-    return made
+    return directory
 
 
 def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
@@ -82,75 +85,62 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
 
 
 def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
-    params = flat(joined(weights.trainable, weights.frozen))
-    scale = config.lora.alpha / config.lora.rank if config.adapted else 0.0
+    params = joined(weights.trainable, weights.frozen)
     source = resolve(config.model.path)
     settings = read_json(source / "config.json") | {"torch_dtype": dtype}
     settings.pop("dtype", None)
     if weights.heads.num_heads:
         settings |= head_settings("v1.0", weights.heads)
     if config.adapted:
+        scale = config.lora.alpha / config.lora.rank
+        params["backbone"] = lora.attached(params["backbone"], params["adapters"], scale)
         settings["tie_word_embeddings"] = False  # the adapted lm_head has left the embedding
-    tensors = _backbone_tensors(weights, params, scale, dtype)
-    tensors |= _head_tensors("v1.0", weights.heads, params, dtype)
+    tensors = _backbone_tensors(weights.model, flat(params), dtype)
+    tensors |= _head_tensors("v1.0", weights.heads, flat(params), dtype)
     with Replacing(target, write) as directory:
         write_model(directory, DIALECTS["v1.0"].stem, tensors, write)
         if write:
             copy_beside(source, directory)
-            if config.data.template:  # it was trained with another than its tokenizer's own
+            if config.data.template:  # training used another template than the tokenizer's
                 template = ChatTokenizer(source, template=config.data.template).template
                 (directory / "chat_template.jinja").write_text(template or "", encoding="utf-8")
             write_json(directory / "config.json", settings)
-
-
-def _given(shape: tuple[int, ...], dtype: str, give: Callable[[], np.ndarray]) -> StoredTensor:
-    return StoredTensor(shape, dtype, lambda index=...: give()[index]).cast(dtype)
 
 
 def _head_tensors(dialect: str, heads: HeadsConfig, params: dict[str, Any], dtype: str) -> Tensors:
     tensors = {}
     for name, place in head_places(heads, DIALECTS[dialect].names).items():
         array = params["/".join(("heads", *place.path))]
-        kind = "int64" if place.path == ("token_map",) else dtype  # as vLLM has it
-        tensors[name] = _given(place.shape, kind, functools.partial(_whole, array))
+        # vLLM stores its map as int64.
+        stored_dtype = "int64" if place.path == ("token_map",) else dtype
+        tensors[name] = _given(place.shape, stored_dtype, functools.partial(_whole, array))
     return tensors
 
 
-def _backbone_tensors(
-    weights: Weights, params: dict[str, Any], scale: float, dtype: str
-) -> Tensors:
+def _backbone_tensors(model: ModelConfig, params: dict[str, Any], dtype: str) -> Tensors:
+    """The backbone's tensors; a weight with an adapter is written with the adapter folded in."""
+    places = backbone_places(dataclasses.replace(model, tied="backbone/lm_head" not in params))
     tensors = {}
-    for name, one in backbone_places(weights.model).items():
-        path, layer = scanned_backbone.place("/".join(one.path))
-        give = _folded(params, path, path.removesuffix("/weight"), layer, scale)
-        tensors[name] = _given(one.shape, dtype, give)
-    if "adapters/lm_head/a" in params and weights.model.tied:
-        shape = params["backbone/embed/embedding"].shape
-        give = _folded(params, "embed/embedding", "lm_head", None, scale)
-        tensors["lm_head.weight"] = _given(shape, dtype, give)
+    for name, place in places.items():
+        path, layer = scanned_backbone.place("/".join(place.path))
+        leaf = params[f"backbone/{path}"]
+        tensors[name] = _given(place.shape, dtype, functools.partial(_single, leaf, layer))
     return tensors
 
 
-def _folded(
-    params: dict[str, Any], path: str, adapted: str, layer: int | None, scale: float
-) -> Callable[[], np.ndarray]:
-    """What gives a backbone tensor, its adapter, if any, folded in."""
+def _single(leaf: jax.Array | Weight, layer: int | None) -> np.ndarray:
+    """One layer's part of a parameter, or, with None, a parameter that is no stack."""
+    if layer is not None:
+        leaf = jax.tree.map(lambda stack: stack[layer], leaf)
+    return _whole(lora.folded(leaf) if isinstance(leaf, Weight) else leaf)
 
-    def single(name: str) -> jax.Array:
-        return params[name] if layer is None else params[name][layer]
 
-    def give() -> np.ndarray:
-        weight = single(f"backbone/{path}")
-        if f"adapters/{adapted}/a" not in params:
-            return _whole(weight)
-        factors = {key: single(f"adapters/{adapted}/{key}") for key in ("a", "b")}
-        return _whole(lora.folded(weight, factors, scale))
-
-    return give
+def _given(shape: tuple[int, ...], dtype: str, give: Callable[[], np.ndarray]) -> StoredTensor:
+    return StoredTensor(shape, dtype, lambda index=...: give()[index]).cast(dtype)
 
 
 def _whole(array: jax.Array) -> np.ndarray:
-    """The array on this host, wherever its parts lie."""
+    """The array on this host, gathered from the devices of all processes."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,27 +1,20 @@
-"""Low-rank adapters (LoRA) beside every projection of a layer, which does not know of them.
+"""Low-rank adapters (LoRA): their parameters, and the weights that hold them.
 
 An adapter of W [out, in] is A [R, in] and B [out, R]; the projection becomes
-W x + (alpha / R) B A x. B starts at zero, so the backbone starts as it was, and
-leaving the adapters out gives it back: the teacher of self-distillation.
+W x + (alpha / R) B A x, see `model.linear.Weight`. B starts at zero, so the backbone starts as it
+was. Without the adapters it is again the backbone: the teacher of self-distillation.
 """
 
-import contextlib
-import functools
-import operator
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from medusa_jax.model.backbone import Linear
-from medusa_jax.model.linear import project
-
-# One adapter: {"a": A, "b": B}; all of them, by the path of what they adapt.
-Adapters = Mapping[str, Any]
+from medusa_jax.model.linear import Adapter, Weight
+from medusa_jax.param_paths import flat, nested
 
 
 def shapes(path: str, weight: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
@@ -39,54 +32,45 @@ def init(path: str, shape: tuple[int, ...], key: Array) -> Array:
 
 
 def path_key(key: Array, path: str) -> Array:
-    """A random key of its own for a parameter or module."""
+    """A random key of its own for a parameter."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def adapted(
-    adapters: Adapters | None, scale: float, dropout: float = 0.0, key: Array | None = None
-) -> contextlib.AbstractContextManager:
-    """Within this context a `backbone.Layer` applies its adapters.
+def attached(
+    backbone: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    scale: float,
+    dropout: float = 0.0,
+    key: Array | None = None,
+) -> dict[str, Any]:
+    """The backbone's parameters, in which every adapted weight holds its adapter.
+
+    A tied model gets an "lm_head": the embedding, with the adapter of the logits alone.
 
     Args:
-      adapters: nested like the layer's parameters, {"a", "b"} where a
-        projection has its weight; None for none.
+      backbone: layers stacked, see `scanned_backbone`.
+      adapters: nested likewise; {"a", "b"} in place of a projection's parameters.
       scale: alpha / R.
-      dropout: share of an adapter's input that is dropped; needs `key`.
+      dropout: probability that a number of an adapter's input is dropped.
+      key: of the dropout, which differs between adapters and between layers; None for none.
     """
-    if adapters is None:
-        return contextlib.nullcontext()
-
-    def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        out = call(*args, **kwargs)
-        if not isinstance(context.module, Linear):
-            return out
-        adapter = functools.reduce(operator.getitem, context.module.path, adapters)
-        x, path = args[0], "/".join(context.module.path)
-        x = dropped(x, dropout, None if key is None else path_key(key, path))
-        return out + (scale * low_rank(x, adapter)).astype(out.dtype)
-
-    return nn.intercept_methods(add)
+    leaves, factors = flat(backbone), flat(adapters)
+    for path in {path.rpartition("/")[0] for path in factors}:
+        a, b = factors[f"{path}/a"], factors[f"{path}/b"]
+        noise = None if key is None else path_key(key, path)
+        if path == "lm_head":
+            name, data = path, leaves.get(path, leaves["embed/embedding"])
+        else:
+            name, data = f"{path}/weight", leaves[f"{path}/weight"]
+            noise = None if noise is None else jax.random.split(noise, data.shape[0])
+        leaves[name] = Weight(data, adapter=Adapter(a, b, scale, dropout, noise))
+    return nested(leaves)
 
 
-def dropped(x: Array, rate: float, key: Array | None) -> Array:
-    """x with a share of its numbers zero and the rest scaled up; x itself without a key."""
-    if key is None or not rate:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
-def low_rank(x: Array, adapter: Adapters) -> Array:
-    """B A x, float32 [..., out]."""
-    low = project(x, adapter["a"].astype(x.dtype)).astype(x.dtype)
-    return project(low, adapter["b"].astype(x.dtype))
-
-
-def folded(weight: Array, adapter: Adapters, scale: float) -> Array:
-    """W + scale B A, in float32 [out, in]."""
-    return weight.astype(jnp.float32) + scale * jnp.matmul(
-        adapter["b"].astype(jnp.float32),
-        adapter["a"].astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+def folded(weight: Weight) -> Array:
+    """W + scale B A of a weight with an adapter, in float32 [..., out, in]."""
+    data, adapter = weight.data.astype(jnp.float32), weight.adapter
+    if adapter is None:
+        return data
+    a, b = adapter.a.astype(jnp.float32), adapter.b.astype(jnp.float32)
+    return data + adapter.scale * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)

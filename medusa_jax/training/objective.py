@@ -10,9 +10,10 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, rows_of
+from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.param_paths import joined
-from medusa_jax.training import scanned_backbone, settings
+from medusa_jax.training import lora, scanned_backbone, settings
 from medusa_jax.training.losses import (
     TOP,
     Sums,
@@ -29,7 +30,7 @@ Batch = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What one batch, or the sum of several, says.
+    """Sums of losses and hits over a batch, or over several.
 
     Attributes:
       lm: of the lm_head, offset 1.
@@ -151,72 +152,56 @@ class Objective:
         """Sums over the batch's targets [B, T]."""
         dtype = jnp.dtype(self.dtype)
         params = joined(jax.tree.map(lambda leaf: leaf.astype(dtype), trainable), frozen)
-        hidden = self._hidden(params["backbone"], batch, params.get("adapters"), key)
-
-        def logits(hidden: Array, rows: Array | None = None) -> Array:
-            return scanned_backbone.logits(
-                self.model,
-                params["backbone"],
-                hidden,
-                params.get("adapters"),
-                self.adapter_scale,
-                self.adapter_dropout,
-                key,
-                rows,
+        student, teacher = params["backbone"], params.get("teacher", params["backbone"])
+        if "adapters" in params:
+            student = lora.attached(
+                student, params["adapters"], self.adapter_scale, self.adapter_dropout, key
             )
-
-        targets, counted = _targets(batch, offset=1)
-        teacher, theirs = params.get("teacher", frozen.get("backbone")), ()
+        hidden, theirs = self._hidden(student, batch), ()
         if self.distill:
             theirs = (jax.lax.stop_gradient(self._hidden(teacher, batch)),)
 
         def lm(hidden: Array, targets: Array, counted: Array, *theirs: Array) -> Any:
-            ours, kl = logits(hidden), jnp.zeros(())
+            ours, kl = self._logits(student, hidden), jnp.zeros(())
             for other in theirs:
-                kl = kl_divergence(
-                    scanned_backbone.logits(self.model, teacher, other), ours, counted
-                )
+                kl = kl_divergence(self._logits(teacher, other), ours, counted)
             return cross_entropy(ours, targets, counted), kl
 
-        lm_sums, kl = over_chunks(lm, self.chunk, hidden, targets, counted, *theirs)
+        lm_sums, kl = over_chunks(lm, self.chunk, hidden, *_targets(batch, offset=1), *theirs)
+        unembed = functools.partial(self._logits, student)
         heads = tuple(
-            self._head(k, params, hidden, batch, logits) for k in range(self.heads.num_heads)
+            self._head(k, params["heads"], hidden, batch, unembed)
+            for k in range(self.heads.num_heads)
         )
         return Terms(lm_sums, kl, heads)
 
-    def _hidden(
-        self, weights: Params, batch: Batch, adapters: Any = None, key: Array | None = None
-    ) -> Array:
+    def _hidden(self, backbone: Params, batch: Batch) -> Array:
         def constrain(x: Array) -> Array:
             if self.sharding is None:
                 return x
             return jax.lax.with_sharding_constraint(x, self.sharding)
 
         return scanned_backbone.hidden_states(
-            self.model,
-            weights,
-            batch,
-            adapters=adapters,
-            scale=self.adapter_scale,
-            dropout=self.adapter_dropout,
-            key=key,
-            remat=self.remat,
-            constrain=constrain,
+            self.model, backbone, batch, remat=self.remat, constrain=constrain
         )
 
-    def _head(self, k: int, params: Params, hidden: Array, batch: Batch, unembed: Any) -> Sums:
-        targets, counted = _targets(batch, offset=k + 2)
-        head, weights = Head(self.heads), {"params": params["heads"][f"head_{k}"]}
-        if self.heads.truncated:
-            token_map = params["heads"]["token_map"]
-            targets = rows_of(targets, token_map, self.model.vocab_size)
-            unembed = functools.partial(unembed, rows=token_map)
+    def _logits(self, backbone: Params, hidden: Array, rows: Array | None = None) -> Array:
+        variables = {"params": backbone}
+        logits: Any = Backbone(self.model).apply(variables, hidden, rows, method="unembed")
+        return logits
 
-        def one(hidden: Array, targets: Array, counted: Array) -> Sums:
-            logits: Any = head.apply(weights, hidden, unembed)
+    def _head(self, k: int, heads: Params, hidden: Array, batch: Batch, unembed: Any) -> Sums:
+        targets, counted = _targets(batch, offset=k + 2)
+        head, variables = Head(self.heads), {"params": heads[f"head_{k}"]}
+        if self.heads.truncated:
+            targets = rows_of(targets, heads["token_map"], self.model.vocab_size)
+            unembed = functools.partial(unembed, rows=heads["token_map"])
+
+        def losses(hidden: Array, targets: Array, counted: Array) -> Sums:
+            logits: Any = head.apply(variables, hidden, unembed)
             return cross_entropy(logits, targets, counted)
 
-        return over_chunks(one, self.chunk, hidden, targets, counted)
+        return over_chunks(losses, self.chunk, hidden, targets, counted)
 
 
 def _targets(batch: Batch, offset: int) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
-"""The parameters of a run: which there are, and how they come to their devices, part by part."""
+"""The parameters of a run: `plan` lists them, and `load` puts them on their devices."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from medusa_jax.checkpoints.load import backbone_tensors, head_tensors, resolve
-from medusa_jax.checkpoints.names import backbone_places, head_places
-from medusa_jax.checkpoints.tensors import StoredTensor, read_json
-from medusa_jax.distributed.rules import spec
+from medusa_jax.checkpoints.heads import head_tensors
+from medusa_jax.checkpoints.hub import resolve
+from medusa_jax.checkpoints.load import backbone_tensors
+from medusa_jax.checkpoints.names import Place, backbone_places, head_places
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, read_json
+from medusa_jax.distributed.rules import put, spec
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig, from_hf
@@ -24,6 +26,9 @@ from medusa_jax.training.optimizer import FROZEN, group_of, groups
 from medusa_jax.training.settings import Config
 
 TOKEN_MAP = "heads/token_map"
+Shapes = dict[str, tuple[int, ...]]
+# Sources of a parameter's first values: files, an initializer, or the caller (the token map).
+FILES, INITIAL, GIVEN = "files", "initializer", "given"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +39,13 @@ class Parameter:
       shape: its dimensions.
       dtype: float32 where it learns, else the computation's.
       group: of the optimizer.
+      source: `FILES`, `INITIAL` or `GIVEN`, or the path of the parameter that it copies.
     """
 
     shape: tuple[int, ...]
     dtype: str
     group: str
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,29 +95,61 @@ def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
     )
 
 
-def layout(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Parameter]:
-    """Every parameter of a run by path; refuses to leave one without an optimizer group."""
-    backbone = scanned_backbone.shapes(_shapes(backbone_places(model)), model.num_layers)
-    shapes = {f"backbone/{path}": shape for path, shape in backbone.items()}
-    adapters, teacher = {}, {}
-    if config.adapted:
-        adapted = {path: shape for path, shape in backbone.items() if path.endswith("/weight")}
-        adapted["lm_head"] = (model.vocab_size, model.hidden_size)  # also of tied models
-        for path, shape in adapted.items():
-            name = f"adapters/{path.removesuffix('/weight')}"
-            adapters |= lora.shapes(name, shape, config.lora.rank)
-    if config.loss.distill and not config.adapted:
-        teacher = {path.replace("backbone/", "teacher/", 1): s for path, s in shapes.items()}
-    head_shapes = _shapes(head_places(heads)) if heads.num_heads else {}
-    shapes |= teacher | adapters | {f"heads/{path}": shape for path, shape in head_shapes.items()}
-    found = group_of(shapes, groups(config))
+def plan(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Parameter]:
+    """Every parameter of a run by path.
 
-    def dtype(path: str) -> str:
+    Raises:
+      InputError: a parameter is in no group of the optimizer, or in several.
+    """
+    stacks = scanned_backbone.shapes(_shapes(backbone_places(model)), model.num_layers)
+    backbone = {f"backbone/{path}": shape for path, shape in stacks.items()}
+    shapes = backbone | _teacher_shapes(config, backbone) | _adapter_shapes(config, model, stacks)
+    shapes |= {f"heads/{path}": shape for path, shape in _shapes(head_places(heads)).items()}
+    group = group_of(shapes, groups(config))
+
+    def parameter(path: str) -> Parameter:
+        dtype = config.model.dtype if group[path] == FROZEN else "float32"
         if path == TOKEN_MAP:
-            return "int32"
-        return config.model.dtype if found[path] == FROZEN else "float32"
+            dtype = "int32"
+        return Parameter(shapes[path], dtype, group[path], _source(config, model, path))
 
-    return {path: Parameter(shape, dtype(path), found[path]) for path, shape in shapes.items()}
+    return {path: parameter(path) for path in shapes}
+
+
+def _teacher_shapes(config: Config, backbone: Shapes) -> Shapes:
+    """With adapters, the teacher is the backbone without them; else it is a frozen copy."""
+    if not config.loss.distill or config.adapted:
+        return {}
+    return {path.replace("backbone/", "teacher/", 1): shape for path, shape in backbone.items()}
+
+
+def _adapter_shapes(config: Config, model: ModelConfig, stacks: Shapes) -> Shapes:
+    """Adapters of every projection and of the lm_head, of tied models too."""
+    if not config.adapted:
+        return {}
+    weights = {path: shape for path, shape in stacks.items() if path.endswith("/weight")}
+    weights["lm_head"] = (model.vocab_size, model.hidden_size)
+    adapters: Shapes = {}
+    for path, shape in weights.items():
+        name = f"adapters/{path.removesuffix('/weight')}"
+        adapters |= lora.shapes(name, shape, config.lora.rank)
+    return adapters
+
+
+def _source(config: Config, model: ModelConfig, path: str) -> str:
+    """`Parameter.source` of a path."""
+    part = path.split("/")[0]
+    if path == TOKEN_MAP:
+        return GIVEN
+    if part == "teacher":
+        return path.replace("teacher/", "backbone/", 1)
+    if part == "backbone":
+        return INITIAL if config.model.random else FILES
+    if part == "heads" and config.heads.path:
+        return FILES
+    if part == "heads" and path.endswith("/vocab"):  # a new head starts as the lm_head
+        return "backbone/embed/embedding" if model.tied else "backbone/lm_head"
+    return INITIAL
 
 
 def split(leaves: Mapping[str, Any], table: Mapping[str, Parameter]) -> tuple[dict, dict]:
@@ -132,83 +171,73 @@ def load(
 
     Args:
       token_map: the tokens that truncated heads guess among.
-      with_learnt, with_frozen: whether to bring what learns, and what does not; off,
-        their shapes only.
+      with_learnt, with_frozen: whether to load what learns, and what does not; if not,
+        leaves are shapes only.
 
     Raises:
       InputError: the model or the heads to start from cannot be had.
     """
     model = model_shape(config)
     heads = heads_shape(config, model)
-    table = layout(config, model, heads)
+    table = plan(config, model, heads)
     wanted = {
-        path for path, one in table.items() if (with_frozen if one.group == FROZEN else with_learnt)
+        path
+        for path, parameter in table.items()
+        if parameter.source == GIVEN or (with_frozen if parameter.group == FROZEN else with_learnt)
     }
-
-    def sharding(path: str) -> NamedSharding:
-        return NamedSharding(mesh, spec(path, table[path].shape, mesh))
-
-    def put(path: str, tensors: list[StoredTensor]) -> jax.Array:
-        shape = table[path].shape
-        cast = [tensor.cast(table[path].dtype) for tensor in tensors]
-        source = cast[0] if cast[0].shape == shape else StoredTensor.stack(cast)
-        parts: dict[str, np.ndarray] = {}  # devices with the same part share what was read
-
-        def part(index: Any) -> np.ndarray:
-            key = str(index)
-            if key not in parts:
-                parts[key] = source.read(index)
-            return parts[key]
-
-        return jax.make_array_from_callback(shape, sharding(path), part)
-
-    def made(path: str) -> jax.Array:
-        one = table[path]
-        make = jax.jit(_random, static_argnums=(1, 2, 3), out_shardings=sharding(path))
-        return make(jax.random.key(config.seed), path, one.shape, one.dtype)
-
-    def copied(path: str, source: jax.Array, rows: Any = ...) -> jax.Array:
-        kind = table[path].dtype
-        copy = jax.jit(lambda x: jnp.copy(x[rows].astype(kind)), out_shardings=sharding(path))
-        return copy(source)
-
-    leaves: dict[str, Any] = {}
+    needed = wanted | ({table[path].source for path in wanted} & table.keys())
+    stored = _open_files(config, table, needed, model, heads)
     ids = np.array(token_map, np.int32)
-    if heads.truncated:
-        place = sharding(TOKEN_MAP)
-        leaves[TOKEN_MAP] = jax.make_array_from_callback(ids.shape, place, ids.__getitem__)
-    if config.heads.path and with_learnt and heads.num_heads:  # before what takes long
-        stored = head_tensors(_starting_heads(config.heads.path), heads)
-        paths = {f"heads/{name}": tensor for name, tensor in stored.items()}
-        for path in paths.keys() & table.keys() - {TOKEN_MAP}:
-            leaves[path] = put(path, [paths[path]])
-    if any(path.startswith(("backbone/", "teacher/")) for path in wanted):
-        if config.model.random:
-            leaves |= {path: made(path) for path in table if path.startswith("backbone/")}
+    places = {path: NamedSharding(mesh, spec(path, p.shape, mesh)) for path, p in table.items()}
+    arrays: dict[str, jax.Array] = {}
+    for path in (path for path in table if path in needed):  # copies come after their source
+        shape, dtype, source = table[path].shape, table[path].dtype, table[path].source
+        if source == FILES:
+            arrays[path] = put(stored[path].cast(dtype).read, shape, places[path])
+        elif source == GIVEN:
+            arrays[path] = put(ids.__getitem__, shape, places[path])
+        elif source == INITIAL:
+            make = jax.jit(_initial, static_argnums=(1, 2, 3), out_shardings=places[path])
+            arrays[path] = make(jax.random.key(config.seed), path, shape, dtype)
         else:
-            stored = backbone_tensors(config.model.path)
-            for path in (path for path in table if path.startswith("backbone/")):
-                names = scanned_backbone.members(path.removeprefix("backbone/"), model.num_layers)
-                leaves[path] = put(path, [stored[name] for name in names])
-    unembedding = "backbone/embed/embedding" if model.tied else "backbone/lm_head"
-    for path in sorted(wanted - leaves.keys()):
-        if path.startswith("teacher/"):
-            leaves[path] = copied(path, leaves[path.replace("teacher/", "backbone/", 1)])
-        elif path.startswith("heads/") and path.endswith("/vocab"):
-            # A new head starts as the lm_head.
-            leaves[path] = copied(path, leaves[unembedding], ids if heads.truncated else ...)
-        else:
-            leaves[path] = made(path)
-    for path in table.keys() - wanted - {TOKEN_MAP}:
-        one = table[path]
-        leaves[path] = jax.ShapeDtypeStruct(
-            one.shape, jnp.dtype(one.dtype), sharding=sharding(path)
-        )
+            rows = ids if heads.truncated and path.startswith("heads/") else None
+            copy = jax.jit(_copy, static_argnums=2, out_shardings=places[path])
+            arrays[path] = copy(arrays[source], rows, dtype)
+    leaves = {
+        path: arrays[path]
+        if path in wanted
+        else jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype), sharding=places[path])
+        for path, p in table.items()
+    }
     trainable, frozen = split(leaves, table)
     return Weights(model, heads, trainable, frozen)
 
 
-def _random(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def _open_files(
+    config: Config,
+    table: Mapping[str, Parameter],
+    needed: Set[str],
+    model: ModelConfig,
+    heads: HeadsConfig,
+) -> Tensors:
+    """The needed parameters that come from files, unread, by path; layers are stacked."""
+    paths = [path for path in table if path in needed and table[path].source == FILES]
+    tensors: Tensors = {}
+    if any(path.startswith("heads/") for path in paths):
+        stored = head_tensors(_starting_heads(config.heads.path), heads)
+        tensors = {f"heads/{name}": tensor for name, tensor in stored.items()}
+    if any(path.startswith("backbone/") for path in paths):
+        stored = backbone_tensors(config.model.path)
+        for path in paths:
+            if path.startswith("backbone/layers/"):
+                names = scanned_backbone.members(path.removeprefix("backbone/"), model.num_layers)
+                tensors[path] = StoredTensor.stack([stored[name] for name in names])
+            elif path.startswith("backbone/"):
+                tensors[path] = stored[path.removeprefix("backbone/")]
+    return tensors
+
+
+def _initial(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
     """A new parameter."""
     if path.startswith("adapters/"):
         return lora.init(path, shape, key).astype(dtype)
@@ -219,7 +248,12 @@ def _random(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> ja
     return (0.02 * jax.random.normal(lora.path_key(key, path), shape)).astype(dtype)
 
 
-def _shapes(places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _copy(source: jax.Array, rows: jax.Array | None, dtype: str) -> jax.Array:
+    """The rows of a parameter, or, with None, a copy of all of it."""
+    return jnp.copy((source if rows is None else source[rows]).astype(dtype))
+
+
+def _shapes(places: Mapping[str, Place]) -> Shapes:
     return {"/".join(place.path): place.shape for place in places.values()}
 
 

@@ -110,6 +110,8 @@ def _row(report: dict[str, Any], *names: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_every_system_has_its_rows(report):
     systems = {"greedy": ["plain", "medusa", "hf", "hf_lookup"], "typical": ["plain", "medusa"]}
     assert [(row["acceptance"], row["category"], row["system"]) for row in report["rows"]] == [
@@ -120,6 +122,8 @@ def test_every_system_has_its_rows(report):
     ]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_texts_are_the_same_and_counted(report):
     """Two turns of the first prompt: a conversation goes on with its own answers."""
     for system in ("medusa", "hf", "hf_lookup"):
@@ -130,6 +134,8 @@ def test_texts_are_the_same_and_counted(report):
         assert row["tokens"] == 5 * row["texts"]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_figures_add_up(report):
     """Of one row to each other; `test_counters_of_an_example` has numbers by hand."""
     for row in (row for row in report["rows"] if row["system"] == "medusa"):
@@ -151,6 +157,8 @@ def test_figures_add_up(report):
     assert plain["num_drafts"] == plain["tokens"]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_report_is_written(made, report):
     text = (made / "bench.md").read_text()
     assert "| maths | HF prompt lookup |" in text
@@ -173,6 +181,8 @@ def test_counters_of_an_example():
     }
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_slots_are_refilled(model, prompts, report, tmp_path):
     """Two slots for five prompts of three categories: the same texts as prompt by prompt."""
     refilled = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",

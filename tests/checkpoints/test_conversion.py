@@ -128,6 +128,7 @@ def test_each_tensor_keeps_its_own_type(go: Any, saved: Path, tmp_path: Path):
     assert_same(rounded, typed(tensors, np.float16))
 
 
+@pytest.mark.slow
 def test_recorded_runs_come_out_after_three_conversions(
     go: Any, shared: Path, stories: Model, golden: list[dict[str, Any]]
 ):

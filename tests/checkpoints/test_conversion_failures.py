@@ -24,7 +24,7 @@ from helpers.head_files import (
 from safetensors.numpy import load_file
 
 from medusa_jax import convert
-from medusa_jax.checkpoints import conversion, dialects, tensors
+from medusa_jax.checkpoints import conversion, heads, tensors
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.tensors import (
     StoredTensor,
@@ -33,7 +33,6 @@ from medusa_jax.checkpoints.tensors import (
     write_model,
     write_pickle,
 )
-from medusa_jax.cli import runner
 from medusa_jax.errors import InputError
 
 MAP = np.array([5, 3, 20, 0, 11])
@@ -143,7 +142,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
     def call(*flags: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as done:
-            runner.run(convert.main, convert.parse([*map(str, flags)]))
+            convert.main([*map(str, flags)])
         out = capsys.readouterr()
         return int(done.value.code or 0), out.out, out.err
 
@@ -158,7 +157,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, _, err = call(*flags, "--to", "mlc")
     assert (code, err) == (2, f"error: {tmp_path / 'out'} exists already; give another --output\n")
     with pytest.raises(SystemExit, match="2"):
-        convert.parse(["--input", "x", "--output", "y", "--to", "trtllm"])
+        convert.main(["--input", "x", "--output", "y", "--to", "trtllm"])
 
 
 @pytest.mark.parametrize("spoil", ["byte", "name", "pickle"])
@@ -231,7 +230,7 @@ def reads(monkeypatch: pytest.MonkeyPatch):
 
         return {name: watch(name, tensor) for name, tensor in opened(file).items()}
 
-    for module in (tensors, dialects, conversion):
+    for module in (tensors, heads, conversion):
         monkeypatch.setattr(module, "open_file", watched)
     return counted, peak
 

@@ -26,7 +26,8 @@ from helpers.head_files import (
 from helpers.models import TINY
 from safetensors.numpy import load_file, save_file
 
-from medusa_jax.checkpoints.dialects import DIALECTS, open_heads
+from medusa_jax.checkpoints.dialects import DIALECTS
+from medusa_jax.checkpoints.heads import open_heads
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError

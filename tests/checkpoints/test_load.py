@@ -90,8 +90,9 @@ def test_bfloat16_files_of_both_kinds(
     chex.assert_trees_all_equal_dtypes(ours, load_model(mapped, dtype=dtype).params)
     chex.assert_trees_all_equal(ours, load_model(mapped, dtype=dtype).params)
     expected = halves["model.layers.1.mlp.up_proj.weight"].float().numpy()
-    got = ours["backbone"]["layer_1"]["mlp"]["up"]["kernel"]
-    np.testing.assert_array_equal(np.asarray(got, np.float32).T, expected)
+    got = ours["backbone"]["layer_1"]["mlp"]["up"]["weight"]
+    assert got.order == "in_out"
+    np.testing.assert_array_equal(np.asarray(got.data, np.float32).T, expected)
 
 
 def test_bfloat16_casts_every_leaf_to_the_nearest(saved: Path):
@@ -114,7 +115,7 @@ def test_tied_model_needs_no_lm_head_and_ignores_a_stored_one(copy: Path):
     )
     without = load_model(copy)
     tied = without.params["backbone"]
-    np.testing.assert_array_equal(tied["lm_head_kernel"], tied["embed"]["embedding"].T)
+    np.testing.assert_array_equal(tied["lm_head"].data, tied["embed"]["embedding"].T)
     chex.assert_trees_all_equal(with_one.params, without.params)
     edit_config(copy, tie_word_embeddings=False)
     assert f"missing lm_head.weight [{VOCAB}, {WIDTH}]" in error_of(copy)

@@ -145,6 +145,7 @@ def save_random_llama(directory: Path, layers: int) -> Path:
     return directory
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_loading_never_holds_the_weights_twice(tmp_path: Path):
     """bfloat16 file to float32 parameters: these once, the mapped file (half), one tensor.
@@ -218,7 +219,7 @@ def test_a_stack_reads_what_is_asked_of_it():
 
         return StoredTensor(array.shape, "int64", read)
 
-    stack = StoredTensor.stack([tensor(array).T for array in arrays])
+    stack = StoredTensor.stack([tensor(array).mT for array in arrays])
     whole = np.stack(arrays).swapaxes(1, 2)
     assert (stack.shape, stack.dtype) == ((4, 3, 2), "int64")
     np.testing.assert_array_equal(stack.read(), whole)

@@ -262,6 +262,7 @@ np.testing.assert_array_equal(np.asarray(made["segments"]).any(-1), last >= 0)
 """
 
 
+@pytest.mark.e2e
 def test_a_batch_is_the_same_on_four_devices():
     """Made shard by shard, on as many devices as a process of its own can pretend to have."""
     environment = os.environ | {

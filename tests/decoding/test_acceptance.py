@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiers import slow_except
 from helpers.trees import leaf_paths, tables
 
 from medusa_jax.decoding.acceptance import (
@@ -193,12 +194,16 @@ def original_typical(
 
 @pytest.mark.parametrize(
     "scheme, spread",
-    [
+    slow_except(
+        [
+            (Typical(), 1.5),
+            (Typical(temperature=1.0), 2.0),
+            (Typical(temperature=0.3, epsilon=0.2, alpha=0.45), 0.5),
+            (Typical(temperature=1.3, epsilon=0.0), 1.0),
+        ],
         (Typical(), 1.5),
-        (Typical(temperature=1.0), 2.0),
         (Typical(temperature=0.3, epsilon=0.2, alpha=0.45), 0.5),
-        (Typical(temperature=1.3, epsilon=0.0), 1.0),
-    ],
+    ),
     ids=["default", "warm", "cold", "all pass"],
 )
 @all_trees
@@ -216,7 +221,9 @@ def test_typical_equals_the_original(tree: Tree, scheme: Typical, spread: float)
         assert tree.depths[last].min() == 0
 
 
-@pytest.mark.parametrize("scheme", [Lossless(), Lossless(0.8, 10, 0.9)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", slow_except([Lossless(), Lossless(0.8, 10, 0.9)], Lossless()), ids=str
+)
 @pytest.mark.parametrize("tree", [TREES["chain"], TREES["uneven"]], ids=["chain", "uneven"])
 def test_lossless_follows_one_draw_a_node(tree: Tree, scheme: Lossless):
     """The draw at a node is that of its position; a child that equals it is accepted."""
@@ -267,6 +274,7 @@ def test_typical_root_is_the_argmax_whatever_the_temperature():
         np.testing.assert_array_equal(root, logits.argmax(axis=-1))
 
 
+@pytest.mark.slow
 def test_typical_threshold_is_strict():
     """p > threshold to be accepted; a token at the threshold may still be drawn as root."""
     tree = Tree(((0,),))
@@ -284,6 +292,7 @@ def test_typical_threshold_is_strict():
         assert len(set(scheme.root(rows, context(200)).tolist())) == drawn
 
 
+@pytest.mark.slow
 def test_typical_threshold_falls_with_entropy():
     """min(epsilon, alpha exp(-H)), on distributions where the other bound decides."""
     tree = Tree(((0,),))
@@ -299,6 +308,7 @@ def test_typical_threshold_falls_with_entropy():
     assert decide(Typical(1.0, 0.09, 0.05), tree, (7, 1), sharp)[0] == 1
 
 
+@pytest.mark.slow
 def test_typical_sampled_root_passes_the_threshold():
     p = np.array([0.4, 0.25, 0.12, 0.1, 0.08, 0.05])
     scheme = Typical(temperature=1.0, epsilon=0.09, alpha=1.0, sample_root=True)
@@ -317,6 +327,7 @@ def test_typical_sampled_root_passes_the_threshold():
         assert drawn[0] > drawn[1] > drawn[3]
 
 
+@pytest.mark.slow
 def test_typical_sampled_root_is_drawn_at_its_own_position():
     """As `root` draws it: from the last accepted node, one position past it."""
     tree, scheme, rows = CROSS, Typical(sample_root=True), 60
@@ -329,6 +340,7 @@ def test_typical_sampled_root_is_drawn_at_its_own_position():
     np.testing.assert_array_equal(root, expected)
 
 
+@pytest.mark.slow
 def test_typical_sampled_root_always_has_a_token():
     """Where alpha > 1 lets no token pass, the likeliest is left."""
     logits = np.zeros((50, VOCAB), np.float32)
@@ -342,7 +354,11 @@ def test_typical_sampled_root_always_has_a_token():
 
 @pytest.mark.parametrize(
     "scheme",
-    [Greedy(), Typical(), Typical(sample_root=True), Lossless(), Lossless(0.8, 10, 0.9)],
+    slow_except(
+        [Greedy(), Typical(), Typical(sample_root=True), Lossless(), Lossless(0.8, 10, 0.9)],
+        Greedy(),
+        Typical(),
+    ),
     ids=["greedy", "typical", "typical, sampled root", "lossless", "lossless, cut"],
 )
 def test_rows_are_independent(scheme):

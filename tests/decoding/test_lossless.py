@@ -26,6 +26,8 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 
+pytestmark = [pytest.mark.slow]
+
 FALSE_ALARM = 1e-3
 SAMPLES, BATCH = 20_000, 5_000
 NEW = 3

@@ -85,6 +85,7 @@ PROBABILITIES = np.array([0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.05, 0.03, 0.03])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("varied", ["key", "position", "both"])
 def test_draw_follows_softmax(varied: str):
     """Over keys at one position, over positions of one key, and over both.
@@ -105,6 +106,7 @@ def test_draw_follows_softmax(varied: str):
     assert stats.chisquare(observed, expected).pvalue > FALSE_ALARM / 3
 
 
+@pytest.mark.slow
 def test_draw_reaches_unlikely_tokens():
     """JAX's default noise has too few bits ever to draw a token of probability 2e-8.
 
@@ -117,6 +119,7 @@ def test_draw_reaches_unlikely_tokens():
     assert (draw(keys, jnp.arange(rows), jnp.tile(logits, (rows, 1))) > 0).any()
 
 
+@pytest.mark.slow
 def test_draw_never_takes_a_removed_token():
     logits = jnp.where(jnp.arange(len(LOGITS)) % 2 == 0, LOGITS, -jnp.inf)
     keys = jax.random.split(jax.random.key(0), 100)
@@ -125,6 +128,7 @@ def test_draw_never_takes_a_removed_token():
     assert len(set(np.asarray(tokens))) > 1
 
 
+@pytest.mark.slow
 def test_draw_depends_on_key_and_position_only():
     rows = 30
     keys = jax.random.split(jax.random.key(1), rows)

@@ -33,6 +33,8 @@ print(json.dumps(every))
 """
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_decoding_compiles_for_devices_that_are_not_here():
     """Over two devices each holds half the weights and half the cache, which stays in place."""
     paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]

@@ -54,17 +54,23 @@ def check(case: dict[str, Any]) -> None:
     assert max(others) <= rows * max(case["heads"] * width, vocab)
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_as_many_heads_as_devices(found):
     check(found["multi_head"])
     # What a device reads of weights and cache; norms and the heads' biases are everybody's.
     assert found["multi_head"]["several_bytes"] < found["multi_head"]["one_bytes"] / 3.8
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_devices_that_share_key_value_heads_and_sample_with_grown_trees(found):
     check(found["grouped"])
     assert found["grouped"]["several_bytes"] < found["grouped"]["one_bytes"] / 6
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_real_model_read_part_by_part(found, shared):
     case = found["stories"]
     check(case)
@@ -72,6 +78,8 @@ def test_a_real_model_read_part_by_part(found, shared):
     assert case["several_bytes"] < case["one_bytes"] / 5
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_two_processes_of_two_devices_write_one_file(run, tmp_path: Path):
     """The command line, with the model that comes along: 6 query heads, 2 key/value heads.
 
@@ -129,23 +137,25 @@ class FakeMesh:
 
 def test_where_parameters_for_decoding_lie():
     def of(path: str, *shape: int) -> P:
-        return spec(path, shape, FakeMesh())
+        return spec(path, shape, FakeMesh(), "in_out")
 
     both = ("tensor", "group")
-    assert of("backbone/layer_0/attention/query/kernel", 32, 32) == P(None, both)
-    assert of("backbone/layer_0/attention/key/kernel", 32, 16) == P(None, "tensor")
-    assert of("backbone/layer_0/attention/out/kernel", 32, 32) == P(both, None)
-    assert of("backbone/layer_0/mlp/down/kernel", 48, 32) == P(both, None)
-    assert of("backbone/embed/embedding", 40, 32) == P(both, None)
-    assert of("backbone/lm_head_kernel", 32, 40) == P(None, both)
-    assert of("heads/head_0/vocab_kernel", 32, 40) == P(None, both)
-    assert of("heads/vocab_kernel", 32, 40) == P(None, both)
-    assert of("heads/block_0/kernel", 3, 32, 32) == P(None, None, both)
-    assert of("heads/block_0/bias", 3, 32) == P(None, None)
-    assert of("heads/token_map", 40) == P(None)
+    assert of("backbone/layer_0/attention/query/weight", 32, 32) == P(None, both)
+    assert of("backbone/layer_0/attention/key/weight", 32, 16) == P(None, "tensor")
+    assert of("backbone/layer_0/attention/out/weight", 32, 32) == P(both, None)
+    assert of("backbone/layer_0/mlp/down/weight", 48, 32) == P(both, None)
+    assert of("backbone/lm_head", 32, 40) == P(None, both)
+    assert of("heads/head_0/vocab", 32, 40) == P(None, both)
+    assert of("heads/vocab", 32, 40) == P(None, both)
+    assert of("heads/block_0/weight", 3, 32, 32) == P(None, None, both)
+    assert spec("heads/block_0/bias", (3, 32), FakeMesh()) == P(None, None)
+    assert spec("heads/token_map", (40,), FakeMesh()) == P(None)
+    assert spec("backbone/embed/embedding", (40, 32), FakeMesh()) == P(both, None)
+    # In the order [out, in] the same axes split the same dimension.
+    assert spec("backbone/layer_0/mlp/down/weight", (32, 48), FakeMesh()) == P(None, both)
     # What four devices do not divide is split by two, or stays whole.
-    assert of("backbone/lm_head_kernel", 32, 42) == P(None, "tensor")
-    assert of("backbone/lm_head_kernel", 32, 41) == P(None, None)
+    assert of("backbone/lm_head", 32, 42) == P(None, "tensor")
+    assert of("backbone/lm_head", 32, 41) == P(None, None)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from helpers.models import TinyModel
 from safetensors.numpy import load_file
 
 from medusa_jax.checkpoints import bigram_file
+from medusa_jax.checkpoints.hub import shipped as shipped_file
 from medusa_jax.checkpoints.load import load_model
-from medusa_jax.cli import decoding_flags
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
@@ -65,6 +65,7 @@ def test_links_worked_example(tmp_path: Path):
     np.testing.assert_allclose(found, [[[0, 0.1], [0, 0]]], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.8)], ids=["greedy", "lossless"])
 def test_pairs_of_its_own_texts_lengthen_the_paths_and_leave_the_texts(
     tiny: TinyModel, scheme: Acceptance, tmp_path: Path
@@ -135,7 +136,7 @@ def test_the_command_counts_what_the_assistant_says(count: Any, tmp_path: Path):
     )
     code, said = count("--data", data, "--output", tmp_path, "--tokens", 50)
     assert code == 0
-    text = ChatTokenizer(decoding_flags.shipped(""))
+    text = ChatTokenizer(shipped_file(""))
     answer = text.tokenizer.encode(" dog cat dog</s>", add_special_tokens=False)
     assert f"{len(answer)} tokens read, 1 records left out; wrote pairs of" in said
     found = load_file(tmp_path / "bigrams.safetensors")
@@ -166,9 +167,9 @@ def test_wrong_flags_exit_with_2_and_one_message(
 
 
 def test_the_shipped_table_is_one_of_its_model():
-    stored = load_file(decoding_flags.shipped("bigrams.safetensors"))
+    stored = load_file(shipped_file("bigrams.safetensors"))
     assert stored["scores"].shape == (len(stored["tokens"]),) * 2
-    model = load_model(decoding_flags.shipped(""))
+    model = load_model(shipped_file(""))
     text = ChatTokenizer(model.directory).tokenizer
     time, upon = (text.encode(word, add_special_tokens=False) for word in (" time", " upon"))
     table = model.params["bigrams"]

@@ -48,6 +48,7 @@ def test_worked_example():
     np.testing.assert_array_equal(cells, [[0, 1, 3, 2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 7, 24])
 def test_the_likeliest_paths_of_all_are_taken(size: int):
     """Where a guess is likelier after one guess than after another."""
@@ -63,6 +64,7 @@ def test_the_likeliest_paths_of_all_are_taken(size: int):
         assert set(paths(made, row, 4)) == {(), *best}
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_same_static_tree():
     made = grow(alone(random_scores(3, 3, 4)), 12)
     tables = made[1]
@@ -83,6 +85,7 @@ def test_certain_guesses_keep_parents_first():
     np.testing.assert_array_equal(tables.parents, [[-1, 0, 1, 2]])
 
 
+@pytest.mark.slow
 def test_ranks_beyond_the_tree_change_nothing():
     """A tree of N tokens has no place for a guess of rank N - 1: `dynamic_tree` leaves it out."""
     scores = random_scores(4, 3, 10)
@@ -91,6 +94,7 @@ def test_ranks_beyond_the_tree_change_nothing():
         assert paths(wide, row, 10) == paths(narrow, row, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.8)], ids=["greedy", "lossless"])
 def test_text_is_that_of_plain_decoding(tiny: TinyModel, scheme: Acceptance):
     """The lossless scheme draws by position, so it too writes the very same text."""
@@ -105,6 +109,7 @@ def test_text_is_that_of_plain_decoding(tiny: TinyModel, scheme: Acceptance):
     assert max(one.mean_accepted_length for one in grown) > 1
 
 
+@pytest.mark.slow
 def test_every_path_grown_accepts_as_the_full_tree(tiny: TinyModel):
     """With room for all paths, growing only renumbers them; typical acceptance must not care."""
     nodes = [path for depth in (1, 2) for path in itertools.product(range(3), repeat=depth)]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from helpers.models import TinyModel, stacked
 
+from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig, rows_of, top_guesses
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.model.linear import for_decoding
 from medusa_jax.training.objective import Objective
 from medusa_jax.training.settings import Config, Heads
 from medusa_jax.training.weights import heads_shape
@@ -27,11 +27,10 @@ PROMPTS = [[1, 5, 9, 3], [2, 2, 7]]
 def truncated(tiny: TinyModel, token_map: list[int], *, shared: bool = False) -> TinyModel:
     """The same model, its heads cut to rows of `token_map`; `shared`, without rows of theirs."""
     ids = jnp.array(token_map, jnp.int32)
-    heads: dict[str, Any] = {"token_map": ids}
-    for i in range(tiny.heads.num_heads):
-        head = dict(tiny.params["heads"][f"head_{i}"])
-        rows = head.pop("vocab")[ids]
-        heads[f"head_{i}"] = head if shared else head | {"vocab": rows}
+    heads: dict[str, Any] = {"token_map": ids, "block_0": tiny.params["heads"]["block_0"]}
+    if not shared:
+        for i in range(tiny.heads.num_heads):
+            heads[f"head_{i}"] = {"vocab": tiny.params["heads"][f"head_{i}"]["vocab"][ids]}
     shape = dataclasses.replace(tiny.heads, vocab_size=0, truncated=len(token_map), shared=shared)
     return dataclasses.replace(tiny, heads=shape, params=tiny.params | {"heads": heads})
 
@@ -53,6 +52,7 @@ def test_the_examples_of_the_docstrings():
     np.testing.assert_array_equal(rows_of(jnp.array([9, 3, 7]), token_map, 10), [2, -1, 0])
 
 
+@pytest.mark.slow
 def test_decoding_as_whole_heads_and_never_another_text(tiny: TinyModel):
     """All tokens in another order take the same steps; fewer tokens, perhaps more of them."""
     tree = Tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0)))
@@ -96,6 +96,7 @@ def loss_of(model: TinyModel, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
     return objective.loss(params | {"heads": heads}, frozen, batch, objective.counts(batch), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_loss_over_all_tokens_in_another_order_is_that_of_whole_heads(
     tiny: TinyModel, shared: bool
@@ -105,8 +106,7 @@ def test_the_loss_over_all_tokens_in_another_order_is_that_of_whole_heads(
     batch = batch_of(rng.integers(0, tiny.config.vocab_size, (2, 12)))
     whole = tiny
     if shared:
-        heads = {name: {k: v for k, v in head.items() if k != "vocab"}
-                 for name, head in tiny.params["heads"].items()}  # fmt: skip
+        heads = {"block_0": tiny.params["heads"]["block_0"]}
         whole = dataclasses.replace(
             tiny,
             heads=dataclasses.replace(tiny.heads, vocab_size=0, shared=True),
@@ -118,6 +118,7 @@ def test_the_loss_over_all_tokens_in_another_order_is_that_of_whole_heads(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), terms, expected)
 
 
+@pytest.mark.slow
 def test_targets_that_cannot_be_said_cost_nothing_and_are_misses(tiny: TinyModel):
     token_map = [3, 5, 8]
     rng = np.random.default_rng(1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from medusa_jax.checkpoints.hub import shipped as shipped_file
 from medusa_jax.checkpoints.load import Model, load_model
-from medusa_jax.cli import decoding_flags
 from medusa_jax.data.prompts import read_requests
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
@@ -19,6 +19,8 @@ from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving import tree_store
 
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
 
 @pytest.fixture(autouse=True)
 def _no_trees_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,11 +29,11 @@ def _no_trees_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def shipped() -> Model:
-    return load_model(decoding_flags.shipped(""))
+    return load_model(shipped_file(""))
 
 
 def test_it_is_small_and_whole(shipped: Model):
-    files = list(decoding_flags.shipped("").iterdir())
+    files = list(shipped_file("").iterdir())
     assert sum(file.stat().st_size for file in files) <= 32e6
     assert {"README.md", "config.json", "tokenizer.json", tree_store.BESIDE} <= {
         f.name for f in files
@@ -70,7 +72,9 @@ def test_a_table_is_booked_and_the_answer_ends_by_itself(run: Any):
 
 
 def test_hugging_face_writes_the_same_text(shipped: Model):
-    prompt = ChatTokenizer(shipped.directory).encode([{"role": "user", "content": "One day, a dog"}])
+    prompt = ChatTokenizer(shipped.directory).encode(
+        [{"role": "user", "content": "One day, a dog"}]
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         shipped.directory, dtype=torch.float32
     )
@@ -88,12 +92,12 @@ def test_hugging_face_writes_the_same_text(shipped: Model):
 
 
 def test_its_prompts_can_be_read():
-    requests = list(read_requests(decoding_flags.shipped("prompts.jsonl")))
+    requests = list(read_requests(shipped_file("prompts.jsonl")))
     assert len(requests) >= 50
     assert {request.category for request in requests} == {"tales", "dialogues"}
 
 
 def test_its_config_is_a_plain_llamas():
-    config = json.loads(decoding_flags.shipped("config.json").read_text())
+    config = json.loads(shipped_file("config.json").read_text())
     assert config["model_type"] == "llama"
     assert config["medusa_num_heads"] == 4

@@ -9,14 +9,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
+from helpers.models import apart
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.errors import InputError
+from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import flat, nested
 
 WIDTH, VOCAB, LAYERS = 16, 24, 2
 NPZ = dict[str, np.ndarray]
+
+
+def random_llama() -> transformers.PreTrainedModel:
+    """An untied Llama with biases, so that all kinds of tensor occur."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
+    return model
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -81,18 +105,14 @@ def heads_file(directory: Path, tensors: NPZ) -> Path:
 
 
 def stored(params: dict[str, Any]) -> dict[str, Any]:
-    """Nested parameters [out, in], as in files, of those that are laid out for decoding."""
-    names = {"kernel": "weight", "lm_head_kernel": "lm_head", "vocab_kernel": "vocab"}
-    single = {}
-    for path, leaf in flat(params).items():
-        heads = enumerate(leaf) if path.startswith("block_") else ()
-        single |= {f"head_{i}/{path}": one for i, one in heads} or {path: leaf}
-    leaves = {}
-    for path, leaf in single.items():
-        *inner, name = path.split("/")
-        there = "/".join([*inner, names.get(name, name)])
-        leaves[there] = np.asarray(leaf).T if name in names else np.asarray(leaf)
-    return nested(leaves)
+    """Nested NumPy parameters [out, in], as in files, of those that are laid out for decoding."""
+
+    def plain(leaf: Any) -> np.ndarray:
+        turned = isinstance(leaf, Weight) and leaf.order == "in_out"
+        array = np.asarray(leaf.data if isinstance(leaf, Weight) else leaf)
+        return array.mT if turned else array
+
+    return apart(nested({path: plain(leaf) for path, leaf in flat(params).items()}))
 
 
 def by_name(params: dict[str, Any]) -> NPZ:

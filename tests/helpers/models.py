@@ -52,7 +52,7 @@ def random_model(config: ModelConfig, num_heads: int = 3, seed: int = 0) -> Tiny
 
 
 def stacked(params: dict[str, Any], layers: int) -> dict[str, Any]:
-    """Parameters of a model with the backbone as the trainer holds it: layers stacked."""
+    """Parameters [out, in] as the trainer holds them: layers stacked, heads apart."""
     single = flat(params["backbone"])
     shapes = scanned_backbone.shapes({path: leaf.shape for path, leaf in single.items()}, layers)
     leaves = {
@@ -61,4 +61,15 @@ def stacked(params: dict[str, Any], layers: int) -> dict[str, Any]:
         else jnp.stack([single[name] for name in scanned_backbone.members(path, layers)])
         for path in shapes
     }
-    return params | {"backbone": nested(leaves)}
+    return params | {"backbone": nested(leaves), "heads": apart(params["heads"])}
+
+
+def apart(heads: dict[str, Any]) -> dict[str, Any]:
+    """Heads' parameters with the stacked blocks as blocks of each head."""
+    leaves = {}
+    for path, leaf in flat(heads).items():
+        if path.startswith("block_"):
+            leaves |= {f"head_{i}/{path}": single for i, single in enumerate(leaf)}
+        else:
+            leaves[path] = leaf
+    return nested(leaves)

@@ -1,6 +1,6 @@
 """Decoding on one device and on eight, as a script: simulated devices need a process of their own.
 
-    JAX_NUM_CPU_DEVICES=8 python tests/tensor_parallel.py OUT [STORIES HEADS]
+    JAX_NUM_CPU_DEVICES=8 python tests/helpers/tensor_parallel.py OUT [STORIES HEADS]
 
 Writes OUT, a JSON object: of each case what one device and what several made, and what the
 compiled loop of several is made of.
@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helpers import hlo
 from helpers.models import TINY, random_model
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
@@ -27,7 +29,6 @@ from medusa_jax.distributed.rules import decode_mesh, shardings
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.model.linear import for_decoding
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
 NEW_TOKENS = (20, 9, 14)
@@ -54,12 +55,11 @@ def compare(alone: Decoder, params: Any, together: Decoder, split: Any) -> dict[
         found[f"{name}_bytes"] = step_bytes(decoder, weights, 10)
         generate = Decoder.generate.lower(decoder, weights, state).compile()
         if decoder.mesh is not None:
-            slots = state.cache.keys[0]
-            shard = slots.addressable_shards[0].data
-            text, shape = generate.as_text(), ",".join(map(str, shard.shape))
-            found["collectives"] = collectives(text)
+            shard = state.cache.keys[0].addressable_shards[0].data
+            program = hlo.Program.of(generate)
+            found["collectives"] = collectives(program.text)
             found["kv_heads"] = shard.shape[1]
-            found["copies"] = len(re.findall(rf"\[{shape}\]\S* copy\(", text))
+            found["copies"] = len(hlo.moved(program, shard.size))  # values are as large as keys
             found["cache_bytes"] = 2 * alone.config.num_layers * shard.nbytes
             found["aliased"] = generate.memory_analysis().alias_size_in_bytes
         done = outputs(generate(weights, state))

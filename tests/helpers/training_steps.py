@@ -25,7 +25,7 @@ from medusa_jax.training import lora, settings
 from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
 from medusa_jax.training.settings import Config, Heads, Lora, Loss, Optim
 from medusa_jax.training.setup import assemble
-from medusa_jax.training.weights import Weights, heads_shape, layout, split
+from medusa_jax.training.weights import Weights, heads_shape, plan, split
 
 ROWS, LENGTH = 16, 16
 
@@ -44,7 +44,7 @@ def config_of(mode: str) -> Config:
 
 def weights_of(config: Config, mesh: Any) -> Weights:
     heads = heads_shape(config, TINY)
-    table = layout(config, TINY, heads)
+    table = plan(config, TINY, heads)
 
     def make(path: str) -> jax.Array:
         shape = table[path].shape

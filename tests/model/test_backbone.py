@@ -13,12 +13,14 @@ import pytest
 import torch
 import transformers
 from helpers.models import TINY, random_model
+from helpers.tiers import slow_except
 
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.model.attention import attend
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache, commit, init_cache, write_block
-from medusa_jax.model.layers import attend, within_window
+from medusa_jax.model.layers import within_window
 
 BASE = {
     "vocab_size": 40,
@@ -124,8 +126,13 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
+FAST = [MODELS[name] for name in ("llama", "mistral, window, rope theta", "qwen3, bias, window")]
+
+
 @pytest.mark.parametrize(
-    ("family", "settings", "length", "without"), MODELS.values(), ids=list(MODELS)
+    ("family", "settings", "length", "without"),
+    slow_except(MODELS.values(), *FAST),
+    ids=list(MODELS),
 )
 def test_logits_equal_hugging_face(
     family: str,
@@ -150,6 +157,7 @@ def test_logits_equal_hugging_face(
 WINDOWED = dataclasses.replace(TINY, windows=(4, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["full", "window"])
 def test_a_block_after_the_cache_equals_one_block(config: ModelConfig):
     params = random_model(config).params["backbone"]
@@ -177,6 +185,7 @@ def test_a_block_after_the_cache_equals_one_block(config: ModelConfig):
         assert distance(head[row, :length], whole[row, :length]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_window_forgets():
     """One layer with window 4: token 0 reaches hidden states 0 to 3 and no others."""
     config = dataclasses.replace(TINY, num_layers=1, windows=(4,))

@@ -1,100 +1,73 @@
-"""Weights [in, out] for decoding: the same numbers in another order."""
+"""Weights in both orders: the same numbers, stacked or not, with an adapter or without."""
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.head_files import stored
-from helpers.models import TINY, TinyModel
 
-from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, first_heads
-from medusa_jax.model.backbone import Backbone, causal_mask
-from medusa_jax.model.linear import (
-    for_decoding,
-    multiply,
-    multiply_each,
-    placed,
-    project,
-    stacked,
-)
-
-TOKENS = jnp.array([[3, 1, 4, 1, 5]])
+from medusa_jax.model.linear import Adapter, Linear, Weight, weight_of
 
 
-def logits(config, params):
-    module, positions = Backbone(config), jnp.arange(5)[None]
-    hidden, _ = module.apply({"params": params}, TOKENS, positions, causal_mask(5))
-    return module.apply({"params": params}, hidden, method="unembed")
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
 
 
-def test_both_products_are_one():
-    x, weight = jax.random.normal(jax.random.key(0), (3, 8)), jnp.arange(40.0).reshape(5, 8)
-    np.testing.assert_allclose(multiply(x, weight.T), project(x, weight), rtol=1e-5)
-    kernels = jnp.stack([weight.T, -weight.T, 2 * weight.T])
-    for count in (1, 3):
-        each = multiply_each(x[None, :count], kernels[:count])
-        expected = multiply(x, weight.T)[:count] * jnp.array([1, -1, 2])[:count, None]
-        np.testing.assert_allclose(each, expected[None], rtol=1e-5)
+def test_both_orders_give_the_product():
+    x, data = normal(0, 2, 3, 8), normal(1, 5, 8)
+    expected = np.asarray(x) @ np.asarray(data).T
+    for weight in (weight_of(data), Weight(data.T, "in_out")):
+        assert weight_of(weight) is weight
+        np.testing.assert_allclose(weight.dot(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_names_and_shapes():
-    weight = np.zeros((5, 8))
-    assert {k: v.shape for k, v in placed("mlp/up/weight", weight).items()} == {
-        "mlp/up/kernel": (8, 5)
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_vector_of_a_stack_meets_its_own_weight(count: int):
+    x, data = normal(0, 2, count, 8), normal(1, count, 5, 8)
+    expected = np.stack([x[:, i] @ data[i].T for i in range(count)], axis=1)
+    for weight in (Weight(data), Weight(data.mT, "in_out")):
+        np.testing.assert_allclose(weight.dot(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_bfloat16_are_float32():
+    x, data = normal(0, 3, 8).astype(jnp.bfloat16), normal(1, 5, 8).astype(jnp.bfloat16)
+    wide = Weight(data).dot(x)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_allclose(wide, x.astype(jnp.float32) @ data.astype(jnp.float32).T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["out_in", "in_out"])
+def test_an_adapter_adds_its_low_rank_product(order: str):
+    x, data, a, b = normal(0, 3, 8), normal(1, 5, 8), normal(2, 2, 8), normal(3, 5, 2)
+    weight = Weight(data if order == "out_in" else data.T, order, Adapter(a, b, scale=0.5))
+    whole = data + 0.5 * b @ a
+    np.testing.assert_allclose(weight.dot(x), x @ whole.T, rtol=1e-4, atol=1e-4)
+    ids = jnp.array([4, 0])
+    np.testing.assert_allclose(weight.rows(ids).dot(x), x @ whole[ids].T, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    x, a, b = jnp.ones((20_000, 4)), jnp.eye(4), jnp.eye(4)
+    adapter = Adapter(a, b, scale=1.0, dropout=0.25)
+    np.testing.assert_array_equal(adapter.dot(x), x)
+    noisy = dataclasses.replace(adapter, key=jax.random.key(0)).dot(x)
+    assert set(np.unique(noisy)) == {0.0, np.float32(1 / 0.75)}
+    assert noisy.mean() == pytest.approx(1.0, abs=0.02)
+
+
+def test_one_linear_layer_reads_plain_arrays_weights_and_stacks():
+    x, data, bias = normal(0, 3, 2, 8), normal(1, 2, 8, 8), normal(2, 2, 8)
+    stack = Linear(8, use_bias=True, stack=(2,))
+    plain = stack.apply({"params": {"weight": data, "bias": bias}}, x)
+    turned = {"weight": Weight(data.mT, "in_out"), "bias": bias}
+    np.testing.assert_allclose(stack.apply({"params": turned}, x), plain, rtol=1e-5, atol=1e-5)
+    for i in range(2):
+        alone = {"params": {"weight": data[i], "bias": bias[i]}}
+        single = Linear(8, use_bias=True).apply(alone, x[:, i])
+        np.testing.assert_allclose(single, plain[:, i], rtol=1e-5, atol=1e-5)
+    shapes = jax.eval_shape(stack.init, jax.random.key(0), x)["params"]
+    assert {name: leaf.shape for name, leaf in shapes.items()} == {
+        "weight": (2, 8, 8),
+        "bias": (2, 8),
     }
-    assert placed("mlp/up/bias", weight[0]).keys() == {"mlp/up/bias"}
-    assert placed("embed/embedding", weight).keys() == {"embed/embedding"}
-    tied = placed("embed/embedding", weight, tied=True)
-    assert {k: v.shape for k, v in tied.items()} == {
-        "embed/embedding": (5, 8),
-        "lm_head_kernel": (8, 5),
-    }
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_backbone_gives_the_same_logits(tiny: TinyModel, tied: bool):
-    config = dataclasses.replace(TINY, tied=tied)
-    params = dict(tiny.params["backbone"])
-    if tied:
-        del params["lm_head"]
-    laid = for_decoding({"backbone": params}, tied=tied)["backbone"]
-    np.testing.assert_allclose(logits(config, laid), logits(config, params), atol=1e-4)
-    back = stored(laid)
-    if tied:
-        back.pop("lm_head")
-    chex.assert_trees_all_equal(back, jax.tree.map(np.asarray, params))
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_heads_give_the_same_logits(shared: bool):
-    heads = HeadsConfig(2, 2, 8, 0 if shared else 12, shared)
-    unembedding = jax.random.normal(jax.random.key(1), (12, 8))
-    hidden = jax.random.normal(jax.random.key(2), (3, 8))
-
-    def unembed(x):
-        return project(x, unembedding)
-
-    params = MedusaHeads(heads).init(jax.random.key(0), hidden, unembed)["params"]
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    random = [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
-    params = jax.tree.unflatten(structure, random)
-    laid = for_decoding({"heads": params})["heads"]
-    one, other = (
-        MedusaHeads(heads).apply({"params": some}, hidden, unembed) for some in (params, laid)
-    )
-    np.testing.assert_allclose(jnp.stack(one), jnp.stack(other), atol=1e-4)
-    assert len(one) == 2 and not np.allclose(one[0], one[1])
-    first = MedusaHeads(dataclasses.replace(heads, num_heads=1))
-    (alone,) = first.apply({"params": first_heads(laid, 1)}, hidden, unembed)
-    np.testing.assert_allclose(alone, one[0], atol=1e-4)
-    chex.assert_trees_all_equal(stored(laid), jax.tree.map(np.asarray, params))
-
-
-def test_blocks_of_heads_are_stacked_in_order():
-    leaves = {f"head_{i}/block_1/bias": i for i in (10, 2, 0)} | {"head_2/vocab": 7}
-    assert stacked(leaves, sum) == {"head_2/vocab": 7, "block_1/bias": 12}
-    assert stacked(leaves, list)["block_1/bias"] == [0, 2, 10]

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from medusa_jax.checkpoints.load import load_model
-from medusa_jax.data.prompts import Request
-from medusa_jax.data.tokenizer import ChatTokenizer
-from medusa_jax.decoding.acceptance import Greedy, Lossless
-from medusa_jax.distill import word_range
-from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.serving.generator import Answerer, Limits
+from medusa_jax.serving.distillation import word_range
+from medusa_jax.serving.generator import Generator
 
 FULL_STOP = 426  # the token "." of stories260K
-LIMITS = Limits(max_length=128, stop_ids=(1, 2, FULL_STOP))
 
 
 @pytest.fixture
@@ -30,6 +24,12 @@ def model(shared) -> list[object]:
     """Flags of most tests, so that few shapes are compiled."""
     flags = ["--max_length", 128, "--batch_size", 4, "--stop_id", FULL_STOP]
     return ["--model", shared / "models/stories260K", *flags]
+
+
+def generator(shared: Path, **options: object) -> Generator:
+    """Plain decoding of single rows with the limits of `model`."""
+    ends = {"max_length": 128, "stop_id": [FULL_STOP], "autoregressive": True}
+    return Generator.load(shared / "models/stories260K", **ends, **options)
 
 
 @pytest.fixture
@@ -77,6 +77,8 @@ def _values(record: dict) -> list[str]:
     return [said["value"] for said in record["conversations"]]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales, tmp_path):
     """Prompts as they stand in the text, answers as greedy decoding continues them."""
     output = tmp_path / "out.jsonl"
@@ -88,16 +90,17 @@ def test_stories_go_on_from_their_first_words(run, model, stories, shared, tales
     written = _records(output)
     assert [one["input"] for one in written] == [0, 1, 2, 3, 5, 6]
     assert written[1]["id"] == "tales.txt-1"
-    text = ChatTokenizer(shared / "models/stories260K")
-    answerer = Answerer(stories, text, Tree(), Greedy(), LIMITS)
+    plain = generator(shared)
     for one in written:
         prompt, story = _values(one)
         assert prompt.startswith("One day  ") and prompt.endswith(" went")
-        ((expected,),) = answerer.answer([Request.of_text(prompt)], [(0, 0)], 4)
-        assert story == expected["text"] and story.startswith(" ")
-        assert one["truncated"] == (expected["finish_reason"] == "length")
+        (expected,) = plain.generate([prompt])
+        assert story == expected.text and story.startswith(" ")
+        assert one["truncated"] == (expected.finish_reason == "length")
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, template, tmp_path):
     """Turn after turn, as `Answerer.answer` holds it; what does not fit ends it early."""
     output = tmp_path / "out.jsonl"
@@ -110,18 +113,21 @@ def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, 
     assert speakers == ["system", *["human", "gpt"] * 3] and not first["truncated"]
     assert len(_values(second)) == 2 and not second["truncated"]
 
-    directory = shared / "models/stories260K"
-    text = ChatTokenizer(directory, template=str(template))
-    plain = Answerer(load_model(directory), text, Tree(), Lossless(0.3), LIMITS, seed=3)
-    system = {"role": "system", "content": "Be brief."}
-    request = Request(tuple(_values(first)[1::2]), (system,))
-    (answers,) = plain.answer([request], [(0, 0)], 4)
-    assert _values(first)[2::2] == [answer["text"].strip() for answer in answers]
-    assert any(answer["text"].startswith(" ") for answer in answers)
-    ((answer,),) = plain.answer([Request.of_text("Lily ran")], [(2, 0)], 4)
-    assert _values(third) == ["Lily ran", answer["text"].strip()]
+    # The same conversation in single rows: a row's draws depend on its stream and position alone.
+    single = generator(
+        shared, chat_template=str(template), acceptance="lossless", temperature=0.3, seed=3
+    )
+    messages = [{"role": "system", "content": "Be brief."}]
+    for asked, answered in zip(_values(first)[1::2], _values(first)[2::2], strict=True):
+        messages.append({"role": "user", "content": asked})
+        (answer,) = single.generate([messages])
+        assert answered == answer.text.strip()
+        messages.append({"role": "assistant", "content": answered})
+    assert _values(third)[0] == "Lily ran" and _values(third)[1]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_an_answer_cut_off_ends_its_conversation(run, model, chats, template, tmp_path):
     output = tmp_path / "out.jsonl"
     flags = ["--data", chats, "--chat_template", template, "--max_new_tokens", 3]
@@ -131,6 +137,8 @@ def test_an_answer_cut_off_ends_its_conversation(run, model, chats, template, tm
     assert [len(_values(one)) for one in written] == [3, 2, 2]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 150, -20, None])
 def test_an_interrupted_run_goes_on_byte_for_byte(run, model, tales, tmp_path, kept):
     """Cut inside a line, inside the last line, or not at all; other batches after it."""
@@ -146,6 +154,8 @@ def test_an_interrupted_run_goes_on_byte_for_byte(run, model, tales, tmp_path, k
     assert cut.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_shards_share_the_inputs_out(run, model, tales, tmp_path):
     whole, *parts = (tmp_path / f"{i}.jsonl" for i in range(3))
     flags = [*model, "--data", tales, "--words", 3]
@@ -157,6 +167,8 @@ def test_shards_share_the_inputs_out(run, model, tales, tmp_path):
     assert [one["input"] for one in _records(parts[1])] == [1, 3, 5]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_prompt_records_and_repeated_ones(run, model, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text(
@@ -174,6 +186,8 @@ def test_prompt_records_and_repeated_ones(run, model, tmp_path):
     ]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_refused_input_keeps_what_came_before(run, model, tales, tmp_path):
     output = tmp_path / "out.jsonl"
     flags = [*model, "--data", tales, "--words", 3, "--output", output]
@@ -184,6 +198,8 @@ def test_a_refused_input_keeps_what_came_before(run, model, tales, tmp_path):
     assert [one["input"] for one in _records(output)] == [0, 1, 2, 3, 5, 6]
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_other_settings_do_not_continue_an_output(run, model, tales, tmp_path):
     output = tmp_path / "out.jsonl"
     flags = [*model, "--data", tales, "--words", 3, "--output", output]

@@ -12,11 +12,12 @@ import optax
 import pytest
 from helpers.head_files import stored
 from helpers.models import stacked
+from helpers.tiers import slow_except
 
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.data.encoding import Encoded
 from medusa_jax.data.packing import row
-from medusa_jax.model.linear import project
+from medusa_jax.model.linear import Weight
 from medusa_jax.training.losses import (
     TOP,
     cross_entropy,
@@ -36,7 +37,7 @@ def reference(shared: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def params(stories: Model) -> dict[str, Any]:
     """The real model's as training has them: layers stacked, heads apart."""
-    return stacked(stories.params | {"heads": stored(stories.params["heads"])}, 5)
+    return stacked({part: stored(stories.params[part]) for part in ("backbone", "heads")}, 5)
 
 
 def batch_of(reference: dict[str, Any], layout: list[list[int]], length: int) -> dict[str, Any]:
@@ -57,8 +58,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("chunk", [0, 16, 37])
+@pytest.mark.parametrize("layout", slow_except(LAYOUTS, "packed and padded"))
+@pytest.mark.parametrize("chunk", slow_except([0, 16, 37], 16))
 def test_losses_equal_the_reference(
     stories: Model, params: dict[str, Any], reference: dict[str, Any], layout: str, chunk: int
 ):
@@ -75,7 +76,7 @@ def test_losses_equal_the_reference(
         assert found[f"head_top{k}"] == pytest.approx([one[place] for one in accuracies], abs=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [0, 16, 37])
+@pytest.mark.parametrize("chunk", slow_except([0, 16, 37], 16))
 def test_kl_equals_the_reference(
     stories: Model, params: dict[str, Any], reference: dict[str, Any], chunk: int
 ):
@@ -117,12 +118,13 @@ def random() -> dict[str, jax.Array]:
 
 def mean_loss(chunk: int, hidden: Any, weight: Any, targets: Any, counted: Any) -> jax.Array:
     def sums(hidden: Any, targets: Any, counted: Any) -> Any:
-        return cross_entropy(project(hidden, weight), targets, counted)
+        return cross_entropy(Weight(weight).dot(hidden), targets, counted)
 
     found = over_chunks(sums, chunk, hidden, targets, counted)
     return found.loss / found.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 3, 5, 10, 64])
 def test_gradients_equal_optax(random: dict[str, jax.Array], chunk: int):
     def plain(hidden: Any, weight: Any) -> jax.Array:
@@ -143,7 +145,7 @@ def test_gradients_equal_optax(random: dict[str, jax.Array], chunk: int):
 
 
 def test_hits_count_the_best_logits(random: dict[str, jax.Array]):
-    logits = project(random["hidden"], random["weight"])
+    logits = Weight(random["weight"]).dot(random["hidden"])
     order = np.argsort(-np.asarray(logits), axis=-1)
     found = cross_entropy(logits, random["targets"], random["counted"])
     for place, k in enumerate(TOP):
@@ -152,7 +154,7 @@ def test_hits_count_the_best_logits(random: dict[str, jax.Array]):
 
 
 def test_kl_of_a_distribution_to_itself_is_zero_and_else_positive(random: dict[str, jax.Array]):
-    logits = project(random["hidden"], random["weight"])
+    logits = Weight(random["weight"]).dot(random["hidden"])
     assert kl_divergence(logits, logits + 3.0, random["counted"]) == pytest.approx(0, abs=1e-4)
     assert kl_divergence(logits, 2 * logits, random["counted"]) > 1
     none = jnp.zeros((3, 10), bool)
@@ -177,6 +179,7 @@ def temporaries(heads: int, vocab: int, length: int, chunk: int) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_heads_x_vocabulary_x_positions():
     logits = 4 * 2 * 1024 * 4096  # bytes of one head's logits at all positions
     whole = temporaries(heads=4, vocab=4096, length=1024, chunk=0)

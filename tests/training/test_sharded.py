@@ -44,6 +44,8 @@ def assert_same_step(found: Path, expected: Path) -> None:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_step_on_eight_devices_equals_one(tmp_path: Path):
     """Gradients of everything there is; and of adapters, with KL to the teacher."""
     runs = ["full:1,8,1", "full:2,2,2", "lora:2,2,2"]
@@ -53,6 +55,8 @@ def test_a_step_on_eight_devices_equals_one(tmp_path: Path):
         assert_same_step(tmp_path / f"step-{run}.npz", tmp_path / alone)
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_two_processes_of_four_devices_equal_one(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -14,20 +14,13 @@ from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.tuning.head_ranks import (
-    UNKNOWN,
-    accuracy,
-    best_tree,
-    grow,
-    mean_accepted_length,
-    right_ranks,
-    simulate,
-    text_ranks,
-)
+from medusa_jax.tuning.head_ranks import UNKNOWN, accuracy, right_ranks, text_ranks
+from medusa_jax.tuning.tree_search import best_tree, grow, mean_accepted_length, simulate
 
 PROMPTS = [[1, 403, 407, 261, 378], [1, 400], [1, 20, 30, 40]]
 
 
+@pytest.mark.slow
 def test_ranks_are_places_in_the_sorted_logits(tiny: TinyModel):
     from medusa_jax.model.backbone import Backbone, causal_mask
 
@@ -105,6 +98,7 @@ def test_replay_of_a_text_by_hand():
     assert (made, starts.tolist(), lengths.tolist()) == (6, [0, 2, 3, 5], [2, 2, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, Lossless(1.0)], ids=["greedy", "lossless"])
 def test_replay_takes_the_very_steps_of_decoding(stories: Model, scheme: Lossless | None):
     tree = Tree.published("mc_sim_7b_63").cut(20)

@@ -1,6 +1,5 @@
 """`python -m medusa_jax.tune`, and the trees that `--tree auto` finds."""
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -8,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from medusa_jax import tune
-from medusa_jax.checkpoints.load import Model
-from medusa_jax.cli import decoding_flags
+from medusa_jax import tune as command
+from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving import tree_store
+from medusa_jax.serving.generator import Generator
+from medusa_jax.tuning import timing, tuner
 
 FLAGS = ["--max_new_tokens", "24", "--sizes", "1", "3", "6", "--repeats", "2"]
 
@@ -27,10 +27,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def flags_of(shared: Path, *more: str) -> argparse.Namespace:
+def flags_of(shared: Path, *more: str) -> list[str]:
     models = shared / "models"
     where = ["--model", str(models / "stories260K"), "--heads", str(models / "stories260K-medusa")]
-    return tune.parse([*where, *more])
+    return [*where, *more]
+
+
+def tune(flags: list[str]) -> int:
+    """The command's exit code."""
+    with pytest.raises(SystemExit) as done:
+        command.main(flags)
+    return int(done.value.code or 0)
 
 
 def tuning(tree: Any, scheme: Any = None, batch_size: int = 1, **more: Any) -> dict[str, Any]:
@@ -38,18 +45,20 @@ def tuning(tree: Any, scheme: Any = None, batch_size: int = 1, **more: Any) -> d
     return {"acceptance": found, "batch_size": batch_size, "tree": tree, "backend": "cpu"} | more
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_tunes_and_is_found_again(
     shared: Path,
     home: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(tune, "FINAL", 1.0)  # however fast they are, all are timed again
+    monkeypatch.setattr(tuner, "FINAL", 1.0)  # however fast they are, all are timed again
     prompts = home / "prompts.jsonl"
     texts = ("Once upon a time", "One day, a girl", "Tom and Lily")
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     flags = flags_of(shared, "--prompts", str(prompts), *FLAGS)
-    tune.main(flags)
+    assert tune(flags) == 0
     table = capsys.readouterr().out
     (path,) = (home / "trees").glob("*.json")
     (made,) = json.loads(path.read_text())["tunings"]
@@ -57,13 +66,13 @@ def test_tunes_and_is_found_again(
     assert [row["nodes"] for row in made["table"]] == [1, 3, 6, 6]
     lengths = [row["mean_accepted_length"] for row in made["table"]]
     assert lengths[0] == 1 < lengths[1] < lengths[3] <= lengths[2]
-    assert made["best"] == tune.choose(made["table"])
+    assert made["best"] == timing.choose(made["table"])
     assert len(made["tree"]) + 1 == made["best"]["nodes"]
     assert all(0 < sum(head) <= 1 for head in made["accuracy"])
     assert "| 6" in table and path.with_suffix(".png").stat().st_size > 1000
-    model = decoding_flags.load_model(flags.model, flags.heads)
-    flags.tree, flags.batch_size = "auto", 1
-    assert decoding_flags.choose_tree(flags, model, Greedy()) == Tree.from_lists(made["tree"])
+    models = shared / "models"
+    found = Generator.load(models / "stories260K", models / "stories260K-medusa")
+    assert found.tree == Tree.from_lists(made["tree"])
 
 
 def rows_of(*figures: tuple[str, float, float]) -> list[dict]:
@@ -73,21 +82,23 @@ def rows_of(*figures: tuple[str, float, float]) -> list[dict]:
 
 def test_among_equally_fast_trees_the_one_that_accepts_most_is_taken():
     rows = rows_of(("1", 100.0, 1.0), ("4", 200.0, 2.4), ("8", 197.0, 2.9), ("16", 190.0, 3.3))
-    assert tune.choose(rows) == rows[2]
+    assert timing.choose(rows) == rows[2]
 
 
 def test_no_tree_slower_than_plain_decoding_is_taken():
     rows = rows_of(("1", 100.0, 1.0), ("4", 99.5, 1.2), ("8", 99.0, 1.3))
-    assert tune.choose(rows) == rows[0]
+    assert timing.choose(rows) == rows[0]
     rows[1]["tokens_per_second"] = 100.5  # now as fast as plain, and the 99 still slower
-    assert tune.choose(rows) == rows[1]
+    assert timing.choose(rows) == rows[1]
 
 
-def test_bad_flags(shared: Path, home: Path):
-    with pytest.raises(InputError, match="--repeats must be at least 1, got 0"):
-        tune.main(flags_of(shared, "--repeats", "0"))
-    with pytest.raises(InputError, match="a tree has at least one token, got 0"):
-        tune.main(flags_of(shared, "--sizes", "0", "4"))
+def test_bad_flags(shared: Path, home: Path, capsys: pytest.CaptureFixture[str]):
+    for flags, message in (
+        (("--repeats", "0"), "--repeats must be at least 1, got 0"),
+        (("--sizes", "0", "4"), "a tree has at least one token, got 0"),
+    ):
+        assert tune(flags_of(shared, *flags)) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_nearest_acceptance_then_batch_is_found(stories: Model, home: Path):
@@ -138,6 +149,6 @@ def test_a_broken_file_is_named(stories: Model, home: Path, content: str):
 
 def test_fingerprint_tells_weights_apart(stories: Model, shared: Path):
     models = shared / "models"
-    merged = decoding_flags.load_model(models / "stories260K-medusa-1.0")
-    again = decoding_flags.load_model(models / "stories260K", models / "stories260K-medusa")
+    merged = load_model(models / "stories260K-medusa-1.0")
+    again = load_model(models / "stories260K", models / "stories260K-medusa")
     assert again.fingerprint == stories.fingerprint != merged.fingerprint

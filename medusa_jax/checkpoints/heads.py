@@ -1,0 +1,269 @@
+"""Medusa heads in files: finds them, recognizes their dialect, and checks them; reads nothing yet.
+
+All dialects are read to the paths of our parameters ("head_0/block_0/weight", "head_0/vocab").
+Heads, layers and rows are counted from the tensors, because the configs of old uploads are wrong.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, VLLM
+from medusa_jax.checkpoints.names import ORIGINAL, HeadNames, head_places, matched
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_file, open_model, read_json
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
+
+HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+# Prefixes of head tensors in files that hold a backbone too.
+_PREFIXES = ("medusa_head.", "medusa_heads.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredHeads:
+    """Heads in files, not read yet.
+
+    Attributes:
+      dialect: a key of `DIALECTS`.
+      source: the file or the directory.
+      config: their shape.
+      tensors: by the path of their parameter; "vocab" is a stored projection
+        that all heads share, "token_map" the ids of its rows.
+      settings: `config.json` beside them.
+      with_backbone: `source` is a Hugging Face directory that holds their backbone too.
+    """
+
+    dialect: str
+    source: Path
+    config: HeadsConfig
+    tensors: Tensors
+    settings: dict[str, Any]
+    with_backbone: bool
+
+
+def head_file(directory: Path) -> Path | None:
+    """The original's file of heads, where there is one."""
+    files = (directory / name for name in HEAD_FILES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def divide(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """(heads, everything else) of a merged model."""
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith(_PREFIXES)}
+    return heads, {name: tensor for name, tensor in tensors.items() if name not in heads}
+
+
+def merged_dialect(heads: Tensors) -> str:
+    """The dialect of head tensors in a backbone's files."""
+    return "modelopt" if next(iter(heads)).startswith("medusa_heads.") else "v1.0"
+
+
+def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
+    """Head tensors of a file or a directory, whatever their dialect.
+
+    Args:
+      dialect: to read it as, where a directory holds several; default: the
+        original's file, else what the names of the tensors say.
+
+    Raises:
+      InputError: no heads, unknown or missing tensors, or what no reader of
+        ours supports; the message names the file and the tensors.
+    """
+    directory = source if source.is_dir() else source.parent
+    config = directory / "config.json"
+    settings = read_json(config) if config.is_file() else {}
+    wanted = DIALECTS[dialect].names if dialect else None
+    file = head_file(source) if wanted in (None, ORIGINAL) else None
+    if source.is_file():
+        tensors = open_file(source)
+    elif (source / "rank0.safetensors").is_file() and wanted in (None, TRTLLM):
+        tensors = _join_ranks(source, settings)
+    elif file:
+        source, tensors = file, open_file(file)
+    else:
+        tensors = open_model(source)
+    # vLLM's reader drops this prefix too.
+    prefix = re.compile(r"medusa_heads\.(?=blocks|lm_head|token_map)")
+    tensors = {prefix.sub("", name): tensor for name, tensor in tensors.items()}
+    known = [dialect.names for dialect in DIALECTS.values()]
+    names = wanted or max(known, key=lambda names: _seen(names, tensors))
+    if not _seen(names, tensors):
+        of = f" of dialect {dialect}" if dialect else ""
+        raise InputError(
+            f"{source} holds no Medusa heads{of}: expected {' or '.join(HEAD_FILES)}, or tensors "
+            "named medusa_head.*, medusa_heads.* or blocks.*"
+        )
+    rest: Tensors = {}
+    if names in (MERGED, MODELOPT, TRTLLM):
+        tensors, rest = divide(tensors)
+    if names is VLLM:
+        tensors = _vllm(tensors, source, settings)
+    config, by_path = _counted(names, tensors, source)
+    if not dialect:
+        dialect = next(name for name, known in DIALECTS.items() if known.names is names)
+    if names is MERGED:
+        dialect = "v1.0" if rest else "mlc"
+    elif dialect in ("v0.1", "v2"):
+        dialect = "v2" if config.shared else "v0.1"
+    with_backbone = bool(rest) and names is not TRTLLM and source.is_dir()
+    return StoredHeads(dialect, source, config, by_path, settings, with_backbone)
+
+
+def check_fit(heads: StoredHeads, config: ModelConfig) -> None:
+    """Raises InputError unless heads were made for a backbone of this shape."""
+    shape, source = heads.config, heads.source
+    if shape.hidden_size != config.hidden_size:
+        raise InputError(
+            f"{source}: these heads were made for hidden size {shape.hidden_size}, "
+            f"the model has {config.hidden_size}"
+        )
+    if shape.vocab_size not in (0, config.vocab_size):
+        raise InputError(
+            f"{source}: these heads were made for a vocabulary of {shape.vocab_size}, "
+            f"the model has {config.vocab_size}"
+        )
+    if shape.truncated:
+        ids = heads.tensors["token_map"].read()
+        if ids.min() < 0 or ids.max() >= config.vocab_size or len(np.unique(ids)) != ids.size:
+            raise InputError(
+                f"{source}: token_map must hold different token ids of a vocabulary of "
+                f"{config.vocab_size}"
+            )
+
+
+def head_tensors(source: Path, expected: HeadsConfig) -> Tensors:
+    """Tensors of heads by the path of their parameter, unread.
+
+    Whole heads without a projection of their own serve as truncated ones too: they hold no rows.
+
+    Raises:
+      InputError: they cannot be opened, or have another shape than expected.
+    """
+    stored = open_heads(source)
+    shape = stored.config
+    if shape.shared or shape.truncated:  # then their tensors do not say V
+        shape = dataclasses.replace(shape, vocab_size=expected.vocab_size)
+    if shape.shared and not shape.truncated and "vocab" not in stored.tensors:
+        shape = dataclasses.replace(shape, truncated=expected.truncated)
+    if shape != expected:
+        raise InputError(f"{source} holds {shape}, expected {expected}")
+    return stored.tensors
+
+
+def _seen(names: HeadNames, tensors: Tensors) -> int:
+    """How many tensors have the name of a head's own tensor."""
+    parsed = (_role(names, name) for name in tensors)
+    return sum(role is not None and "h" in role[1] for role in parsed)
+
+
+def _role(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
+    """The part of a head that a tensor is, and the numbers in its name; None for no part."""
+    templates = {
+        "weight": f"{names.linear}.weight",
+        "bias": f"{names.linear}.bias",
+        "vocab": names.vocab,
+        "shared": names.shared,
+        "token_map": names.token_map,
+    }
+    for role, template in templates.items():
+        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(template))
+        if template and (match := re.fullmatch(pattern, tensor)):
+            return role, match.groupdict()
+    return None
+
+
+def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsConfig, Tensors]:
+    """The shape of the heads, counted from the tensors, and the tensors by parameter path."""
+    parsed = {name: role for name in tensors if (role := _role(names, name))}
+    if unknown := sorted(tensors.keys() - parsed.keys()):
+        layout = "the original's" if names is ORIGINAL else "a known"
+        raise InputError(
+            f"{source}: not {layout} head layout; unknown tensors: {', '.join(unknown)}"
+        )
+
+    def named(role: str) -> list[str]:
+        return [name for name, (its, _) in parsed.items() if its == role]
+
+    def count(letter: str) -> int:
+        numbers = (int(n[letter]) for _, n in parsed.values() if letter in n)
+        return 1 + max(numbers, default=-1)
+
+    if not named("bias"):  # the dialect allows heads without biases
+        zeros = {name.replace("weight", "bias"): _zeros(tensors[name]) for name in named("weight")}
+        tensors = tensors | zeros
+    projections = named("vocab") + named("shared")
+    rows = tensors[projections[0]].shape[0] if projections else 0
+    truncated = tensors[names.token_map].shape[0] if named("token_map") else 0
+    config = HeadsConfig(
+        num_heads=count("h"),
+        num_layers=count("l"),
+        hidden_size=tensors[(named("weight") + projections)[0]].shape[-1],
+        vocab_size=0 if truncated else rows,
+        shared=not named("vocab"),
+        truncated=truncated,
+    )
+    places = head_places(config, names, with_shared=bool(named("shared")))
+    return config, matched(places, tensors, source)
+
+
+def _vllm(tensors: Tensors, source: Path, settings: dict[str, Any]) -> Tensors:
+    """vLLM's tensors as it understands them."""
+    if settings.get("logit_scale", 1.0) != 1.0:
+        raise InputError(f"{source}: logit_scale {settings['logit_scale']} is not supported")
+    # With original_lm_head the first head's projection is that of all.
+    several, second = "blocks.1.layers.0.weight" in tensors, "lm_heads.1.weight" in tensors
+    if several and not second and "lm_head.weight" not in tensors:
+        shared = {"lm_heads.0.weight": "lm_head.weight"}
+        tensors = {shared.get(name, name): tensor for name, tensor in tensors.items()}
+    if "token_map" not in tensors:
+        return tensors
+    ids = tensors["token_map"].read()
+
+    def shortened(name: str, tensor: StoredTensor) -> StoredTensor:
+        if not name.startswith("lm_head") or tensor.shape[0] <= ids.size:
+            return tensor
+        if not 0 <= ids.min() <= ids.max() < tensor.shape[0]:
+            raise InputError(f"{source}: token_map has ids beyond the rows of {name}")
+        return tensor.rows(ids)
+
+    return {name: shortened(name, tensor) for name, tensor in tensors.items()}
+
+
+def _join_ranks(directory: Path, settings: dict[str, Any]) -> Tensors:
+    """TensorRT-LLM's heads from the rows that each rank holds; padded vocabularies are cut."""
+    mapping = settings.get("mapping", {})
+    size = mapping.get("tp_size", 1)
+    first = (mapping.get("pp_size", 1) - 1) * size  # the last pipeline stage has the heads
+    files = [directory / f"rank{rank}.safetensors" for rank in range(first, first + size)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"{directory}: config.json has {size} ranks, no {', '.join(missing)}")
+    ranks = [divide(open_file(file))[0] for file in files]
+    for file, rank in zip(files, ranks, strict=True):
+        if rank.keys() != ranks[0].keys():
+            differing = ", ".join(sorted(rank.keys() ^ ranks[0].keys()))
+            raise InputError(f"{file} and {files[0].name} hold different heads: {differing}")
+
+    def joined(name: str) -> StoredTensor:
+        parts = [rank[name] for rank in ranks]
+        rows = sum(part.shape[0] for part in parts)
+        if name.endswith(".lm_head.weight"):
+            rows = min(rows, settings.get("vocab_size", rows))
+
+        def read(index: Any = ...) -> np.ndarray:
+            return np.concatenate([part.read() for part in parts])[:rows][index]
+
+        return StoredTensor((rows, *parts[0].shape[1:]), parts[0].dtype, read)
+
+    return {name: joined(name) for name in ranks[0]}
+
+
+def _zeros(weight: StoredTensor) -> StoredTensor:
+    """A bias that adds nothing to x W^T."""
+    shape, dtype = weight.shape[:1], weight.dtype
+    return StoredTensor(shape, dtype, lambda index=...: np.zeros(shape, jnp.dtype(dtype))[index])

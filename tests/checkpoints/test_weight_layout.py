@@ -1,0 +1,83 @@
+"""The layout of decoding: the same parameters in another order, and the same logits."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.head_files import stored
+from helpers.models import TINY, TinyModel, apart
+
+from medusa_jax.checkpoints.weight_layout import for_decoding, placed, stacked
+from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, MedusaHeads, first_heads
+from medusa_jax.model.backbone import Backbone, causal_mask
+from medusa_jax.model.linear import Weight
+
+TOKENS = jnp.array([[3, 1, 4, 1, 5]])
+
+
+def logits(config, params):
+    module, positions = Backbone(config), jnp.arange(5)[None]
+    hidden, _ = module.apply({"params": params}, TOKENS, positions, causal_mask(5))
+    return module.apply({"params": params}, hidden, method="unembed")
+
+
+def test_names_stay_and_weights_are_transposed():
+    tensor = np.arange(40.0).reshape(5, 8)
+    turned = placed("mlp/up/weight", tensor)["mlp/up/weight"]
+    assert turned.order == "in_out"
+    np.testing.assert_array_equal(turned.data, tensor.T)
+    assert placed("mlp/up/bias", tensor[0]).keys() == {"mlp/up/bias"}
+    assert placed("embed/embedding", tensor).keys() == {"embed/embedding"}
+    tied = placed("embed/embedding", tensor, tied=True)
+    assert tied.keys() == {"embed/embedding", "lm_head"}
+    np.testing.assert_array_equal(tied["lm_head"].data, tied["embed/embedding"].T)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_backbone_gives_the_same_logits(tiny: TinyModel, tied: bool):
+    config = dataclasses.replace(TINY, tied=tied)
+    params = dict(tiny.params["backbone"])
+    if tied:
+        del params["lm_head"]
+    laid_out = for_decoding({"backbone": params}, tied=tied)["backbone"]
+    np.testing.assert_allclose(logits(config, laid_out), logits(config, params), atol=1e-4)
+    back = stored(laid_out)
+    if tied:
+        back.pop("lm_head")
+    chex.assert_trees_all_equal(back, jax.tree.map(np.asarray, params))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_give_the_same_logits(shared: bool):
+    """Of each head alone, of the stack, and of the stack that decoding holds."""
+    heads = HeadsConfig(2, 2, 8, 0 if shared else 12, shared)
+    unembed = Weight(jax.random.normal(jax.random.key(1), (12, 8))).dot
+    hidden = jax.random.normal(jax.random.key(2), (3, 8))
+    params = MedusaHeads(heads).init(jax.random.key(0), hidden, unembed)["params"]
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    random = [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(structure, random)
+    single = apart(params)
+    laid_out = for_decoding({"heads": single})["heads"]
+    expected = [
+        Head(heads).apply({"params": single[f"head_{i}"]}, hidden, unembed) for i in range(2)
+    ]
+    assert not np.allclose(expected[0], expected[1])
+    for layout in (params, laid_out):
+        found = MedusaHeads(heads).apply({"params": layout}, hidden, unembed)
+        np.testing.assert_allclose(jnp.stack(found), jnp.stack(expected), atol=1e-4)
+    first = MedusaHeads(dataclasses.replace(heads, num_heads=1))
+    (alone,) = first.apply({"params": first_heads(laid_out, 1)}, hidden, unembed)
+    np.testing.assert_allclose(alone, expected[0], atol=1e-4)
+    chex.assert_trees_all_equal(stored(laid_out), jax.tree.map(np.asarray, single))
+
+
+def test_blocks_of_heads_are_stacked_in_order():
+    leaves = {f"head_{i}/block_1/bias": i for i in (10, 2, 0)} | {"head_2/vocab": 7}
+    assert stacked(leaves, sum) == {"head_2/vocab": 7, "block_1/bias": 12}
+    weights = {f"head_{i}/block_1/weight": Weight(i, "in_out") for i in (10, 2, 0)}
+    assert stacked(weights, tuple)["block_1/weight"] == Weight((0, 2, 10), "in_out")

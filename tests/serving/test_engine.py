@@ -1,0 +1,142 @@
+"""The engine: slots that a queue refills write the texts of single rows, whatever runs beside."""
+
+import jax
+import pytest
+from helpers.models import TinyModel
+
+from medusa_jax.decoding.acceptance import Greedy, Lossless
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.decoding.state import Output, outputs
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
+from medusa_jax.serving import engine as module
+from medusa_jax.serving.engine import Engine, Job, next_steps
+
+TREES = [Tree(), Tree.from_lists([[0], [1], [0, 0], [1, 0]]), DynamicTree(6, 3, 4)]
+# Unequal prompts and lengths; job 5 outgrows the capacity that the first jobs need.
+SHAPES = [(3, 20), (1, 4), (7, 40), (2, 9), (5, 1), (30, 90), (4, 17), (2, 30), (6, 2), (3, 12)]
+JOBS = [
+    Job([(7 * i + k) % 37 + 1 for k in range(size)], new, (i, i % 2))
+    for i, (size, new) in enumerate(SHAPES)
+]
+
+
+def decoder_of(model: TinyModel, tree: Tree | DynamicTree, scheme: object) -> Decoder:
+    return Decoder(model.config, medusa_drafter(model.heads, tree), scheme)
+
+
+def single(decoder: Decoder, params: dict, job: Job, **ends: object) -> Output:
+    """The job in a batch of its own."""
+    keys = row_keys(5, [job.stream])
+    state = decoder.prefill(
+        params, [job.prompt_ids], max_new_tokens=job.max_new_tokens, keys=keys, **ends
+    )
+    (output,) = outputs(decoder.generate(params, state))
+    return output
+
+
+@pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.9)], ids=["greedy", "lossless"])
+@pytest.mark.parametrize("tree", TREES, ids=["plain", "static", "dynamic"])
+def test_refilled_slots_write_what_single_rows_write(
+    tiny: TinyModel, tree: Tree | DynamicTree, scheme: object
+):
+    decoder = decoder_of(tiny, tree, scheme)
+    engine = Engine(decoder, tiny.params, slots=3, stop_ids=(2,), seed=5)
+    done = engine.run(JOBS)
+    for job, output in zip(JOBS, done, strict=True):
+        assert output == single(decoder, tiny.params, job, stop_ids=(2,))
+    assert engine.idle
+    stats = engine.stats
+    assert stats.tokens == sum(len(output.token_ids) for output in done)
+    assert stats.steps == sum(len(output.tokens_per_step) for output in done)
+    assert stats.prompts == len(JOBS)
+    assert 0 < stats.decode_seconds < stats.seconds and stats.compile_seconds > 0
+
+
+def test_rows_are_reported_as_they_end_and_their_slots_refilled(tiny: TinyModel):
+    """Two slots: a long row runs on while three short ones pass through the other slot."""
+    engine = Engine(Decoder(tiny.config), tiny.params, slots=2)
+    long, *short = [Job([4, 9], 60), *[Job([5 + i], 6) for i in range(3)]]
+    for job in (long, *short):
+        engine.submit(job)
+    order, texts = [], {job: [] for job in (long, *short)}
+    while not engine.idle:
+        for progress in engine.advance():
+            texts[progress.job] += progress.token_ids
+            if progress.output is not None:
+                order.append(progress.job)
+                assert texts[progress.job] == progress.output.token_ids
+                assert progress.seconds <= engine.stats.seconds
+    assert order == [*short, long]
+    # One row of six steps after the other, beside 60 steps of the long row.
+    assert engine.stats.passes == 60
+
+
+def test_an_engine_compiles_nothing_after_warm_up(tiny: TinyModel):
+    engine = Engine(decoder_of(tiny, TREES[1], Greedy()), tiny.params, slots=2)
+    engine.warm_up(16, 20)
+    engine.run([Job([1, 2, 3], 20) for _ in range(3)])
+    spent = engine.stats.compile_seconds
+    compiled: list[str] = []
+    listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        engine.run([Job([3] * 9, 30, (i, 0)) for i in range(5)])
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert engine.stats.compile_seconds == spent
+    assert not [event for event in compiled if "backend_compile" in event]
+
+
+def test_a_cancelled_job_frees_its_slot(tiny: TinyModel):
+    engine = Engine(Decoder(tiny.config), tiny.params, slots=1)
+    first, waiting, last = Job([1], 100), Job([2], 100), Job([3], 5)
+    for job in (first, waiting, last):
+        engine.submit(job)
+    engine.advance()
+    engine.cancel(first)
+    engine.cancel(waiting)
+    done = []
+    while not engine.idle:
+        done += [progress for progress in engine.advance() if progress.output is not None]
+    (progress,) = done
+    assert progress.job is last
+    assert progress.output == single(Decoder(tiny.config), tiny.params, last)
+
+
+def test_a_job_may_come_before_those_that_wait(tiny: TinyModel):
+    engine = Engine(Decoder(tiny.config), tiny.params, slots=1)
+    for name in (1, 2):
+        engine.submit(Job([name], 2))
+    engine.submit(Job([3], 2), next=True)
+    ended = []
+    while not engine.idle:
+        ended += [p.job.prompt_ids[0] for p in engine.advance() if p.output is not None]
+    assert ended == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (Job([], 3), "the second is empty"),
+        (Job([40], 3), "the second: token ids must lie in 0..39"),
+        (Job([1] * 100, 60), "the second has 100 tokens and 60 new ones were asked for"),
+    ],
+)
+def test_a_job_that_cannot_be_decoded_is_refused(tiny: TinyModel, job: Job, message: str):
+    engine = Engine(Decoder(tiny.config), tiny.params)
+    with pytest.raises(InputError, match=message):
+        engine.submit(job, "the second")
+    assert engine.idle
+
+
+def test_calls_grow_until_they_take_their_time(monkeypatch: pytest.MonkeyPatch):
+    assert next_steps(4, 4, 0.01) == 16
+    assert next_steps(16, 16, 0.04) == 40
+    assert next_steps(40, 40, 4.0) == 1
+    assert next_steps(200, 200, 1e-3) == module.MOST_STEPS
+    monkeypatch.setattr("jax.process_count", lambda: 2)  # clocks of two processes differ
+    assert next_steps(4, 4, 0.01) == module.SHARED_STEPS

@@ -1,0 +1,123 @@
+"""Which tree tuning takes: the one that a fake clock finds fastest."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+
+from medusa_jax.tuning import timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Times of one device for one model: seconds of a prefill and of a step of each tree."""
+
+    prefill: float
+    steps: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trees:
+    """How many tokens each tree's steps accept, over and over: (1, 3) makes 2 on average."""
+
+    accepted: dict[str, tuple[int, ...]]
+
+
+def seconds_to_write(machine: Machine, trees: Trees, tree: str, tokens: int) -> float:
+    """The time until one text is there, step after step."""
+    clock, made = machine.prefill, 0
+    for length in itertools.cycle(trees.accepted[tree]):
+        if made >= tokens:
+            return clock
+        clock += machine.steps[tree]
+        made += length
+    raise AssertionError
+
+
+def predicted(machine: Machine, trees: Trees, tokens: int, batch_size: int = 1) -> list[dict]:
+    """Rows as tuning has them after its timing; the "1" is plain decoding."""
+    rows = {
+        tree: {
+            "tree": tree,
+            "step_over_plain": step / machine.steps["1"],
+            "plain_seconds": machine.steps["1"],
+            "prefill_seconds": machine.prefill,
+            "mean_accepted_length": sum(trees.accepted[tree]) / len(trees.accepted[tree]),
+        }
+        for tree, step in machine.steps.items()
+    }
+    timing.predict(rows, batch_size, tokens)
+    return list(rows.values())
+
+
+TREES = Trees({"1": (1,), "4": (2, 2, 3, 1), "16": (3, 2, 4, 3), "64": (4, 3, 5, 4)})
+# As measured: on a CPU the step grows with the tree, on an accelerator hardly, and with large
+# batches the accelerator is like a CPU.
+CPU = Machine(0.05, {"1": 0.015, "4": 0.0216, "16": 0.031, "64": 0.080})
+ACCELERATOR = Machine(0.02, {"1": 0.010, "4": 0.0101, "16": 0.0105, "64": 0.0118})
+COMPUTE_BOUND = Machine(0.05, {"1": 0.015, "4": 0.045, "16": 0.120, "64": 0.400})
+
+
+@pytest.mark.parametrize(
+    ("machine", "fastest"), [(CPU, "16"), (ACCELERATOR, "64"), (COMPUTE_BOUND, "1")]
+)
+def test_the_tree_that_writes_a_text_first_is_taken(machine: Machine, fastest: str):
+    times = {tree: seconds_to_write(machine, TREES, tree, 240) for tree in machine.steps}
+    assert min(times, key=lambda tree: times[tree]) == fastest
+    assert timing.choose(predicted(machine, TREES, 240))["tree"] == fastest
+
+
+@pytest.mark.parametrize("machine", [CPU, ACCELERATOR, COMPUTE_BOUND])
+def test_speeds_are_those_of_the_clock(machine: Machine):
+    """240 tokens are whole cycles of every tree, so no step is cut."""
+    for row in predicted(machine, TREES, 240, batch_size=4):
+        seconds = seconds_to_write(machine, TREES, row["tree"], 240)
+        assert row["tokens_per_second"] == pytest.approx(4 * 240 / seconds)
+
+
+def test_a_machine_that_is_slower_today_takes_the_same_tree():
+    """All trees were timed against plain steps, so only the speeds change."""
+    slower = dataclasses.replace(
+        CPU, prefill=3 * CPU.prefill, steps={tree: 3 * step for tree, step in CPU.steps.items()}
+    )
+    usual, slow = predicted(CPU, TREES, 240), predicted(slower, TREES, 240)
+    assert timing.choose(slow)["tree"] == timing.choose(usual)["tree"] == "16"
+    for one, other in zip(usual, slow, strict=True):
+        assert one["tokens_per_second"] == pytest.approx(3 * other["tokens_per_second"])
+
+
+def test_later_rounds_replace_the_speed_of_the_machine():
+    """Rows timed when the machine was slow are compared at the speed of the last plain steps."""
+    rows = {row["tree"]: row for row in predicted(CPU, TREES, 240)}
+    before = {tree: row["tokens_per_second"] for tree, row in rows.items()}
+    rows["1"] |= {"plain_seconds": 0.030, "prefill_seconds": 0.10}  # twice as slow as before
+    timing.predict(rows, argparse.Namespace(max_new_tokens=240, batch_size=1))
+    for tree, row in rows.items():
+        assert row["tokens_per_second"] == pytest.approx(before[tree] / 2)
+    assert rows["4"]["step_seconds"] == pytest.approx(0.0432)
+
+
+def row(tree: str, speed: float, accepted: float = 1.0) -> dict[str, Any]:
+    return {"tree": tree, "tokens_per_second": speed, "mean_accepted_length": accepted}
+
+
+def test_rows_within_a_share_of_the_fastest():
+    """Of 200 tokens/s five percent are 10: 190 is near, 189.9 is not."""
+    rows = [row("1", 100), row("4", 190), row("8", 200), row("16", 189.9)]
+    assert timing.near(rows, 0.05) == [rows[1], rows[2]]
+    assert timing.near(rows, 0) == [rows[2]]
+    assert timing.near([], 0.05) == []
+
+
+def test_plain_decoding_wins_a_tie_with_trees_that_are_slower():
+    """Within the noise of timing a tree may accept more, but none slower than plain is taken."""
+    assert timing.choose([row("1", 200), row("4", 199, 1.5), row("8", 198, 2)])["tree"] == "1"
+    assert timing.choose([row("1", 200), row("4", 200, 1.5), row("8", 198, 2)])["tree"] == "4"
+    assert timing.choose([row("1", 200)])["tree"] == "1"
+
+
+def test_the_order_of_rows_does_not_matter():
+    rows = [row("1", 100), row("4", 200, 2.4), row("8", 197, 2.9), row("16", 190, 3.3)]
+    for some in itertools.permutations(rows):
+        assert timing.choose(list(some))["tree"] == "8"
