@@ -29,8 +29,9 @@ NO_ACCEPTANCE = (
 def markdown(report: Report) -> str:
     """Head, tables and notes."""
     parts = [_head(report)]
-    if report["kind"] == "random_weights":
-        parts += [NO_ACCEPTANCE, *_assumed(report), steps_table(report["rows"]), BANDWIDTH]
+    if report["kind"] != "prompts":
+        notes = [report["note"]] if report["note"] else []
+        parts += [*notes, steps_table(report["rows"]), BANDWIDTH]
     else:
         acceptances = dict.fromkeys(row["acceptance"] for row in report["rows"])
         parts += [part for one in acceptances for part in _acceptance(report, one)]
@@ -48,7 +49,7 @@ def plots(report: Report, directory: Path) -> list[str]:
     if library is None:
         return []
     draw: dict[str, Callable[[Report, Any], bool]]
-    if report["kind"] == "random_weights":
+    if report["kind"] != "prompts":
         draw = {"steps.png": _draw_steps}
     else:
         draw = {"speed.png": _draw_speed, "acceptance.png": _draw_acceptance}
@@ -126,25 +127,11 @@ def steps_table(rows: list[Row]) -> str:
             spread_cell(row["step_overhead"], "{:.2f}x"),
             spread_cell(row["bandwidth_share"], "{:.0%}"),
             spread_cell(row.get("bandwidth_share_datasheet"), "{:.0%}"),
-            number_cell(row.get("tokens_per_second"), "{:.1f}"),
-            number_cell(row.get("speedup"), "{:.2f}x"),
         ]
         for row in rows
     ]
-    head = [
-        "batch", "tree", "ms a step", "over plain", "of copy bandwidth", "of data sheet",
-        "tokens/s", "speedup",
-    ]  # fmt: skip
+    head = ["batch", "tree", "ms a step", "over plain", "of copy bandwidth", "of data sheet"]
     return table(head, cells)
-
-
-def _assumed(report: Report) -> list[str]:
-    if report["mean_accepted_length"] is None:
-        return []
-    return [
-        f"tokens/s and speedup assume {report['mean_accepted_length']:.2f} tokens a step at every "
-        f"size of tree, measured elsewhere: {report['accepted_length_from']}."
-    ]
 
 
 def _tree(rows: list[Row]) -> str:
@@ -230,7 +217,7 @@ def _draw_steps(report: Report, figure: Any) -> bool:
     axes.set_xlabel("tokens of the tree, root included")
     axes.set_ylabel("ms a step")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"{report['preset']}, {report['dtype']}, random weights")
+    axes.set_title(f"{report.get('preset') or report['model']}, {report['dtype']}")
     axes.legend()
     return True
 
