@@ -6,8 +6,6 @@ which the backbone has already chosen, is not listed. Each node's parent must be
     python examples/02_custom_tree.py
 """
 
-from transformers import AutoTokenizer
-
 from medusa_jax import Decoder, DynamicTree, Generator, MedusaDrafter, NoDraft, Tree, outputs
 
 TREES = {
@@ -29,10 +27,9 @@ def main() -> None:
     print(Generator.load(tree=hand).generate(["Tom had a dog"], max_new_tokens=32)[0].text)
 
     # The low level: token ids to token ids.
-    model = Generator.load().model
-    tokenizer = AutoTokenizer.from_pretrained(model.directory)
-    message = [{"role": "user", "content": "Once upon a time"}]
-    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+    generator = Generator.load()
+    model = generator.model
+    prompt = generator.text.encode([{"role": "user", "content": "Once upon a time"}])
     drafters = {name: MedusaDrafter(model.heads, tree) for name, tree in TREES.items()}
     texts = set()
     for name, drafter in {"plain decoding": NoDraft(), **drafters}.items():
