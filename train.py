@@ -1,46 +1,6 @@
-"""Trains Medusa heads, alone or with their backbone: `configs/` has the recipes."""
+"""Trains Medusa heads; `python train.py --help` lists the flags, `configs/` has the recipes."""
 
-import argparse
-import sys
-
-from medusa_jax.cli import runner
-
-EXAMPLE = """python train.py --config configs/vicuna7b_medusa2.py --workdir runs/vicuna7b
-  python train.py --config configs/vicuna7b_medusa2.py --config.optim.learning_rate=1e-4 ...
-  python train.py --config configs/vicuna7b_medusa2.py --compile_only v5e:4x4"""
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The flags; what begins with --config. is left in `overrides`."""
-    parser = runner.parser(__doc__ or "", EXAMPLE)
-    add = parser.add_argument
-    add("--config", required=True, help="a Python file with get_config(); see configs/")
-    add("--workdir", help="where the run is kept, and resumed if it is there already")
-    add("--compile_only", metavar="TOPOLOGY", help="v5e:4x4, v5p:2x2x2, ..., or cpu:8: compile "
-        "the step for it, print bytes per device, and train nothing")  # fmt: skip
-    flags, flags.overrides = parser.parse_known_args(arguments)
-    unknown = [one for one in flags.overrides if one.startswith("-") and "--config." not in one]
-    if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)} (settings are --config.name=value)")
-    if not flags.workdir and not flags.compile_only:
-        parser.error("--workdir is needed")
-    return flags
-
-
-def main(flags: argparse.Namespace) -> None:
-    """Trains, or only compiles."""
-    from medusa_jax.training.config_file import read_config
-
-    config = read_config(flags.config, flags.overrides)
-    if flags.compile_only:
-        from medusa_jax.training.aot import compile_step
-
-        compile_step(config, flags.compile_only)
-    else:
-        from medusa_jax.training.trainer import train
-
-        train(config, flags.workdir)
-
+from medusa_jax.train import main
 
 if __name__ == "__main__":
-    runner.run(main, parse(sys.argv[1:]))
+    main()

@@ -7,6 +7,7 @@ what it said is kept in --log: the script goes on where it was stopped. Rows tha
 fail, say why; what failed is tried again by the next call.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from medusa_jax.cli import runner
+from medusa_jax.options import option
+from medusa_jax.progress import progress
 
+EXAMPLE = "python benchmarks/compile_matrix.py > docs/compile_matrix.md"
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = (
     ("stories_medusa1", "cpu:1"),
@@ -64,12 +67,12 @@ LINE = re.compile(
 )
 HEAD = """# What fits where
 
-GiB of one device, as XLA's TPU compiler counts them for the whole compiled function: the
-arguments (weights, optimizer state or cache, batch), the most that lives at once beside them, and
-outputs that do not lie in an argument's place. "In place" is what does: state and cache are
-donated, so they are held once. No TPU was used, and nothing here says how fast a step is.
-`python benchmarks/compile_matrix.py` compiles them (jax {jax}); seconds are of a machine
-that had other work.
+Memory of one device in GiB, as XLA's TPU compiler counts it for the whole compiled function.
+Arguments are weights, optimizer state or cache, and batch. Temporaries are the peak beside them.
+Outputs are those without an argument's buffer. "In place" counts outputs that reuse one: state and
+cache are donated, so each exists once. No TPU was used, and these tables say nothing about speed.
+`python benchmarks/compile_matrix.py` compiles all rows (jax {jax}). Seconds are compile times on a
+shared machine; some include halts.
 """
 TRAINING_HEAD = """
 ## Training steps
@@ -83,8 +86,7 @@ DECODING_HEAD = """
 
 bfloat16, four heads, a cache of 2048 tokens a row. A prefill reads prompts of 512 tokens; a step
 of 1 token is plain decoding, one of 64 verifies the tree `mc_sim_7b_63`. Each group of rows is
-`python -m medusa_jax.bench --random_weights SHAPE --compile_only TOPOLOGY --mesh tensor=N`
-`{steps}`.
+`python -m medusa_jax.bench memory --model SHAPE --compile_only TOPOLOGY --mesh tensor=N {steps}`.
 
 | shape | topology | chips | what | batch | per device | of | arguments | temporaries | outputs | in place | s |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
@@ -141,13 +143,20 @@ def rows(log: Log, command: str, cells: list[str], *, named: bool) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in made]
 
 
-def main(flags: Any) -> None:
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """Where results are kept."""
+
+    log: str = option("compile_matrix.jsonl", metavar="FILE", help="what is done already")
+
+
+def compile_all(options: Options) -> None:
     """Prints the tables."""
-    log = Log(Path(flags.log))
-    with tqdm(total=len(DECODING) + len(TRAINING), unit=" commands") as bar:
+    log = Log(Path(options.log))
+    with progress(total=len(DECODING) + len(TRAINING), unit="commands") as bar:
         decoding, training = [], []
         for shape, topology, chips in DECODING:
-            command = f"-m medusa_jax.bench --random_weights {shape} --compile_only {topology}"
+            command = f"-m medusa_jax.bench memory --model {shape} --compile_only {topology}"
             command += f" --mesh tensor={chips} {STEPS}"
             decoding += rows(log, command, [shape, topology, str(chips)], named=True)
             bar.update()
@@ -161,9 +170,10 @@ def main(flags: Any) -> None:
     )
 
 
+def main() -> None:
+    """The command line."""
+    runner.command(compile_all, Options, __doc__ or "", EXAMPLE)
+
+
 if __name__ == "__main__":
-    parser = runner.parser(
-        __doc__ or "", "python benchmarks/compile_matrix.py > docs/compile_matrix.md"
-    )
-    parser.add_argument("--log", default="compile_matrix.jsonl", help="what is done already")
-    runner.run(main, parser.parse_args())
+    main()

@@ -1,4 +1,4 @@
-"""All that a GPU should be asked, in one call: bandwidth, decoding, prefill, training.
+"""Measures a GPU in a single call: copy bandwidth, decoding steps, prefill, training steps.
 
     python benchmarks/gpu.py --output gpu.json
     python benchmarks/gpu.py --output gpu.json --parts steps --shapes llama2-13b
@@ -9,8 +9,8 @@ limit costs the rest only. What fails, say for lack of memory, is written with i
 tried again by the next call.
 """
 
-import argparse
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,18 +21,24 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from medusa_jax.bench.report import BANDWIDTH, NO_ACCEPTANCE, spread_cell, steps_table, table
+from medusa_jax.bench.report import BANDWIDTH, NO_ACCEPTANCE, steps_table
 from medusa_jax.bench.summary import about, copy_bandwidth, spread
-from medusa_jax.bench.synthetic import time_prefill, time_steps
+from medusa_jax.bench.synthetic import random_model
+from medusa_jax.bench.timing import time_prefill, time_steps
 from medusa_jax.checkpoints.tensors import read_json, write_json
-from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.cli import runner
+from medusa_jax.cli.output import check_output
 from medusa_jax.data.encoding import Encoded
 from medusa_jax.data.loader import global_arrays
 from medusa_jax.data.packing import Rows
 from medusa_jax.distributed.aot import Memory
+from medusa_jax.drafting.drafter import Params
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
+from medusa_jax.options import option
+from medusa_jax.reports import spread_cell, table
 from medusa_jax.training import settings
 from medusa_jax.training.mesh import BATCH, make_mesh
 from medusa_jax.training.setup import assemble
@@ -43,95 +49,106 @@ SIZES = (1, 8, 16, 32, 64)
 Parts = Iterator[tuple[str, Callable[[], Any]]]
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags."""
-    parser = runner.parser(__doc__ or "", "python benchmarks/gpu.py --output gpu.json")
-    add = parser.add_argument
-    add("--output", required=True, metavar="FILE", help="JSON, written part by part")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    add("--shapes", nargs="+", choices=PRESETS, default=("llama2-7b", "llama2-13b"))
-    add("--train_shape", choices=PRESETS, default="llama2-7b")
-    add("--batch_sizes", type=int, nargs="+", default=(1, 4, 16), help="of decoding")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--prompt_tokens", type=int, default=512, help="of the prefill")
-    add("--new_tokens", type=int, default=32, help="of one timing of steps")
-    add("--train_rows", type=int, default=4, help="rows of one training step")
-    add("--train_tokens", type=int, default=2048, help="tokens of a row")
-    add("--repeats", type=int, default=3)
-    return parser.parse_args(arguments)
+EXAMPLE = "python benchmarks/gpu.py --output gpu.json"
 
 
-def main(flags: argparse.Namespace) -> None:
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """What to measure, and on which shapes."""
+
+    output: str = option(metavar="FILE", help="JSON, written part by part")
+    parts: list[str] = option(list(PARTS), nargs="+", choices=PARTS, help="what to measure")
+    shapes: list[str] = option(["llama2-7b", "llama2-13b"], nargs="+", help=", ".join(PRESETS))
+    train_shape: str = option("llama2-7b", help="of the training step")
+    batch_sizes: list[int] = option([1, 4, 16], least=1, nargs="+", help="of decoding")
+    dtype: str = option("bfloat16", choices=("float32", "bfloat16"), help="of all parameters")
+    prompt_tokens: int = option(512, least=1, help="of the prefill")
+    new_tokens: int = option(32, least=1, help="steps of a timing")
+    train_rows: int = option(4, least=1, help="rows of a training step")
+    train_tokens: int = option(2048, least=1, help="tokens of a row")
+    repeats: int = option(3, least=1, help="times that each part is timed")
+
+
+def measure(options: Options) -> None:
     """Measures what is not in the file yet, writes it, and prints it as Markdown."""
-    decoding_flags.check_output(flags.output)
-    file = Path(flags.output)
+    check_output(options.output)
+    if unknown := {*options.shapes, options.train_shape} - PRESETS.keys():
+        raise InputError(f"unknown shapes {sorted(unknown)}; expected {', '.join(PRESETS)}")
+    file = Path(options.output)
     report = read_json(file) if file.is_file() else {}
     if "copy_bandwidth" not in report:
-        report = about() | {"dtype": flags.dtype, "copy_bandwidth": copy_bandwidth(), "parts": {}}
-    if report["dtype"] != flags.dtype:
+        report = about() | {"dtype": options.dtype, "copy_bandwidth": copy_bandwidth(), "parts": {}}
+    if report["dtype"] != options.dtype:
         raise InputError(f"{file} holds measurements in {report['dtype']}; give another --output")
-    found = report["parts"]
-    for name, measure in measurements(flags, report["copy_bandwidth"]):
-        if name in found and "error" not in found[name]:
+    done = report["parts"]
+    for name, part in parts(options, report["copy_bandwidth"]):
+        if name in done and "error" not in done[name]:
             continue
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
-            found[name] = {"rows": measure()}
+            done[name] = {"rows": part()}
         except jax.errors.JaxRuntimeError as error:
-            found[name] = {"error": str(error).strip().splitlines()[0]}
-        found[name]["seconds"] = time.perf_counter() - begun
+            done[name] = {"error": str(error).strip().splitlines()[0]}
+        done[name]["seconds"] = time.perf_counter() - start
         write_json(file, report)
-        print(f"{name}: {found[name]['seconds']:.0f} s", file=sys.stderr, flush=True)
+        print(f"{name}: {done[name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(markdown(report))
 
 
-def measurements(flags: argparse.Namespace, bandwidth: float) -> Parts:
-    """Names and what measures them. Training is first, the smaller one before the larger.
+def parts(options: Options, bandwidth: float) -> Parts:
+    """Names and what measures them. Training is first, the smaller mode before the larger.
 
     The device's peak counts from the start of the process, so a smaller part would not be seen
-    behind a larger one.
+    behind a larger part.
     """
-    if "train" in flags.parts:
+    if "train" in options.parts:
         for mode in ("medusa1", "medusa2"):
-            yield (
-                f"train {mode} {flags.train_shape}",
-                lambda mode=mode: [time_training(flags, mode)],
-            )
-    for shape in flags.shapes:
-        config = PRESETS[shape]
-        heads = HeadsConfig(4, 1, config.hidden_size, config.vocab_size)
-        model = (config, heads, flags.dtype)
-        if "prefill" in flags.parts:
-            yield (
-                f"prefill {shape}",
-                lambda model=model: time_prefill(
-                    *model,
-                    prompt_tokens=flags.prompt_tokens,
-                    batch_sizes=flags.batch_sizes,
-                    repeats=flags.repeats,
-                ),
-            )
-        for batch in flags.batch_sizes if "steps" in flags.parts else ():
-            yield (
-                f"steps {shape}, batch {batch}",
-                lambda model=model, batch=batch: time_steps(
-                    *model,
-                    sizes=SIZES,
-                    batch_sizes=(batch,),
-                    new_tokens=flags.new_tokens,
-                    repeats=flags.repeats,
-                    copy_bandwidth=bandwidth,
-                ),
-            )
+            train = functools.partial(time_training, options, mode)
+            yield f"train {mode} {options.train_shape}", lambda train=train: [train()]
+    for shape in options.shapes:
+        if "prefill" in options.parts:
+            yield f"prefill {shape}", functools.partial(prefill_rows, options, shape)
+        for batch in options.batch_sizes if "steps" in options.parts else ():
+            steps = functools.partial(step_rows, options, shape, batch, bandwidth)
+            yield f"steps {shape}, batch {batch}", steps
 
 
-def time_training(flags: argparse.Namespace, mode: str) -> dict[str, Any]:
+def random_parts(options: Options, shape: str) -> tuple[ModelConfig, HeadsConfig, Params]:
+    """A backbone of random weights with four random heads."""
+    config = PRESETS[shape]
+    heads = HeadsConfig(4, 1, config.hidden_size, config.vocab_size)
+    return config, heads, random_model(config, heads, options.dtype)
+
+
+def prefill_rows(options: Options, shape: str) -> list[dict[str, Any]]:
+    """The time of a prefill for each batch size."""
+    return time_prefill(
+        *random_parts(options, shape),
+        prompt_tokens=options.prompt_tokens,
+        batch_sizes=options.batch_sizes,
+        repeats=options.repeats,
+    )
+
+
+def step_rows(options: Options, shape: str, batch: int, bandwidth: float) -> list[dict[str, Any]]:
+    """The time of a step for each size of a tree."""
+    return time_steps(
+        *random_parts(options, shape),
+        sizes=SIZES,
+        batch_sizes=(batch,),
+        steps=options.new_tokens,
+        repeats=options.repeats,
+        copy_bandwidth=bandwidth,
+    )
+
+
+def time_training(options: Options, mode: str) -> dict[str, Any]:
     """Steps on random tokens: ms, tokens/s, and bytes by the compiler and by the device."""
     config = settings.Config(
         mode=mode,
-        model=settings.Backbone(shape=flags.train_shape, random=True, dtype=flags.dtype),
-        data=settings.Data(sequence_length=flags.train_tokens),
-        optim=settings.Optim(batch_size=flags.train_rows, warmup_steps=0),
+        model=settings.Backbone(shape=options.train_shape, random=True, dtype=options.dtype),
+        data=settings.Data(sequence_length=options.train_tokens),
+        optim=settings.Optim(batch_size=options.train_rows, warmup_steps=0),
         mesh=settings.Mesh(fsdp=1),
     )
     settings.check(config)
@@ -139,22 +156,22 @@ def time_training(flags: argparse.Namespace, mode: str) -> dict[str, Any]:
     weights = load(config, mesh)
     state, program = assemble(config, weights, mesh, steps=100)
     ids = np.random.default_rng(0).integers(
-        0, weights.model.vocab_size, (flags.train_rows, flags.train_tokens), np.int32
+        0, weights.model.vocab_size, (options.train_rows, options.train_tokens), np.int32
     )
     pieces = [Encoded(row, np.ones(len(row), bool), "") for row in ids]
-    rows = Rows(pieces, [[row] for row in range(len(pieces))], flags.train_tokens)
-    batch = global_arrays(rows, np.arange(flags.train_rows)[None], NamedSharding(mesh, BATCH))
+    rows = Rows(pieces, [[row] for row in range(len(pieces))], options.train_tokens)
+    batch = global_arrays(rows, np.arange(options.train_rows)[None], NamedSharding(mesh, BATCH))
     compiled = program.step.lower(state, weights.frozen, batch).compile()
     times = []
-    for _ in range(flags.repeats + 1):
+    for _ in range(options.repeats + 1):
         start = time.perf_counter()
         state, result = jax.block_until_ready(compiled(state, weights.frozen, batch))
         times.append(time.perf_counter() - start)
     assert np.isfinite(float(result.grad_norm))
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
-        "rows": flags.train_rows,
-        "tokens": flags.train_tokens,
+        "rows": options.train_rows,
+        "tokens": options.train_tokens,
         "step_ms": spread([1e3 * one for one in times[1:]]),
         "tokens_per_second": spread([ids.size / one for one in times[1:]]),
         "compiled_bytes": dataclasses.asdict(Memory.of(compiled)),
@@ -205,5 +222,10 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def main() -> None:
+    """The command line."""
+    runner.command(measure, Options, __doc__ or "", EXAMPLE)
+
+
 if __name__ == "__main__":
-    runner.run(main, parse())
+    main()

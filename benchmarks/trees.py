@@ -10,35 +10,53 @@ turns decoding the prompts; cuts that are the same tree are one. Printed are the
 was measured, and, of each repeat, how much faster the tuned tree was than each other.
 """
 
-import argparse
 import dataclasses
 import statistics
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from medusa_jax import tune
-from medusa_jax.bench.report import spread_cell, table
 from medusa_jax.bench.summary import spread
-from medusa_jax.cli import decoding_flags, runner
+from medusa_jax.cli import runner
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree, published_names
 from medusa_jax.errors import InputError
+from medusa_jax.options import option
+from medusa_jax.progress import progress
+from medusa_jax.reports import spread_cell, table
 from medusa_jax.serving import tree_store
-from medusa_jax.tuning import head_ranks
+from medusa_jax.serving.engine import Job
+from medusa_jax.serving.generator import Generator, load_generator
+from medusa_jax.serving.options import DecodingOptions, dynamic_tree
+from medusa_jax.tuning import tree_search
+from medusa_jax.tuning.head_ranks import Ranks
+from medusa_jax.tuning.timing import PLAIN
+from medusa_jax.tuning.tuner import TuneOptions, rank_texts, read_prompts, write_texts
+
+EXAMPLE = "python benchmarks/trees.py --prompts held_out.jsonl"
+Trees = dict[str, Tree | DynamicTree]
 
 
-def candidates(
-    ranks: list[head_ranks.Ranks], heads: int, seconds: dict[int, float]
-) -> dict[str, Tree]:
+@dataclasses.dataclass(kw_only=True)
+class Options(DecodingOptions):
+    """What to decode, and how often."""
+
+    prompts: list[str] | None = option(None, action="append", metavar="FILE", help="JSON Lines, "
+        "first turns (default: those that ship with the project)")  # fmt: skip
+    max_prompts: int = option(200, least=1, help="of all files together")
+    max_new_tokens: int | None = option(128, least=1, help="of each text")
+    repeats: int = option(3, least=1, help="rounds in which the trees take turns")
+
+
+def candidates(ranks: list[Ranks], heads: int, seconds: dict[int, float]) -> dict[str, Tree]:
     """The two fastest cuts of every published tree by replayed length and time of their size."""
     sizes, times = zip(*sorted(seconds.items()), strict=True)
     named: dict[Tree, list[str]] = {}
-    for name in tqdm(published_names(), desc="replay", unit=" trees"):
+    for name in progress(published_names(), label="replay", unit="trees"):
         whole = Tree.published(name).limit_depth(heads)
         cuts = map(whole.cut, range(2, min(whole.size, max(sizes)) + 1))
         speeds = {
-            tree: head_ranks.mean_accepted_length(ranks, tree)
+            tree: tree_search.mean_accepted_length(ranks, tree)
             / float(np.interp(tree.size, sizes, times))
             for tree in cuts
         }
@@ -47,57 +65,76 @@ def candidates(
     return {f"{', '.join(names)} cut to {tree.size}": tree for tree, names in named.items()}
 
 
-def main(flags: argparse.Namespace) -> None:
-    """Replays, times and prints."""
-    scheme = decoding_flags.acceptance(flags)
-    answerer = decoding_flags.build(flags, scheme, max_new_tokens=flags.max_new_tokens)
-    heads = answerer.model.heads.num_heads
-    path = tree_store.cache_file(answerer.model, decoding_flags.dtype(flags))
-    found = [
-        one for one in tree_store.read(path) if one["acceptance"] == tree_store.describe(scheme)
-    ]
-    if not found:
-        raise InputError(f"nothing was tuned for this model, device and acceptance ({path})")
-    seconds = {
-        row["nodes"]: row["step_seconds"] for row in found[0]["table"] if row["tree"].isdigit()
-    }
-    best = tree_store.tree_of(found[0])
-    prompts = tune.read_prompts(flags, answerer)
-    ranks = tune.rank_texts(answerer, tune.write_texts(answerer, prompts))
-    trees: dict[str, Tree | DynamicTree] = {"plain": Tree()}
-    if best.size > 1:
-        trees[f"grown, {best.size}"] = decoding_flags.grown(answerer.model, best.size)
-    trees = {name: tree for name, tree in trees.items() if tree != best} | {"tuned": best}
-    trees |= candidates(ranks, heads, seconds)
-    trees["mc_sim_7b_63"] = Tree.published("mc_sim_7b_63").limit_depth(heads)
+def tuning_of(generator: Generator) -> dict[str, Any]:
+    """What `medusa_jax.tune` found for this model, device and acceptance.
 
-    timed = {name: answerer.with_tree(tree, stops=False) for name, tree in trees.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in trees}
+    Raises:
+      InputError: nothing was tuned.
+    """
+    path = tree_store.cache_file(generator.model, generator.options.precision)
+    scheme = tree_store.describe(generator.acceptance)
+    for tuning in tree_store.read(path):
+        if (tuning["acceptance"], tuning["batch_size"]) == (scheme, 1):
+            return tuning
+    raise InputError(f"nothing was tuned for this model, device and acceptance ({path})")
+
+
+def all_trees(generator: Generator, tuning: dict[str, Any], prompts: list[list[int]]) -> Trees:
+    """The trees that take turns, by name."""
+    heads = generator.model.heads.num_heads
+    seconds = {
+        row["nodes"]: row["step_seconds"] for row in tuning["table"] if row["tree"].isdigit()
+    }
+    best = tree_store.tree_of(tuning)
+    trees: Trees = {"plain": Tree()}
+    if best.size > 1:
+        trees[f"grown, {best.size}"] = dynamic_tree(generator.model, best.size)
+    trees = {name: tree for name, tree in trees.items() if tree != best} | {"tuned": best}
+    trees |= candidates(rank_texts(generator, write_texts(generator, prompts)), heads, seconds)
+    return trees | {"mc_sim_7b_63": Tree.published("mc_sim_7b_63").limit_depth(heads)}
+
+
+def time_texts(
+    timed: dict[str, Generator], prompts: list[list[int]], options: Options
+) -> dict[str, list[float]]:
+    """Tokens per second of each tree in each repeat; prompt by prompt, in a random order."""
+    speeds: dict[str, list[float]] = {name: [] for name in timed}
     order = np.random.default_rng(0)
-    for _ in range(flags.repeats):
-        before = {name: dataclasses.replace(one.figures) for name, one in timed.items()}
-        for number, prompt in enumerate(tqdm(prompts, desc="decode", unit=" prompts")):
-            for name in order.permutation(list(trees)):
-                timed[name].run([prompt], [(number, 0)])
+    for _ in range(options.repeats):
+        before = {name: dataclasses.replace(one.stats) for name, one in timed.items()}
+        for number, prompt in enumerate(progress(prompts, label="decode", unit="prompts")):
+            job = Job(prompt, options.max_new_tokens or 1, (number, 0))
+            for name in order.permutation(list(timed)):
+                timed[name].engine.run([job])
         for name, one in timed.items():
-            speeds[name].append((one.figures - before[name]).tokens_per_second)
+            speeds[name].append((one.stats - before[name]).tokens_per_second)
+    return speeds
+
+
+def compare(options: Options) -> None:
+    """Replays, times and prints."""
+    generator = load_generator(options)
+    tuning = tuning_of(generator)
+    calibration = TuneOptions(prompts=options.prompts, max_prompts=options.max_prompts)
+    prompts = read_prompts(calibration, generator)
+    trees = all_trees(generator, tuning, prompts)
+    timed = {name: generator.with_tree(tree, ignore_eos=True) for name, tree in trees.items()}
+    speeds = time_texts(timed, prompts, options)
     head = ["tree", "tokens", "mean accepted length", "tokens/s (min to max)", "tuned over it"]
-    cells = []
-    for name in sorted(trees, key=lambda name: -statistics.median(speeds[name])):
-        ratios = np.divide(speeds["tuned"], speeds[name]).tolist()
-        cells.append(
-            [
-                name,
-                str(trees[name].size),
-                f"{timed[name].figures.mean_accepted_length:.2f}",
-                spread_cell(spread(speeds[name]), "{:.0f}"),
-                spread_cell(spread(ratios), "{:.3f}"),
-            ]
-        )
+    cells = [
+        [
+            name,
+            str(trees[name].size),
+            f"{timed[name].stats.mean_accepted_length:.2f}",
+            spread_cell(spread(speeds[name]), "{:.0f}"),
+            spread_cell(spread(np.divide(speeds["tuned"], speeds[name]).tolist()), "{:.3f}"),
+        ]
+        for name in sorted(trees, key=lambda name: -statistics.median(speeds[name]))
+    ]
     print(table(head, cells))
-    predicted = {row["tree"]: row["tokens_per_second"] for row in found[0]["table"]}
-    chosen = found[0]["best"]["tokens_per_second"]
-    ratio = chosen / predicted[tune.PLAIN]
+    predicted = {row["tree"]: row["tokens_per_second"] for row in tuning["table"]}
+    chosen = tuning["best"]["tokens_per_second"]
+    ratio = chosen / predicted[PLAIN]
     now = ratio * statistics.median(speeds["plain"])
     print(
         f"\ntuned tree, predicted: {chosen:.0f} tokens/s, {ratio:.3f} times plain decoding: "
@@ -105,11 +142,10 @@ def main(flags: argparse.Namespace) -> None:
     )
 
 
+def main() -> None:
+    """The command line."""
+    runner.command(compare, Options, __doc__ or "", EXAMPLE)
+
+
 if __name__ == "__main__":
-    parser = runner.parser(__doc__ or "", "python benchmarks/trees.py --prompts held_out.jsonl")
-    decoding_flags.add_flags(parser)
-    parser.add_argument("--prompts", action="append", metavar="FILE")
-    parser.add_argument("--max_prompts", type=int, default=200)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
-    runner.run(main, parser.parse_args())
+    main()

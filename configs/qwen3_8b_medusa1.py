@@ -2,35 +2,14 @@
 
     python train.py --config configs/qwen3_8b_medusa1.py --workdir runs/qwen3_8b_medusa1
 
-Purpose: Medusa-1, heads alone on the frozen backbone.
-The vocabulary of 151,936 words makes heads of their own projections large, so these share the
-lm_head (the original's version "2").
-Recipe: ours, after the paper's Medusa-1: rate, batch and length as for Vicuna-7B.
+Purpose and recipe: those of `llama3_8b_medusa1`, for a vocabulary of 151,936 words.
 Hardware: see docs/compile_matrix.md; fits v5e:4x4.
 """
 
-from medusa_jax.training.settings import Backbone, Config, Data, Heads, Loss, Mesh, Optim, Run
+import _recipes
+from medusa_jax.training.settings import Config
 
 
 def get_config() -> Config:
     """The run."""
-    return Config(
-        mode="medusa1",
-        model=Backbone(path="Qwen/Qwen3-8B", shape="qwen3-8b"),
-        heads=Heads(number=5, layers=1, shared=True),
-        data=Data(
-            train=("Aeala/ShareGPT_Vicuna_unfiltered",),
-            sequence_length=4096,
-        ),
-        loss=Loss(chunk=256),
-        optim=Optim(
-            learning_rate=5e-4,
-            heads_multiplier=4.0,
-            batch_size=64,
-            accumulation=4,
-            epochs=2,
-            warmup_steps=40,
-        ),
-        mesh=Mesh(fsdp=-1),
-        run=Run(save_every=100, eval_every=100),
-    )
+    return _recipes.shared_medusa1("Qwen/Qwen3-8B", shape="qwen3-8b")

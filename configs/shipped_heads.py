@@ -21,36 +21,16 @@ quarter of the lm_head to read for the heads, with 98% of what is said in it.
 Hardware: 2 CPU cores and 4 GB.
 """
 
-from medusa_jax.training.settings import Backbone, Config, Data, Heads, Loss, Mesh, Optim, Run
-
-DATA = "data/shipped"
+import _recipes
+from medusa_jax.training.settings import Config
 
 
 def get_config() -> Config:
     """The run."""
-    return Config(
-        mode="medusa1",
-        model=Backbone(path="runs/shipped_medusa2/model", dtype="float32", remat=False),
-        heads=Heads(number=4, layers=2, shared=True, path="runs/shipped_medusa2"),
-        data=Data(
-            train=tuple(
-                f"{DATA}/own_{kind}.jsonl"
-                for kind in ("greedy0", "greedy1", "greedy2", "tales", "dialogues")
-            ),
-            eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
-            eval_rows=64,
-            sequence_length=512,
-        ),
-        loss=Loss(chunk=0),
-        optim=Optim(
-            learning_rate=3e-4,
-            heads_multiplier=4.0,
-            batch_size=4,
-            accumulation=4,
-            epochs=5,
-            warmup_steps=40,
-            beta2=0.99,
-        ),
-        mesh=Mesh(fsdp=1),
-        run=Run(log_every=20, eval_every=0, save_every=200),
+    kinds = ("greedy0", "greedy1", "greedy2", "tales", "dialogues")
+    config = _recipes.shipped(
+        "runs/shipped_medusa2/model", train=tuple(f"own_{kind}.jsonl" for kind in kinds)
     )
+    config.heads.path = "runs/shipped_medusa2"
+    config.optim.learning_rate, config.optim.epochs = 3e-4, 5
+    return config

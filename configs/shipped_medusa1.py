@@ -17,33 +17,10 @@ the time of a step.
 Hardware: 2 CPU cores and 4 GB.
 """
 
-from medusa_jax.training.settings import Backbone, Config, Data, Heads, Loss, Mesh, Optim, Run
-
-DATA = "data/shipped"
+import _recipes
+from medusa_jax.training.settings import Config
 
 
 def get_config() -> Config:
     """The run."""
-    return Config(
-        mode="medusa1",
-        model=Backbone(path="runs/shipped_pretrain/model", dtype="float32", remat=False),
-        heads=Heads(number=4, layers=2, shared=True),
-        data=Data(
-            train=tuple(f"{DATA}/own_{kind}.jsonl" for kind in ("greedy", "tales", "dialogues")),
-            eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
-            eval_rows=64,
-            sequence_length=512,
-        ),
-        loss=Loss(chunk=0),
-        optim=Optim(
-            learning_rate=5e-4,
-            heads_multiplier=4.0,
-            batch_size=4,
-            accumulation=4,
-            epochs=1,
-            warmup_steps=40,
-            beta2=0.99,
-        ),
-        mesh=Mesh(fsdp=1),
-        run=Run(log_every=20, eval_every=0, save_every=200),
-    )
+    return _recipes.shipped("runs/shipped_pretrain/model", train=_recipes.OWN)

@@ -8,51 +8,18 @@ knew, on some of those it learnt from; the heads learn 20 times as fast.
 Hardware: 2 CPU cores and 4 GB.
 """
 
-from medusa_jax.training.settings import (
-    Backbone,
-    Config,
-    Data,
-    Heads,
-    Lora,
-    Loss,
-    Mesh,
-    Optim,
-    Run,
-)
-
-DATA = "data/shipped"
-STORIES = f"{DATA}/stories.txt"
+import _recipes
+from medusa_jax.training.settings import Config, Lora, Loss
 
 
 def get_config() -> Config:
     """The run."""
-    return Config(
-        mode="medusa2",
-        model=Backbone(path="runs/shipped_pretrain/model", dtype="float32", remat=False),
-        heads=Heads(number=4, layers=2, shared=True, path="runs/shipped_medusa1"),
-        lora=Lora(rank=0),
-        data=Data(
-            # Its own texts, and stories that it learnt from.
-            train=(
-                *(f"{DATA}/own_{kind}.jsonl" for kind in ("greedy", "tales", "dialogues")),
-                STORIES,
-            ),
-            eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
-            eval_rows=64,
-            end="</s>",
-            max_documents=2500,
-            sequence_length=512,
-        ),
-        loss=Loss(heads_weight=0.03, distill=True, chunk=0),
-        optim=Optim(
-            learning_rate=1e-4,
-            heads_multiplier=20.0,
-            batch_size=4,
-            accumulation=4,
-            epochs=1,
-            warmup_steps=40,
-            beta2=0.99,
-        ),
-        mesh=Mesh(fsdp=1),
-        run=Run(log_every=20, eval_every=0, save_every=200, export_dtype="bfloat16"),
-    )
+    texts = (*_recipes.OWN, "stories.txt")  # its own, and stories that it learned from
+    config = _recipes.shipped("runs/shipped_pretrain/model", train=texts)
+    config.mode, config.lora = "medusa2", Lora(rank=0)
+    config.heads.path = "runs/shipped_medusa1"
+    config.data.end, config.data.max_documents = "</s>", 2500
+    config.loss = Loss(heads_weight=0.03, distill=True, chunk=0)
+    config.optim.learning_rate, config.optim.heads_multiplier = 1e-4, 20.0
+    config.run.export_dtype = "bfloat16"
+    return config

@@ -9,33 +9,25 @@ Muon for the matrices: about 1,000 steps is all there is time for.
 Hardware: 2 CPU cores and 4 GB. Data: TinyStories and schema-guided dialogues.
 """
 
-from medusa_jax.training.settings import Backbone, Config, Data, Loss, Mesh, Optim, Run
-
-DATA = "data/shipped"
+import _recipes
+from medusa_jax.training.settings import Config, Heads, Optim, Run
 
 
 def get_config() -> Config:
     """The run."""
-    return Config(
-        mode="pretrain",
-        model=Backbone(path=f"{DATA}/base", random=True, dtype="float32", remat=False),
-        data=Data(
-            train=(f"{DATA}/stories.txt", f"{DATA}/tales.jsonl", f"{DATA}/dialogues.jsonl"),
-            eval=(f"{DATA}/valid_tales.jsonl", f"{DATA}/valid_dialogues.jsonl"),
-            end="</s>",
-            sequence_length=512,
-        ),
-        loss=Loss(chunk=0),
-        optim=Optim(
-            kind="muon",
-            learning_rate=3e-3,
-            batch_size=8,
-            accumulation=8,  # what a piece needs stays in the CPU's cache
-            epochs=1,
-            warmup_steps=50,
-            beta2=0.95,
-            weight_decay=0.1,
-        ),
-        mesh=Mesh(fsdp=1),
-        run=Run(log_every=10, eval_every=200, save_every=200),
+    texts = ("stories.txt", "tales.jsonl", "dialogues.jsonl")
+    config = _recipes.shipped(f"{_recipes.SHIPPED_DATA}/base", train=texts)
+    config.mode, config.model.random, config.heads = "pretrain", True, Heads()
+    config.data.end, config.data.eval_rows = "</s>", 256
+    config.optim = Optim(
+        kind="muon",
+        learning_rate=3e-3,
+        batch_size=8,
+        accumulation=8,  # what a piece needs stays in the CPU's cache
+        epochs=1,
+        warmup_steps=50,
+        beta2=0.95,
+        weight_decay=0.1,
     )
+    config.run = Run(log_every=10, eval_every=200, save_every=200)
+    return config

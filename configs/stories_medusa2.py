@@ -24,46 +24,16 @@ have heads that know what it says, learn from its own stories, with KL to what i
 Hardware: 2 CPU cores and 2 GB.
 """
 
-from medusa_jax.training.settings import (
-    Backbone,
-    Config,
-    Data,
-    Heads,
-    Lora,
-    Loss,
-    Mesh,
-    Optim,
-    Run,
-)
-
-SHARED = "../shared"
-TEXTS = ("tinystories_val", "tinystories_a", "tinystories_b")
+import _recipes
+from medusa_jax.training.settings import Config, Lora
 
 
 def get_config() -> Config:
     """The run."""
-    return Config(
-        mode="medusa2",
-        model=Backbone(path=f"{SHARED}/models/stories260K", dtype="float32"),
-        heads=Heads(number=5, layers=1, path="runs/stories_medusa1"),
-        lora=Lora(rank=0),
-        data=Data(
-            train=tuple(f"{SHARED}/text/{name}.txt" for name in TEXTS),
-            eval=(f"{SHARED}/text/tinystories_test.txt",),
-            eval_rows=128,
-            end="<s>",
-            sequence_length=256,
-        ),
-        loss=Loss(heads_weight=0.2, ramp="constant", chunk=0),
-        optim=Optim(
-            learning_rate=5e-4,
-            heads_multiplier=4.0,
-            batch_size=16,
-            accumulation=4,  # what a piece needs stays in the CPU's cache
-            epochs=1.5,
-            warmup_steps=40,
-            beta2=0.99,
-        ),
-        mesh=Mesh(fsdp=1),
-        run=Run(log_every=20, eval_every=500, save_every=500),
-    )
+    config = _recipes.stories()
+    config.mode, config.lora, config.model.remat = "medusa2", Lora(rank=0), True
+    config.heads.path = "runs/stories_medusa1"
+    config.loss.heads_weight = 0.2
+    config.optim.accumulation = 4  # what a piece needs stays in the CPU's cache
+    config.optim.epochs = 1.5
+    return config

@@ -9,8 +9,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.hub import resolve, shipped
 from medusa_jax.cli import runner
@@ -19,6 +17,7 @@ from medusa_jax.data.encoding import encode
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
+from medusa_jax.progress import progress
 from medusa_jax.tuning import bigram_counts
 
 EXAMPLE = "python -m medusa_jax.count_bigrams --model DIR --data answers.jsonl --output HEADS_DIR"
@@ -51,7 +50,7 @@ def run(options: Options) -> None:
         raise InputError(f"--output {directory} is no directory; expected that of the heads")
     text = ChatTokenizer(resolve(options.model or shipped()), template=options.chat_template)
     corpus = Corpus(options.data, on_bad=options.on_bad)
-    encoded = tqdm(encode(corpus, text), desc="texts", unit=" texts")
+    encoded = progress(encode(corpus, text), label="texts", unit="texts")
     texts = [(document.ids, document.learnt) for document in encoded]
     tokens, scores = bigram_counts.count(texts, options.tokens)
     path = bigram_file.save(directory, tokens, scores)

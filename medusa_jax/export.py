@@ -1,13 +1,9 @@
 """Writes the weights of a training run's checkpoint in the original's formats.
 
-    python -m medusa_jax.export --workdir runs/vicuna7b_medusa1 --step 400 --output exported
-
 A run writes its last weights by itself; this is for any checkpoint it still has.
 """
 
-import argparse
-import sys
-from pathlib import Path
+import dataclasses
 
 import jax
 
@@ -15,44 +11,45 @@ from medusa_jax.checkpoints.tensors import read_json
 from medusa_jax.cli import runner
 from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
+from medusa_jax.options import option
 from medusa_jax.training import export, settings
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.mesh import make_mesh
 from medusa_jax.training.optimizer import optimizer
 from medusa_jax.training.setup import starting_state
-from medusa_jax.training.trainer import DATA
 from medusa_jax.training.weights import load
+from medusa_jax.training.workdir import CONFIG, DATA, local_copy, open_workdir
+
+EXAMPLE = "python -m medusa_jax.export --workdir runs/vicuna7b_medusa1 --step 400 --output exported"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The flags."""
-    description, example = (__doc__ or "").split("\n\n")[:2]
-    parser = runner.parser(description, example.strip())
-    add = parser.add_argument
-    add("--workdir", required=True, help="of the run")
-    add("--step", type=int, help="of the checkpoint (default: the newest)")
-    add("--output", help="directory to write under (default: the run's own)")
-    add("--dtype", default="", help="float32, bfloat16 or float16 (default: as the run would)")
-    return parser.parse_args(arguments)
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """The options."""
+
+    workdir: str = option(help="of the run: a directory, or an address such as gs://bucket/run")
+    step: int | None = option(None, help="of the checkpoint (default: the newest)")
+    output: str | None = option(None, help="directory to write under (default: the run's own)")
+    dtype: str = option("", help="float32, bfloat16 or float16 (default: as the run would)")
 
 
-def main(flags: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Restores the checkpoint and writes it."""
-    workdir = Path(flags.workdir)
-    config = settings.from_dict(read_json(workdir / "config.json"))
-    config.run.export_dtype = flags.dtype or config.run.export_dtype
+    workdir = open_workdir(options.workdir)
+    config = settings.from_dict(read_json(workdir / CONFIG))
+    config.run.export_dtype = options.dtype or config.run.export_dtype
     settings.check(config)
     start_processes()
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest if flags.step is None else flags.step
+    step = checkpoints.latest if options.step is None else options.step
     if step is None:
         raise InputError(f"{workdir} has no checkpoint")
     if step not in checkpoints.steps:
         kept = ", ".join(map(str, checkpoints.steps)) or "none"
         raise InputError(f"{workdir} has no checkpoint of step {step}; it has {kept}")
-    target = Path(flags.output or workdir)
+    target = open_workdir(options.output or workdir)
     made = export.destination(config, target)
-    if flags.output and made.exists():
+    if options.output and made.exists():
         raise InputError(f"{made} exists already; give another --output")
     mesh = make_mesh(settings.Mesh())
     token_map = read_json(workdir / DATA).get("token_map", ())
@@ -60,8 +57,15 @@ def main(flags: argparse.Namespace) -> None:
     state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
     trained = checkpoints.restore(state, step).trainable
     first = jax.process_index() == 0
-    print(export.export(config, weights.with_trained(trained), target, write=first))
+    with local_copy(target, write=first) as directory:
+        export.export(config, weights.with_trained(trained), directory, write=first)
+    print(made)
+
+
+def main() -> None:
+    """The command `medusa-export`."""
+    runner.command(run, Options, __doc__ or "", EXAMPLE)
 
 
 if __name__ == "__main__":
-    runner.run(main, parse(sys.argv[1:]))
+    main()

@@ -47,7 +47,7 @@ def check(options: Any, prefix: str = "--") -> None:
         value, about = getattr(options, field.name), field.metadata
         least, most, choices = (about.get(key) for key in ("least", "most", "choices"))
         for item in value if isinstance(value, list | tuple) else [value]:
-            if choices and item not in (None, "") and item not in choices:
+            if choices and item not in (None, field.default, *choices):
                 raise InputError(
                     f"{prefix}{field.name} is {item!r}; expected {', '.join(map(str, choices))}"
                 )

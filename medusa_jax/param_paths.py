@@ -9,34 +9,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by path."""
-    leaves = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= flat(value, f"{prefix}{key}/")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by path. Whatever is not a dict is a leaf, other pytrees included."""
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flat`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *keys, last = path.split("/")
-        inner = tree
-        for key in keys:
-            inner = inner.setdefault(key, {})
-        inner[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dicts with different leaves as one."""
-    return nested(flat(one) | flat(other))
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts with different leaves, merged."""
+    return nested(flat(first) | flat(second))
 
 
 def map_with_path(

@@ -1,7 +1,5 @@
 """What the training of the shipped model starts from: its tokenizer, its shape and its data.
 
-    python recipes/shipped_model.py --text ../shared/text --chat ../shared/chat
-
 Writes, from the TinyStories texts and the schema-guided dialogues named below,
 
     base/           tokenizer with its chat template, and config.json
@@ -17,7 +15,7 @@ stories begin alike, and heads know by heart what comes after "Once upon a time"
 All choices are drawn from one seed.
 """
 
-import argparse
+import dataclasses
 import json
 import random
 import re
@@ -31,6 +29,9 @@ from transformers import PreTrainedTokenizerFast
 from medusa_jax.checkpoints.tensors import write_json
 from medusa_jax.cli import runner
 from medusa_jax.data.corpus import Corpus
+from medusa_jax.options import option
+
+EXAMPLE = "python recipes/shipped_model.py --text ../shared/text --chat ../shared/chat"
 
 END = "<|endoftext|>"
 NEXT = r"(?<!\n)\n(?!\n)"  # paragraphs have an empty line between them, stories none
@@ -138,22 +139,35 @@ def write_lines(path: Path, records: Iterable[Any]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def main(flags: argparse.Namespace) -> None:
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """The options."""
+
+    text: str = option(help="directory of the TinyStories files")
+    chat: str = option(help="directory of sgd_sharegpt.json.gz")
+    output: str = option("data/shipped", help="directory to write")
+    vocab_size: int = option(4096, least=300, help="of the tokenizer")
+    dialogues: int = option(5000, least=0, help="how many to learn from")
+    seed: int = option(0, help="of all choices")
+
+
+def run(options: Options) -> None:
     """Writes everything to the output directory."""
-    rng, out = random.Random(flags.seed), Path(flags.output)
+    rng, out = random.Random(options.seed), Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
     texts = {
-        name: list(stories(Path(flags.text) / name, separator)) for name, separator in TEXTS.items()
+        name: list(stories(Path(options.text) / name, separator))
+        for name, separator in TEXTS.items()
     }
     last = texts["tinystories_test.txt"]
     texts["tinystories_test.txt"], held = last[: -2 * HELD_OUT], last[-2 * HELD_OUT :]
     known = set(held)
     train = [one for some in texts.values() for one in dict.fromkeys(some) if one not in known]
-    talks = list(dialogues(Path(flags.chat) / "sgd_sharegpt.json.gz"))
+    talks = list(dialogues(Path(options.chat) / "sgd_sharegpt.json.gz"))
     rng.shuffle(talks)
-    held_talks, talks = talks[: 2 * HELD_OUT], talks[2 * HELD_OUT :][: flags.dialogues]
+    held_talks, talks = talks[: 2 * HELD_OUT], talks[2 * HELD_OUT :][: options.dialogues]
     said = ["\n".join(message["content"] for message in talk) for talk in talks]
-    vocabulary = tokenizer(train + said, flags.vocab_size)
+    vocabulary = tokenizer(train + said, options.vocab_size)
     vocabulary.save_pretrained(str(out / "base"))
     write_json(out / "base" / "config.json", SHAPE | {"vocab_size": len(vocabulary)})
 
@@ -175,11 +189,4 @@ def main(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = runner.parser(__doc__ or "", "python recipes/shipped_model.py --text DIR --chat DIR")
-    parser.add_argument("--text", required=True, help="directory of the TinyStories files")
-    parser.add_argument("--chat", required=True, help="directory of sgd_sharegpt.json.gz")
-    parser.add_argument("--output", default="data/shipped")
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--dialogues", type=int, default=5000, help="how many to learn from")
-    parser.add_argument("--seed", type=int, default=0)
-    runner.run(main, parser.parse_args())
+    runner.command(run, Options, __doc__ or "", EXAMPLE)

@@ -14,12 +14,14 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "shapes", "param_paths", "options"}
+BASE = {"errors", "shapes", "param_paths", "options", "progress", "reports"}
 MAY_IMPORT = {
     "errors": set(),
     "shapes": set(),
     "param_paths": set(),
     "options": {"errors"},
+    "progress": set(),
+    "reports": set(),
     "data": BASE,
     "model": BASE,
     "distributed": BASE | {"model"},
@@ -35,11 +37,13 @@ MAY_IMPORT |= {
     "cli": LIBRARY - {"training"},
     "bench": (LIBRARY | {"tuning", "cli"}) - {"training"},
 }
-ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "tune"}
+ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "train", "tune"}
 MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES}
 # Third-party packages and the only folders that may import them.
 WALLS = {
     "datasets": {"data"},
+    "etils": {"training"},
+    "matplotlib": {"reports"},
     "flax": {"model", "drafting", "decoding", "training", "param_paths"},
     "huggingface_hub": {"checkpoints"},
     "ml_collections": {"training"},
@@ -48,6 +52,7 @@ WALLS = {
     "safetensors": {"checkpoints"},
     "tensorboardX": {"training"},
     "torch": {"checkpoints", "bench"},
+    "tqdm": {"progress"},
     "transformers": {"data", "bench"},
 }
 TRAINING = ["optax", "orbax", "datasets", "chex", "torch", "medusa_jax.training"]

@@ -1,8 +1,14 @@
-"""Speed and acceptance: `python -m medusa_jax.bench`.
+"""Benchmarks: `python -m medusa_jax.bench [prompts | steps | memory]`.
 
-runs            what is decoded with which system, and its timing
-peers           Hugging Face beside us
-figures         rates, ratios, acceptance, machine
-report          Markdown and plots
-random_weights  the step of shapes whose weights are not at hand
+prompts    speed and acceptance over prompt sets, beside plain decoding and Hugging Face
+steps      time of a step over the size of its tree
+memory     bytes per device of prefill and steps, by the compiler of a machine that is not here
+
+measure    which prompts are decoded by which system, and the timing of that
+peers      Hugging Face beside us
+timing     the time of steps and of a prefill
+synthetic  random weights of real shapes
+summary    rates, ratios, acceptance, machine
+report     Markdown and plots
+output     the files of a report
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 from medusa_jax.bench.measure import MEDUSA
 from medusa_jax.bench.summary import OVERALL
+from medusa_jax.reports import number_cell, pyplot, spread_cell, table
 
 Row = dict[str, Any]
 Report = dict[str, Any]
@@ -28,8 +29,9 @@ NO_ACCEPTANCE = (
 def markdown(report: Report) -> str:
     """Head, tables and notes."""
     parts = [_head(report)]
-    if report["kind"] == "random_weights":
-        parts += [NO_ACCEPTANCE, *_assumed(report), steps_table(report["rows"]), BANDWIDTH]
+    if report["kind"] != "prompts":
+        notes = [report["note"]] if report["note"] else []
+        parts += [*notes, steps_table(report["rows"]), BANDWIDTH]
     else:
         acceptances = dict.fromkeys(row["acceptance"] for row in report["rows"])
         parts += [part for one in acceptances for part in _acceptance(report, one)]
@@ -42,24 +44,22 @@ def markdown(report: Report) -> str:
 
 
 def plots(report: Report, directory: Path) -> list[str]:
-    """Draws PNG files into the directory; their names."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draws PNG files into the directory; returns their names."""
+    library = pyplot()
+    if library is None:
+        return []
     draw: dict[str, Callable[[Report, Any], bool]]
-    if report["kind"] == "random_weights":
+    if report["kind"] != "prompts":
         draw = {"steps.png": _draw_steps}
     else:
         draw = {"speed.png": _draw_speed, "acceptance.png": _draw_acceptance}
     written = []
     for name, paint in draw.items():
-        figure = pyplot.figure(figsize=(9, 4.5), layout="constrained")
+        figure = library.figure(figsize=(9, 4.5), layout="constrained")
         if paint(report, figure):
             figure.savefig(directory / name, dpi=120)
             written.append(name)
-        pyplot.close(figure)
+        library.close(figure)
     return written
 
 
@@ -93,11 +93,9 @@ def _acceptance(report: Report, acceptance: str) -> list[str]:
             LABELS[row["system"]],
             spread_cell(row["tokens_per_second"], "{:.1f}"),
             spread_cell(row["speedup"], "{:.2f}x"),
-            _number(row.get("mean_accepted_length"), "{:.2f}"),
+            number_cell(row.get("mean_accepted_length"), "{:.2f}"),
             spread_cell(row.get("step_overhead"), "{:.2f}x"),
-            spread_cell(
-                {k: 1e3 * v for k, v in row["time_to_first_token_seconds"].items()}, "{:.1f}"
-            ),
+            spread_cell(row["time_to_first_token_seconds"], "{:.1f}", scale=1e3),
             spread_cell(row.get("bandwidth_share"), "{:.0%}"),
         ]
         for row in rows
@@ -129,25 +127,11 @@ def steps_table(rows: list[Row]) -> str:
             spread_cell(row["step_overhead"], "{:.2f}x"),
             spread_cell(row["bandwidth_share"], "{:.0%}"),
             spread_cell(row.get("bandwidth_share_datasheet"), "{:.0%}"),
-            _number(row.get("tokens_per_second"), "{:.1f}"),
-            _number(row.get("speedup"), "{:.2f}x"),
         ]
         for row in rows
     ]
-    head = [
-        "batch", "tree", "ms a step", "over plain", "of copy bandwidth", "of data sheet",
-        "tokens/s", "speedup",
-    ]  # fmt: skip
+    head = ["batch", "tree", "ms a step", "over plain", "of copy bandwidth", "of data sheet"]
     return table(head, cells)
-
-
-def _assumed(report: Report) -> list[str]:
-    if report["mean_accepted_length"] is None:
-        return []
-    return [
-        f"tokens/s and speedup assume {report['mean_accepted_length']:.2f} tokens a step at every "
-        f"size of tree, measured elsewhere: {report['accepted_length_from']}."
-    ]
 
 
 def _tree(rows: list[Row]) -> str:
@@ -165,31 +149,11 @@ def _rows(report: Report, acceptance: str) -> list[Row]:
     return rows
 
 
-def table(head: list[str], cells: list[list[str]]) -> str:
-    """A Markdown table without the columns that hold nothing."""
-    kept = [i for i in range(len(head)) if any(line[i] != "-" for line in cells)]
-    head, *cells = ([line[i] for i in kept] for line in (head, *cells))
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def spread_cell(values: dict[str, float] | None, form: str) -> str:
-    """Median, least and greatest: "2.5 (2.4 to 2.9)"; nothing is a dash."""
-    if values is None:
-        return "-"
-    low, high = form.format(values["min"]), form.format(values["max"])
-    return f"{form.format(values['median'])} ({low} to {high})"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 # --- plots ------------------------------------------------------------------------------------
 
 
 def _draw_speed(report: Report, figure: Any) -> bool:
-    """tokens/s by category and system, one panel an acceptance."""
+    """tokens/s by category and system, a panel for each acceptance."""
     acceptances = list(dict.fromkeys(row["acceptance"] for row in report["rows"]))
     panels = figure.subplots(1, len(acceptances), sharey=True, squeeze=False)[0]
     for acceptance, axes in zip(acceptances, panels, strict=True):
@@ -199,21 +163,19 @@ def _draw_speed(report: Report, figure: Any) -> bool:
         width = 0.8 / len(systems)
         for place, system in enumerate(systems):
             speeds = {r["category"]: r["tokens_per_second"] for r in rows if r["system"] == system}
-            shown = [speeds[category] for category in categories]
-            middle = [one["median"] for one in shown]
-            low = [one["median"] - one["min"] for one in shown]
-            high = [one["max"] - one["median"] for one in shown]
+            left = (place - (len(systems) - 1) / 2) * width
             axes.bar(
-                [i + (place - (len(systems) - 1) / 2) * width for i in range(len(categories))],
-                middle,
+                [left + i for i in range(len(categories))],
+                [speeds[category]["median"] for category in categories],
                 width,
-                yerr=[low, high],
+                yerr=_error_bars([speeds[category] for category in categories]),
                 label=LABELS[system],
             )
         axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
         axes.set_title(acceptance)
     panels[0].set_ylabel("tokens/s")
-    most = max((axes.get_legend_handles_labels() for axes in panels), key=lambda one: len(one[1]))
+    labels = (axes.get_legend_handles_labels() for axes in panels)
+    most = max(labels, key=lambda handles_and_names: len(handles_and_names[1]))
     figure.legend(*most, loc="outside upper center", ncols=len(most[1]))
     return True
 
@@ -249,14 +211,19 @@ def _draw_steps(report: Report, figure: Any) -> bool:
     axes = figure.subplots()
     for batch in dict.fromkeys(row["batch_size"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["batch_size"] == batch]
-        middle = [row["step_ms"]["median"] for row in rows]
-        low = [row["step_ms"]["median"] - row["step_ms"]["min"] for row in rows]
-        high = [row["step_ms"]["max"] - row["step_ms"]["median"] for row in rows]
-        nodes = [row["nodes"] for row in rows]
-        axes.errorbar(nodes, middle, [low, high], marker="o", label=f"batch {batch}")
+        steps, nodes = [row["step_ms"] for row in rows], [row["nodes"] for row in rows]
+        middle = [step["median"] for step in steps]
+        axes.errorbar(nodes, middle, _error_bars(steps), marker="o", label=f"batch {batch}")
     axes.set_xlabel("tokens of the tree, root included")
     axes.set_ylabel("ms a step")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"{report['preset']}, {report['dtype']}, random weights")
+    axes.set_title(f"{report.get('preset') or report['model']}, {report['dtype']}")
     axes.legend()
     return True
+
+
+def _error_bars(spreads: list[dict[str, float]]) -> list[list[float]]:
+    """Distances from the median down to the least and up to the greatest."""
+    low = [spread["median"] - spread["min"] for spread in spreads]
+    high = [spread["max"] - spread["median"] for spread in spreads]
+    return [low, high]

@@ -6,7 +6,6 @@ since every repeat decodes the same.
 
 import collections
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -14,19 +13,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from medusa_jax.bench.measure import MEDUSA, PLAIN, Job, Run
+from medusa_jax.bench.measure import MEDUSA, PLAIN, Run, Task
 from medusa_jax.bench.peers import PEERS
-from medusa_jax.decoding.stats import Figures
+from medusa_jax.decoding.stats import Stats
 from medusa_jax.distributed.hardware import cpu, device_bandwidth
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.errors import InputError
 
 OVERALL = "overall"
 SYSTEMS = (PLAIN, MEDUSA, *PEERS)
@@ -35,7 +32,7 @@ Group = tuple[str, str, str]  # acceptance, category, system
 
 
 def summarise(
-    jobs: Sequence[Job],
+    tasks: Sequence[Task],
     runs: Sequence[Run],
     trees: Mapping[str, Tree | DynamicTree],
     bandwidth: float,
@@ -48,9 +45,9 @@ def summarise(
     """
     groups: dict[Group, list[Run]] = collections.defaultdict(list)
     for run in runs:
-        job = jobs[run.job]
-        for category in dict.fromkeys((job.category, OVERALL)):
-            groups[job.acceptance, category, run.system].append(run)
+        task = tasks[run.task]
+        for category in dict.fromkeys((task.category, OVERALL)):
+            groups[task.acceptance, category, run.system].append(run)
     rows = []
     for group in sorted(groups, key=_order(groups)):
         (acceptance, category, system), some = group, groups[group]
@@ -93,37 +90,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def histogram(file: Path) -> tuple[float, str]:
-    """Mean accepted length of a measured histogram, and where it comes from.
-
-    Args:
-      file: a JSON list of how many steps made 1, 2, 3, ... tokens, or a
-        bench.json, of which the first acceptance counts, all categories together.
-
-    Raises:
-      InputError: it is neither.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--histogram {file}: {error}") from None
-    origin = str(file)
-    if isinstance(content, dict):
-        rows = content.get("rows")
-        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        found = [r for r in rows if (r.get("category"), r.get("system")) == (OVERALL, MEDUSA)]
-        if not found:
-            raise InputError(f"--histogram {file}: no bench.json with Medusa's accepted lengths")
-        content = found[0].get("accepted_length_histogram")
-        tree = found[0].get("tree_size")
-        origin += f" ({found[0].get('acceptance')} acceptance, tree of {tree} tokens)"
-    whole = isinstance(content, list) and all(type(one) is int and one >= 0 for one in content)
-    if not whole or not sum(content):
-        raise InputError(f"--histogram {file}: expected counts of steps, [n1, n2, n3, ...]")
-    mean = sum(i * count for i, count in enumerate(content, start=1)) / sum(content)
-    return mean, origin
-
-
 def copy_bandwidth(size: int | None = None, tries: int = 5) -> float:
     """Bytes a second that this device reads and writes in a copy, the best of several.
 
@@ -163,15 +129,16 @@ def _speed(runs: Sequence[Run], plain: Sequence[Run], bandwidth: float) -> dict[
     """Sums within each repeat, then spreads over the repeats."""
     ours, theirs = _by_repeat(runs), _by_repeat(plain)
     first = [run for run in runs if run.repeat == 0]
+    texts = sum(len(run.texts) for run in first)
     row: dict[str, Any] = {
-        "texts": sum(len(run.texts) for run in first),
-        "tokens": sum(run.figures.tokens for run in first),
+        "texts": texts,
+        "tokens": sum(run.stats.tokens for run in first),
         "tokens_per_second": spread([one.tokens_per_second for one in ours]),
         "speedup": spread(
             [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)]
         ),
         "time_to_first_token_seconds": spread(
-            [(one.seconds - one.decode_seconds) / len(first) for one in ours]
+            [(one.seconds - one.decode_seconds) / texts for one in ours]
         ),
     }
     if all(one.passes for one in ours):
@@ -197,18 +164,18 @@ def _order(groups: Iterable[Group]) -> Callable[[Group], tuple[int, bool, int, i
     )
 
 
-def _by_repeat(runs: Sequence[Run]) -> list[Figures]:
-    """The figures of each repeat, summed."""
-    found: dict[int, Figures] = collections.defaultdict(Figures)
+def _by_repeat(runs: Sequence[Run]) -> list[Stats]:
+    """The stats of each repeat, summed."""
+    found: dict[int, Stats] = collections.defaultdict(Stats)
     for run in runs:
-        found[run.repeat] += run.figures
+        found[run.repeat] += run.stats
     return [found[repeat] for repeat in sorted(found)]
 
 
 def _same(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, int]:
     """How many texts plain decoding wrote too."""
-    expected = {run.job: run.texts for run in plain if run.repeat == 0}
-    pairs = [pair for run in runs for pair in zip(run.texts, expected[run.job], strict=True)]
+    expected = {run.task: run.texts for run in plain if run.repeat == 0}
+    pairs = [pair for run in runs for pair in zip(run.texts, expected[run.task], strict=True)]
     return {"same": sum(a == b for a, b in pairs), "of": len(pairs)}
 
 

@@ -7,7 +7,6 @@ memory, so a model is never held twice.
 import dataclasses
 import json
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
@@ -129,7 +128,7 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object whole or not at all."""
     whole = file.with_suffix(".tmp")
     whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, file)
+    whole.replace(file)
 
 
 def _open_shards(index: Path) -> Tensors:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from tqdm import tqdm
-
 from medusa_jax.data.prompts import Request, write_record
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.progress import progress, say
 from medusa_jax.serving.conversations import Conversation
 from medusa_jax.serving.generator import Generator
 
@@ -52,14 +51,14 @@ def decode(
 
     file: IO[str] | None = None
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=samples, disable=show, unit=" samples"))
+        bar = stack.enter_context(progress(total=samples, shown=not show, unit="samples"))
         for update in generator.converse(conversations(), stream=stream, refuse=True):
             conversation = update.conversation
             if stream:
                 print(update.text, end="\n" if update.completion else "", flush=True)
             if problem := conversation.problem:
                 turn = len(conversation.completions) + 1
-                tqdm.write(f"WARNING: {problem}; turn {turn} and later are left out", sys.stderr)
+                say(f"WARNING: {problem}; turn {turn} and later are left out")
             if update.completion is None:
                 continue
             if show and not stream:

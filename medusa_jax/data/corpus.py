@@ -23,7 +23,7 @@ from typing import Any
 
 from medusa_jax.data.prompts import conversation, numbered_lines, open_text
 from medusa_jax.data.tokenizer import Message
-from medusa_jax.errors import InputError
+from medusa_jax.errors import InputError, needs
 
 _FILES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
 
@@ -154,7 +154,8 @@ def _texts(path: Path, separator: str) -> Iterator[dict[str, str]]:
 
 
 def _table(source: str, name: str, split: str = "train", **how: Any) -> Iterator[dict[str, Any]]:
-    import datasets
+    with needs("train"):
+        import datasets
 
     datasets.disable_progress_bars()
     try:

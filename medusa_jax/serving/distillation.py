@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from medusa_jax.checkpoints.tensors import write_json
 from medusa_jax.data.corpus import Corpus, Document
@@ -37,6 +36,7 @@ from medusa_jax.data.prompts import (
 )
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
+from medusa_jax.progress import progress
 from medusa_jax.serving.conversations import Conversation
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of
@@ -93,7 +93,7 @@ def distill(options: DistillOptions) -> None:
     generator = load_generator(decoding, at_most=options.max_new_tokens or 0, need_heads=False)
     written = 0
     with (
-        tqdm(total=len(inputs), initial=len(inputs) - len(to_do), unit=" inputs") as bar,
+        progress(total=len(inputs), done=len(inputs) - len(to_do), unit="inputs") as bar,
         open(options.output, "a", encoding="utf-8") as file,
     ):
         for conversation in in_order(generator, to_do):

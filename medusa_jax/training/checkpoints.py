@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from medusa_jax.errors import InputError
 from medusa_jax.training.step import TrainState
+from medusa_jax.training.workdir import is_address, open_workdir
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int | None = None) -> None:
         """Opens them to write, or, without `keep`, to read only."""
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells all it does; we raise
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        place = open_workdir(workdir)
+        self.directory = (place if is_address(place) else place.absolute()) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=keep is not None,

@@ -53,9 +53,25 @@ class Loop:
     metrics: Metrics
 
     def run(self, state: TrainState) -> TrainState:
-        """Steps from where the state stands to the last, reporting each a step late.
+        """Steps from where the state stands to the last.
 
-        So the host never waits for the device before it has given it the next step.
+        Raises:
+          Diverged, Interrupted, CheckpointError: the message says where the run stands.
+          RuntimeError: a file could not be written, for example on a full disk.
+        """
+        try:
+            return self._steps(state)
+        except OSError as error:
+            raise RuntimeError(
+                f"{self.checkpoints.directory.parent}: {error}; the last good checkpoint: "
+                f"{self.checkpoints.last_good}"
+            ) from error
+
+    def _steps(self, state: TrainState) -> TrainState:
+        """Reports each step after the next has been dispatched.
+
+        So the host never waits for the device before it has given it the next step, and
+        builds the next batch while the device computes.
         """
         run = self.config.run
         stop = _Stop()

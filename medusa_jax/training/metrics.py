@@ -1,16 +1,17 @@
-"""What a run says while it goes: a progress bar, `metrics.jsonl`, TensorBoard events."""
+"""What a run reports: a progress bar, `metrics.jsonl`, TensorBoard events."""
 
+import importlib
+import io
 import json
-import os
-import sys
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import IO, Any
 
 from medusa_jax.data.prompts import write_record
+from medusa_jax.progress import progress, say
+from medusa_jax.training.workdir import is_address
 
 NAME = "metrics.jsonl"
+_CLIENTS = {"gs": "google.cloud.storage", "s3": "boto3"}  # of tensorboardX
 
 
 class Metrics:
@@ -19,20 +20,14 @@ class Metrics:
     def __init__(
         self, workdir: Path, first_step: int, total_steps: int, *, tensorboard: bool, active: bool
     ) -> None:
-        """Continues at `first_step`: what an earlier process logged beyond it is dropped."""
-        self._active = active
+        """Continues at `first_step`; later lines of an earlier process are dropped."""
+        self._active, self._file = active, workdir / NAME
         self._events: Any = None
         if active:
-            _cut(workdir / NAME, first_step)
-            self._file = open(workdir / NAME, "a", encoding="utf-8")  # noqa: SIM115
+            self._lines = _lines(self._file, first_step)
             if tensorboard:
-                from tensorboardX import SummaryWriter
-
-                self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, disable=not active, unit=" steps",
-            dynamic_ncols=True,
-        )  # fmt: skip
+                self._events = _events(workdir, first_step)
+        self._bar = progress(total=total_steps, done=first_step, unit="steps", shown=active)
 
     def advance(self, tokens_per_second: float, loss: float) -> None:
         """One step is done."""
@@ -43,46 +38,63 @@ class Metrics:
         """A line of `metrics.jsonl`, and the same to TensorBoard, lists as name/1, name/2, ..."""
         if not self._active:
             return
-        write_record(self._file, {"step": step, **values})
+        write_record(self._lines, {"step": step, **values})
+        if isinstance(self._lines, io.StringIO):  # an object of a bucket is only written whole
+            self._file.write_text(self._lines.getvalue(), encoding="utf-8")
         if self._events is not None:
             for name, value in values.items():
                 several = isinstance(value, list)
-                for i, one in enumerate(value if several else [value], start=1):
-                    self._events.add_scalar(f"{name}/{i}" if several else name, one, step)
+                for i, scalar in enumerate(value if several else [value], start=1):
+                    self._events.add_scalar(f"{name}/{i}" if several else name, scalar, step)
             self._events.flush()
 
     def say(self, message: str) -> None:
         """A line on stderr, above the bar."""
         if self._active:
-            tqdm.write(message, file=sys.stderr)
+            say(message)
 
     def close(self) -> None:
         """Ends bar and files."""
         self._bar.close()
         if self._active:
-            self._file.close()
+            self._lines.close()
             if self._events is not None:
                 self._events.close()
 
 
-def _cut(file: Path, last_step: int) -> None:
-    """Drops lines of later steps, and a half-written one: they will be written again.
+def _lines(file: Path, last_step: int) -> IO[str]:
+    """The stream to append to, without lines of later steps and without a half-written line.
 
-    From step 0 on everything will be.
+    Those steps run again and write their lines again. From step 0 on, nothing is kept.
     """
-    if not file.is_file():
-        return
-    if last_step == 0:
-        file.unlink()
-        return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError):
-            continue
-        if step <= last_step:
-            kept.append(line + "\n")
+    if last_step and file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError):
+                continue
+            if step <= last_step:
+                kept.append(line + "\n")
+    if is_address(file):
+        stream = io.StringIO("".join(kept))
+        stream.seek(0, io.SEEK_END)
+        return stream
     whole = file.with_suffix(".tmp")
     whole.write_text("".join(kept), encoding="utf-8")
-    os.replace(whole, file)
+    whole.replace(file)
+    return open(file, "a", encoding="utf-8")
+
+
+def _events(workdir: Path, first_step: int) -> Any:
+    """The TensorBoard writer, or None, with a message, where it cannot reach the bucket."""
+    if is_address(workdir):
+        client = _CLIENTS.get(str(workdir).partition("://")[0])
+        try:
+            importlib.import_module(client or "")
+        except (ImportError, ValueError):
+            say(f"{workdir} gets no TensorBoard events: they need {client or 'a local directory'}")
+            return None
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(workdir), purge_step=first_step + 1)

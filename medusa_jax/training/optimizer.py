@@ -1,15 +1,17 @@
 """Which parameter learns at which rate: one table from paths to groups, one optimizer a group."""
 
 import functools
+import math
 import re
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from medusa_jax.errors import InputError
 from medusa_jax.param_paths import map_with_path
-from medusa_jax.training.settings import Config, Optim
+from medusa_jax.training.settings import Config, Loss, Optim
 
 FROZEN = "frozen"
 _PLAIN = re.compile("(scale|bias)$")  # which weight decay leaves alone
@@ -60,6 +62,17 @@ def learning_rate(optim: Optim, total_steps: int) -> optax.Schedule:
     # The first step already learns: a rate of zero would waste its batch.
     rise = optax.linear_schedule(optim.learning_rate / warmup, optim.learning_rate, warmup - 1)
     return optax.join_schedules([rise, rest], [warmup])
+
+
+def heads_weight(loss: Loss, total_steps: int) -> optax.Schedule:
+    """lambda_0 over the steps of a run: constant, or rising from 0 linearly or by a sine."""
+    if loss.ramp == "constant":
+        return optax.constant_schedule(loss.heads_weight)
+    steps = max(int(loss.ramp_fraction * total_steps), 1)
+    rise = optax.linear_schedule(0.0, 1.0, steps)
+    if loss.ramp == "linear":
+        return lambda step: loss.heads_weight * rise(step)
+    return lambda step: loss.heads_weight * jnp.sin(math.pi / 2 * rise(step))
 
 
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:

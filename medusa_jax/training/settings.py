@@ -6,10 +6,11 @@ Every field can be overridden on the command line: `--config.optim.learning_rate
 import dataclasses
 from typing import Any
 
-from medusa_jax.errors import InputError
+from flax import traverse_util
 
-MODES = ("medusa1", "medusa2", "pretrain")
-RAMPS = ("constant", "linear", "sine")
+from medusa_jax import options
+from medusa_jax.errors import InputError
+from medusa_jax.options import option
 
 
 @dataclasses.dataclass
@@ -27,7 +28,7 @@ class Backbone:
     path: str = ""
     shape: str = ""
     random: bool = False
-    dtype: str = "bfloat16"
+    dtype: str = option("bfloat16", choices=("float32", "bfloat16"))
     remat: bool = True
 
 
@@ -44,10 +45,10 @@ class Heads:
         directory of an earlier run. Empty: copies of the lm_head.
     """
 
-    number: int = 5
-    layers: int = 1
+    number: int = option(5, least=0)
+    layers: int = option(1, least=0)
     shared: bool = False
-    truncated: int = 0
+    truncated: int = option(0, least=0)
     path: str = ""
 
 
@@ -61,7 +62,7 @@ class Lora:
       dropout: of an adapter's input, drawn anew for each piece and layer.
     """
 
-    rank: int = 32
+    rank: int = option(32, least=0)
     alpha: float = 16.0
     dropout: float = 0.05
 
@@ -88,14 +89,14 @@ class Data:
     train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
     eval_fraction: float = 0.01
-    eval_rows: int = 256
+    eval_rows: int = option(256, least=0)
     template: str = ""
     separator: str = "<|endoftext|>"
     end: str = ""
-    sequence_length: int = 2048
+    sequence_length: int = option(2048, least=2)
     packing: bool = True
     max_documents: int = 0
-    on_bad: str = "skip"
+    on_bad: str = option("skip", choices=("skip", "refuse"))
 
 
 @dataclasses.dataclass
@@ -111,12 +112,12 @@ class Loss:
       chunk: positions of each row whose logits exist at a time, 0 for all.
     """
 
-    decay: float = 0.8
+    decay: float = option(0.8, least=0)
     heads_weight: float = 0.2
-    ramp: str = "constant"
+    ramp: str = option("constant", choices=("constant", "linear", "sine"))
     ramp_fraction: float = 1.0
     distill: bool = False
-    chunk: int = 512
+    chunk: int = option(512, least=0)
 
 
 @dataclasses.dataclass
@@ -140,20 +141,20 @@ class Optim:
       clip: largest norm of the gradient, 0 for none.
     """
 
-    kind: str = "adamw"
-    learning_rate: float = 5e-4
+    kind: str = option("adamw", choices=("adamw", "muon"))
+    learning_rate: float = option(5e-4, least=0)
     heads_multiplier: float = 4.0
     trained: str = ".*"
-    batch_size: int = 64
-    accumulation: int = 1
+    batch_size: int = option(64, least=1)
+    accumulation: int = option(1, least=1)
     epochs: float = 2.0
-    steps: int = 0
-    warmup_steps: int = 40
-    schedule: str = "cosine"
+    steps: int = option(0, least=0)
+    warmup_steps: int = option(40, least=0)
+    schedule: str = option("cosine", choices=("cosine", "constant"))
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
-    clip: float = 1.0
+    clip: float = option(1.0, least=0)
 
 
 @dataclasses.dataclass
@@ -182,19 +183,19 @@ class Run:
       export_dtype: of the exported weights; empty: the backbone's dtype.
     """
 
-    log_every: int = 10
-    eval_every: int = 200
-    save_every: int = 200
-    keep: int = 3
+    log_every: int = option(10, least=0)
+    eval_every: int = option(200, least=0)
+    save_every: int = option(200, least=0)
+    keep: int = option(3, least=1)
     tensorboard: bool = True
-    export_dtype: str = ""
+    export_dtype: str = option("", choices=("", "float32", "bfloat16", "float16"))
 
 
 @dataclasses.dataclass
 class Config:
     """A run. `mode`: medusa1 (heads alone), medusa2 (with the backbone), pretrain (no heads)."""
 
-    mode: str = "medusa1"
+    mode: str = option("medusa1", choices=("medusa1", "medusa2", "pretrain"))
     seed: int = 0
     model: Backbone = dataclasses.field(default_factory=Backbone)
     heads: Heads = dataclasses.field(default_factory=Heads)
@@ -218,28 +219,10 @@ def check(config: Config) -> None:
       InputError: names the field, what it is and what it may be.
     """
 
-    def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            expected = ", ".join(one or "'' (empty)" for one in choices)
-            raise InputError(f"{name} is {value!r}; expected {expected}")
-
-    def at_least(least: float, **values: float) -> None:
-        for name, value in values.items():
-            if value < least:
-                raise InputError(f"{name.replace('__', '.')} is {value}; expected {least} or more")
-
-    choice("mode", config.mode, MODES)
-    choice("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    choice("loss.ramp", config.loss.ramp, RAMPS)
-    choice("optim.kind", config.optim.kind, ("adamw", "muon"))
-    choice("optim.schedule", config.optim.schedule, ("cosine", "constant"))
-    choice("data.on_bad", config.data.on_bad, ("skip", "refuse"))
-    choice("run.export_dtype", config.run.export_dtype, ("", "float32", "bfloat16", "float16"))
-    at_least(1, optim__batch_size=config.optim.batch_size, run__keep=config.run.keep)
-    at_least(1, optim__accumulation=config.optim.accumulation)
-    at_least(0, optim__steps=config.optim.steps, run__save_every=config.run.save_every)
-    at_least(0, run__log_every=config.run.log_every, run__eval_every=config.run.eval_every)
-    at_least(0, data__eval_rows=config.data.eval_rows, loss__decay=config.loss.decay)
+    options.check(config, "")
+    for section in dataclasses.fields(config):
+        if dataclasses.is_dataclass(part := getattr(config, section.name)):
+            options.check(part, f"{section.name}.")
     for name, value in (
         ("lora.dropout", config.lora.dropout),
         ("data.eval_fraction", config.data.eval_fraction),
@@ -253,15 +236,10 @@ def check(config: Config) -> None:
     for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if isinstance(sources, str):
             raise InputError(f"{name} is the text {sources!r}; expected a tuple of such")
+    if config.mode != "pretrain" and not config.heads.number:
+        raise InputError("heads.number must be at least 1, got 0")
     if config.heads.shared and not config.heads.layers:
         raise InputError("heads.layers is 0 with heads.shared: such heads would hold nothing")
-    at_least(2, data__sequence_length=config.data.sequence_length)
-    at_least(0, loss__chunk=config.loss.chunk, lora__rank=config.lora.rank)
-    at_least(0, heads__layers=config.heads.layers, heads__truncated=config.heads.truncated)
-    at_least(0, optim__warmup_steps=config.optim.warmup_steps)
-    at_least(0, optim__learning_rate=config.optim.learning_rate, optim__clip=config.optim.clip)
-    if config.mode != "pretrain":
-        at_least(1, heads__number=config.heads.number)
     if config.optim.batch_size % config.optim.accumulation:
         raise InputError(
             f"optim.batch_size {config.optim.batch_size} does not divide into "
@@ -299,13 +277,16 @@ def from_dict(values: dict[str, Any]) -> Config:
     return fill(Config(), values)
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines `field: old -> new` of two configurations as nested dicts."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += difference(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return lines
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `section.field: old -> new` of two configurations as nested dicts."""
+    before, after = by_name(old), by_name(new)
+    return [
+        f"{name}: {before.get(name, '(absent)')!r} -> {after.get(name, '(absent)')!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, "(absent)") != after.get(name, "(absent)")
+    ]
+
+
+def by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a flat dict: {"optim": {"clip": 1.0}} -> {"optim.clip": 1.0}."""
+    return traverse_util.flatten_dict(values, sep=".")

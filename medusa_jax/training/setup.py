@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medusa_jax.distributed.rules import abstract
 from medusa_jax.training.mesh import HIDDEN
 from medusa_jax.training.objective import Objective
-from medusa_jax.training.optimizer import optimizer
+from medusa_jax.training.optimizer import heads_weight, optimizer
 from medusa_jax.training.settings import Config
-from medusa_jax.training.step import Ramp, TrainState, init_state, make_evaluation, make_step
+from medusa_jax.training.step import TrainState, init_state, make_evaluation, make_step
 from medusa_jax.training.weights import Weights
 
 
@@ -23,8 +23,8 @@ class Program:
 
     Attributes:
       objective: what is minimised.
-      step: `state.make_step`.
-      evaluate: `state.make_evaluation`.
+      step: `step.make_step`.
+      evaluate: `step.make_evaluation`.
     """
 
     objective: Objective
@@ -45,8 +45,8 @@ def assemble(
     hidden = NamedSharding(mesh, HIDDEN)
     objective = Objective.of(config, weights.model, weights.heads, hidden)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    ramp = Ramp.of(config.loss, steps)
-    step = make_step(objective, rule, ramp, config.seed, (places, everywhere))
+    weight = heads_weight(config.loss, steps)
+    step = make_step(objective, rule, weight, config.seed, (places, everywhere))
     return state, Program(objective, step, make_evaluation(objective, everywhere))
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import optax
 from jax import Array
 
 from medusa_jax.training.objective import Batch, Objective, Params, Terms
-from medusa_jax.training.settings import Loss
 
 
 @jax.tree_util.register_dataclass
@@ -48,33 +46,6 @@ class StepResult:
     heads_weight: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Ramp:
-    """lambda_0 over the steps of a run.
-
-    Attributes:
-      weight: its final value.
-      kind: `constant`, `linear`, or `sine`: a quarter wave from 0 to `weight`.
-      steps: steps after which it is reached.
-    """
-
-    weight: float
-    kind: str
-    steps: int
-
-    @classmethod
-    def of(cls, loss: Loss, total_steps: int) -> "Ramp":
-        """The ramp of a run."""
-        return cls(loss.heads_weight, loss.ramp, max(int(loss.ramp_fraction * total_steps), 1))
-
-    def __call__(self, step: Array) -> Array:
-        """lambda_0 at a step, from 0."""
-        done = jnp.minimum(step / self.steps, 1.0)
-        if self.kind == "constant":
-            return jnp.asarray(self.weight, jnp.float32)
-        return self.weight * (done if self.kind == "linear" else jnp.sin(math.pi / 2 * done))
-
-
 def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
@@ -83,7 +54,7 @@ def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tr
 def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    ramp: Ramp,
+    heads_weight: optax.Schedule,
     seed: int,
     shardings: Any = None,
 ) -> Any:
@@ -93,9 +64,10 @@ def make_step(
     gradient of what is frozen. The state is donated.
 
     Args:
+      heads_weight: lambda_0 by step.
       shardings: of the state and of the result; None leaves them to the compiler.
     """
-    step = functools.partial(_step, objective, optimizer, ramp, seed)
+    step = functools.partial(_step, objective, optimizer, heads_weight, seed)
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
@@ -104,13 +76,14 @@ def make_step(
 def _step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    ramp: Ramp,
+    heads_weight: optax.Schedule,
     seed: int,
     state: TrainState,
     frozen: Params,
     batch: Batch,
 ) -> tuple[TrainState, StepResult]:
-    counts, heads_weight = objective.counts(batch), ramp(state.step)
+    counts = objective.counts(batch)
+    weight = jnp.asarray(heads_weight(state.step), jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     pieces = batch["tokens"].shape[0]
     loss = jax.value_and_grad(objective.loss, has_aux=True)
@@ -121,7 +94,7 @@ def _step(
         # Tied to the piece, so that weights split over devices are put together layer by
         # layer in every piece: before the loop, all of them would have to lie there whole.
         learns, fixed, part = jax.lax.optimization_barrier((state.trainable, frozen, part))
-        (_, terms), grads = loss(learns, fixed, part, counts, heads_weight, noise)
+        (_, terms), grads = loss(learns, fixed, part, counts, weight, noise)
         return grads, terms
 
     if pieces == 1:
@@ -136,7 +109,7 @@ def _step(
         (grads, terms), _ = jax.lax.scan(add, zeros, jnp.arange(pieces))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
-    result = StepResult(terms, optax.tree.norm(grads), heads_weight)
+    result = StepResult(terms, optax.tree.norm(grads), weight)
     return TrainState(state.step + 1, trainable, opt_state), result
 
 

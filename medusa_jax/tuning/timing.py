@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
+from medusa_jax.progress import progress
 from medusa_jax.serving.engine import Job
 from medusa_jax.serving.generator import Generator
 
@@ -37,7 +37,7 @@ def time_trees(
     steps: dict[str, list[float]] = {name: [] for name in trees}
     prefills: list[float] = []
     rows, order = generator.options.batch_size, np.random.default_rng(generator.options.seed)
-    bar = tqdm(total=rounds * len(trees), desc="steps", unit=" runs")
+    bar = progress(total=rounds * len(trees), label="steps", unit="runs")
     for repeat in range(rounds):
         first = repeat * rows % (len(prompts) - rows + 1)
         batch = prompts[first : first + rows]

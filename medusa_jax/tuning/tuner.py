@@ -23,7 +23,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.data.prompts import read_requests
@@ -36,6 +35,7 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
+from medusa_jax.progress import progress
 from medusa_jax.serving import tree_store
 from medusa_jax.serving.conversations import Conversation
 from medusa_jax.serving.engine import Job
@@ -104,7 +104,7 @@ def candidates(
     """The trees of the first rounds by name: the root alone, static trees, dynamic trees."""
     top_k = usable_ranks(generator.model)
     trees: dict[str, Tree | DynamicTree] = {PLAIN: Tree()}
-    for size in tqdm(sorted(set(options.sizes) - {1}), desc="trees", unit=" trees"):
+    for size in progress(sorted(set(options.sizes) - {1}), label="trees", unit="trees"):
         tree = tree_search.best_tree(ranks, size, top_k)
         trees[str(tree.size)] = tree
     if options.grown:
@@ -175,7 +175,7 @@ def write_texts(generator: Generator, prompts: list[list[int]]) -> list[Output]:
     todo = jobs(prompts, new_tokens)
     for job in todo:
         writer.engine.submit(job)
-    with tqdm(total=len(todo), desc="texts", unit=" texts") as bar:
+    with progress(total=len(todo), label="texts", unit="texts") as bar:
         while not writer.engine.idle:
             done = {p.job: p.output for p in writer.engine.advance() if p.output is not None}
             outputs |= done
@@ -186,7 +186,7 @@ def write_texts(generator: Generator, prompts: list[list[int]]) -> list[Output]:
 def rank_texts(generator: Generator, texts: list[Output]) -> list[head_ranks.Ranks]:
     """How the heads rank the tokens of the texts, text by text."""
     model, ranks = generator.model, []
-    for start in tqdm(range(0, len(texts), CALIBRATION_BATCH), desc="ranks", unit=" batches"):
+    for start in progress(range(0, len(texts), CALIBRATION_BATCH), label="ranks", unit="batches"):
         batch = texts[start : start + CALIBRATION_BATCH]
         ids = [text.prompt_ids + text.token_ids for text in batch]
         tokens = np.zeros((CALIBRATION_BATCH, bucket(max(map(len, ids)))), np.int32)

@@ -1,4 +1,4 @@
-"""`python -m medusa_jax.bench`: its figures add up, and it says no before it takes long."""
+"""`python -m medusa_jax.bench prompts`: what is decoded, what is counted, what is refused."""
 
 import json
 import shutil
@@ -12,20 +12,21 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from medusa_jax.bench import __main__ as bench
 from medusa_jax.bench import peers, summary
-from medusa_jax.bench.summary import counters, histogram
-from medusa_jax.data.prompts import read_requests
+from medusa_jax.bench import prompts as program
+from medusa_jax.bench.__main__ import main
+from medusa_jax.bench.measure import Task, measure, split
+from medusa_jax.bench.summary import counters
+from medusa_jax.data.prompts import Request, read_requests
+from medusa_jax.decoding.stats import Stats
 from medusa_jax.errors import InputError
-from medusa_jax.model.config import ModelConfig
-
-TINY = ModelConfig(48, 16, 32, 1, 2, 2, 8, 64, tied=True)
+from medusa_jax.serving.conversations import Completion, Conversation
 
 
 @pytest.fixture(autouse=True)
 def small_copy(monkeypatch):
     """No quarter of a gigabyte is copied to learn that the machine is a machine."""
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda: summary.copy_bandwidth(4096))
+    monkeypatch.setattr(program, "copy_bandwidth", lambda: summary.copy_bandwidth(4096))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,23 @@ def prompts(tmp_path_factory) -> list[object]:
 
 
 def _run(*flags: object) -> dict[str, Any]:
-    parsed = bench.parse([str(flag) for flag in flags])
-    bench.main(parsed)
-    return json.loads((Path(parsed.output) / "bench.json").read_text())
+    """The report of a run that succeeds."""
+    arguments = [str(flag) for flag in flags]
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 0
+    directory = Path(arguments[arguments.index("--output") + 1])
+    return json.loads((directory / "bench.json").read_text())
+
+
+def _refused(capsys, *flags: object) -> str:
+    """What a run says that ends with exit code 2 and a single line."""
+    with pytest.raises(SystemExit) as done:
+        main([str(flag) for flag in flags])
+    out = capsys.readouterr()
+    assert done.value.code == 2 and not out.out
+    (line,) = [line for line in out.err.splitlines() if "error: " in line]
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +92,7 @@ def made(model, prompts, tmp_path_factory) -> Path:
     """The output of a run that most tests look at."""
     directory = tmp_path_factory.mktemp("out") / "made"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "copy_bandwidth", lambda: summary.copy_bandwidth(4096))
+        patch.setattr(program, "copy_bandwidth", lambda: summary.copy_bandwidth(4096))
         flags = ["--acceptance", "greedy,typical", "--max_prompts", 2, "--repeats", 2]
         flags += ["--raw", "--ignore_eos", "--max_new_tokens", 5, "--output", directory]
         _run("--model", model, *prompts, *flags)
@@ -122,6 +137,7 @@ def test_texts_are_the_same_and_counted(report):
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_figures_add_up(report):
+    """Of one row to each other; `test_counters_of_an_example` has numbers by hand."""
     for row in (row for row in report["rows"] if row["system"] == "medusa"):
         drafts, counts = row["num_drafts"], row["accepted_length_histogram"]
         made = sum(length * count for length, count in enumerate(counts, start=1))
@@ -167,59 +183,16 @@ def test_counters_of_an_example():
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_batches_without_peers(model, prompts, tmp_path):
-    """A short last batch is padded; what pads it counts for nothing."""
-    report = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
-                  "--max_new_tokens", 5, "--repeats", 1, "--output", tmp_path / "out")  # fmt: skip
-    assert {row["system"] for row in report["rows"]} == {"plain", "medusa"}
-    row = _row(report, "greedy", "overall", "medusa")
-    assert row["same_texts"] == {"same": 6, "of": 6}
-    assert row["tokens"] == 30
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_random_weights(monkeypatch, tmp_path, capsys):
-    """Steps of tied weights and shared heads, with the lengths that another run accepted."""
-    monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
-    (tmp_path / "lengths.json").write_text("[1, 2, 1]")
-    flags = [
-        "--random_weights",
-        "tiny",
-        "--shared_heads",
-        "--sizes",
-        4,
-        1,
-        4,
-        "--batch_sizes",
-        2,
-    ]
-    flags += ["--max_new_tokens", 4, "--repeats", 2, "--heads_number", 2]
-    report = _run(*flags, "--histogram", tmp_path / "lengths.json", "--output", tmp_path / "out")
-    shapes = [(row["batch_size"], row["nodes"]) for row in report["rows"]]
-    assert shapes == [(2, 1), (2, 4)]
-    assert report["mean_accepted_length"] == 2
-    for row in report["rows"]:
-        length = 1 if row["nodes"] == 1 else 2
-        assert row["speedup"] == length / row["step_overhead"]["median"]
-    out = capsys.readouterr().out
-    assert "acceptance is not measured" in out and "lengths.json" in out
-    assert (tmp_path / "out/steps.png").is_file()
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_a_report_is_a_histogram(made, report):
-    mean, origin = histogram(made / "bench.json")
-    assert mean == _row(report, "greedy", "overall", "medusa")["mean_accepted_length"]
-    assert "bench.json (greedy acceptance, tree of" in origin
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "[0]", "[1, -1]", '"x"', "nonsense"])
-def test_no_histogram(tmp_path, content):
-    (tmp_path / "file.json").write_text(content)
-    with pytest.raises(InputError, match=r"--histogram .*file\.json"):
-        histogram(tmp_path / "file.json")
+def test_slots_are_refilled(model, prompts, report, tmp_path):
+    """Two slots for five prompts of three categories: the same texts as prompt by prompt."""
+    refilled = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
+                    "--max_prompts", 2, "--max_new_tokens", 5, "--repeats", 1,
+                    "--output", tmp_path / "out")  # fmt: skip
+    assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa"}
+    row, alone = (_row(r, "greedy", "overall", "medusa") for r in (refilled, report))
+    assert row["same_texts"] == {"same": 5, "of": 5}
+    for name in ("texts", "tokens", "num_drafts", "accepted_length_histogram"):
+        assert row[name] == alone[name]
 
 
 def test_a_category_is_read(tmp_path):
@@ -232,43 +205,90 @@ def test_a_category_is_read(tmp_path):
     ("flags", "message"),
     [
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
-        (["--prompts", "x", "--acceptance", "greedy,best"], "unknown acceptance 'best'"),
-        (["--prompts", "x", "--repeats", 0], "--repeats must be at least 1, got 0"),
-        (["--prompts", "x", "--max_prompts", -1], "--max_prompts must not be negative"),
-        (["--prompts", "x", "--peers", "none", "hf"], "--peers none goes with no other"),
-        (["--prompts", "x", "--histogram", "y"], "--histogram goes with --random_weights"),
-        (["--random_weights", "110m", "--sizes", 4, 0], "--sizes must be at least 1, got 0"),
-        (["--random_weights", "110m", "--histogram", "no.json"], "no.json"),
+        (["--acceptance", "greedy,best"], "unknown acceptance 'best'"),
+        (["--repeats", 0], "--repeats must be at least 1, got 0"),
+        (["--max_prompts", -1], "--max_prompts must be at least 0, got -1"),
+        (["--batch_size", 0], "--batch_size must be at least 1, got 0"),
+        (["--peers", "none", "hf"], "--peers none goes with no other"),
+        (["--peers", "vllm"], "invalid choice: 'vllm'"),
+        (["--batch_size", 2, "--peers", "hf"], "at batch size 1 only"),
+        (["--histogram", "y"], "unrecognized arguments: --histogram y"),
     ],
 )  # fmt: skip
-def test_bad_input(tmp_path, flags, message):
-    with pytest.raises(InputError, match=message):
-        _run(*flags, "--output", tmp_path / "out")
+def test_bad_input(tmp_path, capsys, flags, message):
+    assert message in _refused(capsys, "prompts", *flags, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_output(tmp_path):
-    with pytest.raises(InputError, match="its directory does not exist"):
-        _run("--random_weights", "110m", "--output", tmp_path / "no/out")
+def test_bad_output(tmp_path, capsys):
+    error = _refused(capsys, "--output", tmp_path / "no/out")
+    assert "its directory does not exist" in error
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is no directory"):
-        _run("--random_weights", "110m", "--output", tmp_path / "file")
+    assert "is no directory" in _refused(capsys, "--output", tmp_path / "file")
+    assert "required: --output" in _refused(capsys, "--repeats", 1)
 
 
-def test_peers_that_cannot_be(prompts, tmp_path, monkeypatch):
-    flags = [*prompts, "--peers", "hf", "--output", tmp_path / "out"]
-    with pytest.raises(InputError, match="at batch size 1 only"):
-        _run(*flags, "--batch_size", 2)
-    monkeypatch.setattr(bench, "available", lambda: False)
-    with pytest.raises(InputError, match="torch is missing"):
-        _run(*flags)
+def test_peers_without_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "available", lambda: False)
+    error = _refused(capsys, "--peers", "hf", "--output", tmp_path / "out")
+    assert "torch is missing" in error
     monkeypatch.setattr(peers, "available", lambda: False)
     with pytest.raises(InputError, match="need torch"):
         peers.HuggingFace(tmp_path, "float32", (), ())
 
 
-def test_nothing_fits(model, tmp_path):
+def test_nothing_fits(model, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "w1 " * 80}))
     flags = ["--model", model, "--prompts", tmp_path / "long.jsonl", "--peers", "none"]
-    with pytest.raises(InputError, match="none of the prompts can be decoded"):
-        _run(*flags, "--output", tmp_path / "out")
+    error = _refused(capsys, *flags, "--output", tmp_path / "out")
+    assert "none of the prompts can be decoded" in error
+
+
+# --- without a model --------------------------------------------------------------------------
+
+
+def _answered(number: int, *prompts: list[int]) -> Conversation:
+    """A conversation whose turns had these prompts."""
+    completions = [Completion("", ids, "", [], [], 1.0, "length", 0.0) for ids in prompts]
+    return Conversation(Request(("",) * len(prompts)), number, completions=completions)
+
+
+def test_turns_are_tasks():
+    """Conversation 4 has two turns, and 7 has one."""
+    talks = [_answered(4, [1], [1, 2]), _answered(7, [3])]
+    assert list(split("greedy", "qa", talks, batch_size=1)) == [
+        Task("greedy", "qa", [[1]], [(4, 0)]),
+        Task("greedy", "qa", [[1, 2]], [(4, 0)]),
+        Task("greedy", "qa", [[3]], [(7, 0)]),
+    ]
+    assert list(split("greedy", "qa", talks, batch_size=2)) == [
+        Task("greedy", "qa", [[1], [3]], [(4, 0), (7, 0)]),
+        Task("greedy", "qa", [[1, 2]], [(4, 0)]),
+    ]
+    assert list(split("greedy", "qa", [_answered(1)], batch_size=8)) == []
+
+
+def test_systems_take_turns():
+    """Each leads in its turn, task by task and repeat by repeat, after a pass of each that is
+    left out."""
+    calls: list[tuple[str, int]] = []
+
+    def system(name: str):
+        def run(task: Task):
+            calls.append((name, task.prompts[0][0]))
+            return [[0]], [1], Stats(tokens=1, seconds=1.0)
+
+        return run
+
+    tasks = [Task("greedy", "qa", [[number]], [(number, 0)]) for number in (10, 20)]
+    systems = {"greedy": {name: system(name) for name in ("plain", "medusa", "hf")}}
+    runs = list(measure(tasks, systems, repeats=2))
+    warm, timed = calls[:3], calls[3:]
+    assert warm == [("plain", 10), ("medusa", 10), ("hf", 10)]
+    assert timed == [
+        ("plain", 10), ("medusa", 10), ("hf", 10),
+        ("medusa", 20), ("hf", 20), ("plain", 20),
+        ("medusa", 10), ("hf", 10), ("plain", 10),
+        ("hf", 20), ("plain", 20), ("medusa", 20),
+    ]  # fmt: skip
+    assert [(run.task, run.repeat) for run in runs[::3]] == [(0, 0), (1, 0), (0, 1), (1, 1)]

@@ -13,8 +13,8 @@ from helpers.paths import ROOT
 from medusa_jax.model.presets import PRESETS
 
 SCRIPT = ROOT / "benchmarks/gpu.py"
-FLAGS = ["--shapes", "tiny", "--train_shape", "tiny", "--batch_sizes", "2", "--repeats", "1"]
-FLAGS += ["--prompt_tokens", "16", "--new_tokens", "4", "--train_rows", "2", "--train_tokens", "16"]
+OPTIONS = {"shapes": ["tiny"], "train_shape": "tiny", "batch_sizes": [2], "repeats": 1}
+OPTIONS |= {"prompt_tokens": 16, "new_tokens": 4, "train_rows": 2, "train_tokens": 16}
 
 
 @pytest.mark.e2e
@@ -22,31 +22,31 @@ FLAGS += ["--prompt_tokens", "16", "--new_tokens", "4", "--train_rows", "2", "--
 def test_one_call_measures_everything_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     script = runpy.run_path(str(SCRIPT))
-    names = script["main"].__globals__
+    names = script["measure"].__globals__
     names["SIZES"] = (1, 8)
     ticks = itertools.count()
     names["time"] = types.SimpleNamespace(perf_counter=lambda: next(ticks) / 2)
     measure, tries, done = names["time_training"], [], []
 
-    def short_of_memory(flags, mode):
+    def short_of_memory(options, mode):
         """Medusa-1 fails at first; then Medusa-2's figures do for it."""
         tries.append(mode)
         if len(tries) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
         if not done:
-            done.append(measure(flags, mode))
+            done.append(measure(options, mode))
         return done[0]
 
     names["time_training"] = short_of_memory
     file = tmp_path / "gpu.json"
-    flags = script["parse"](["--output", str(file), "--dtype", "float32", *FLAGS])
-    script["main"](flags)
+    options = script["Options"](output=str(file), dtype="float32", **OPTIONS)
+    script["measure"](options)
     first = json.loads(file.read_text())
     out = capsys.readouterr().out
     assert "train medusa1 tiny: RESOURCE_EXHAUSTED: out of memory" in out
     for part in ("medusa2 tiny", "prefill tiny", "### steps tiny"):
         assert part in out
-    script["main"](flags)  # tries again what failed, and that alone
+    script["measure"](options)  # tries again what failed, and that alone
     second = json.loads(file.read_text())
     assert tries == ["medusa1", "medusa2", "medusa1"]
     assert second["parts"].keys() == first["parts"].keys()

@@ -8,28 +8,28 @@ from typing import Any
 
 import pytest
 
-from medusa_jax.bench.measure import Job, Run
+from medusa_jax.bench.measure import Run, Task
 from medusa_jax.bench.summary import counters, spread, summarise
-from medusa_jax.decoding.stats import Figures
+from medusa_jax.decoding.stats import Stats
 from medusa_jax.drafting.tree import Tree
 
-JOBS = [
-    Job("greedy", "maths", [[1, 2]], [(0, 0)]),
-    Job("greedy", "qa", [[3]], [(1, 0)]),
+TASKS = [
+    Task("greedy", "maths", [[1, 2]], [(0, 0)]),
+    Task("greedy", "qa", [[3]], [(1, 0)]),
 ]
 MATHS, QA = list(range(12)), list(range(8))
 TREE = Tree.from_lists([[0], [1], [0, 0], [0, 1], [0, 0, 0]])  # six nodes, three deep
 
 
 def run(
-    job: int, system: str, slower: int, text: list[int], lengths: list[int], **cost: float
+    task: int, system: str, slower: int, text: list[int], lengths: list[int], **cost: float
 ) -> Run:
     """One run; in the repeat of number 1 all times are twice as long."""
-    figures = Figures(tokens=len(text), passes=len(lengths), steps=len(lengths), made=sum(lengths))
-    figures.bytes = cost["read"]
-    figures.seconds = cost["seconds"] * (1 + slower)
-    figures.decode_seconds = cost["decode"] * (1 + slower)
-    return Run(job, system, slower, [text], lengths, figures)
+    stats = Stats(tokens=len(text), passes=len(lengths), steps=len(lengths), made=sum(lengths))
+    stats.bytes = cost["read"]
+    stats.seconds = cost["seconds"] * (1 + slower)
+    stats.decode_seconds = cost["decode"] * (1 + slower)
+    return Run(task, system, slower, [text], lengths, stats)
 
 
 def runs() -> list[Run]:
@@ -50,7 +50,7 @@ def runs() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def rows() -> dict[tuple[str, str], dict[str, Any]]:
-    found = summarise(JOBS, runs(), {"greedy": TREE}, bandwidth=2000.0)
+    found = summarise(TASKS, runs(), {"greedy": TREE}, bandwidth=2000.0)
     assert all(row["acceptance"] == "greedy" for row in found)
     return {(row["category"], row["system"]): row for row in found}
 

@@ -18,16 +18,16 @@ from medusa_jax.model.kv_cache import init_cache
 SCRIPT = """
 import dataclasses, json
 from helpers.models import TINY
-from medusa_jax.bench.aot import compile_decoding
-from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.bench.memory import MemoryOptions, bench
+from medusa_jax.model.presets import PRESETS
 
-heads = HeadsConfig(2, 1, TINY.hidden_size, TINY.vocab_size)
+PRESETS["tiny"] = TINY
 every = {}
 for mesh in ("tensor=1", "tensor=2"):
-    found = compile_decoding(
-        TINY, heads, "bfloat16", "cpu:4", mesh,
-        sizes=[8], batch_sizes=[2], prompt_tokens=16, capacity=60,
-    )
+    found = bench(MemoryOptions(
+        model="tiny", compile_only="cpu:4", mesh=mesh, heads_number=2,
+        sizes=[8], batch_sizes=[2], prompt_tokens=16, max_length=60,
+    ))
     every[mesh] = {name: dataclasses.asdict(one) for name, one in found.items()}
 print(json.dumps(every))
 """
@@ -85,9 +85,9 @@ def test_what_a_chip_has_no_room_for():
 
 
 def test_bench_needs_a_shape_to_compile(capsys):
-    from medusa_jax.bench.__main__ import parse
+    from medusa_jax.bench.__main__ import main
 
     with pytest.raises(SystemExit) as done:
-        parse(["--compile_only", "v5e:2x2"])
+        main(["--compile_only", "v5e:2x2"])
     assert done.value.code == 2
-    assert "--compile_only needs the name of a shape: --random_weights" in capsys.readouterr().err
+    assert "the following arguments are required: --model" in capsys.readouterr().err

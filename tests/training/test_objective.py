@@ -19,9 +19,9 @@ from medusa_jax.model.linear import Adapter, Weight
 from medusa_jax.param_paths import flat, joined, nested
 from medusa_jax.training import lora
 from medusa_jax.training.objective import Objective, report
-from medusa_jax.training.optimizer import group_of, groups, learning_rate, optimizer
+from medusa_jax.training.optimizer import group_of, groups, heads_weight, learning_rate, optimizer
 from medusa_jax.training.settings import Backbone, Config, Heads, Lora, Loss, Optim
-from medusa_jax.training.step import Ramp, init_state, make_step
+from medusa_jax.training.step import init_state, make_step
 from medusa_jax.training.weights import plan, split
 
 ROWS, LENGTH = 4, 12
@@ -60,7 +60,7 @@ class Setup:
 
     def step(self, batch: dict[str, jax.Array], **changes: Any) -> Any:
         objective = dataclasses.replace(self.objective, **changes)
-        compiled = make_step(objective, self.rule, Ramp(0.2, "constant", 1), 0)
+        compiled = make_step(objective, self.rule, optax.constant_schedule(0.2), 0)
         state = init_state(jax.tree.map(jnp.copy, self.trainable), self.rule)
         return compiled(state, self.frozen, batch)
 
@@ -157,7 +157,7 @@ def test_new_adapters_leave_the_backbone_as_it_was_and_folding_is_applying(tiny:
     setup = setup_of(tiny, MODES["lora"])
     fresh = {
         path: lora.init(path, leaf.shape, jax.random.key(0))
-        for path, leaf in flat(setup.trainable["adapters"], "adapters/").items()
+        for path, leaf in flat({"adapters": setup.trainable["adapters"]}).items()
     }
     batch = jax.tree.map(lambda array: array[0], make_batch())
     start = nested(fresh) | {"heads": setup.trainable["heads"]}
@@ -338,13 +338,13 @@ def test_rates_over_a_run():
 
 def test_ramps_of_the_heads_weight():
     steps = jnp.arange(0, 11)
-    sine = Ramp.of(Loss(heads_weight=0.01, ramp="sine"), 10)(steps)
+    sine = heads_weight(Loss(heads_weight=0.01, ramp="sine"), 10)(steps)
     np.testing.assert_allclose(sine, 0.01 * np.sin(np.pi / 2 * np.arange(11) / 10), atol=1e-8)
-    early = Ramp.of(Loss(heads_weight=0.01, ramp="sine", ramp_fraction=0.5), 10)(steps)
+    early = heads_weight(Loss(heads_weight=0.01, ramp="sine", ramp_fraction=0.5), 10)(steps)
     np.testing.assert_allclose(early[5:], 0.01)
-    linear = Ramp.of(Loss(heads_weight=0.4, ramp="linear"), 10)(steps)
+    linear = heads_weight(Loss(heads_weight=0.4, ramp="linear"), 10)(steps)
     np.testing.assert_allclose(linear, 0.04 * np.arange(11), rtol=1e-6)
-    assert Ramp.of(Loss(heads_weight=0.2), 10)(jnp.asarray(0)) == pytest.approx(0.2)
+    assert heads_weight(Loss(heads_weight=0.2), 10)(jnp.asarray(0)) == pytest.approx(0.2)
 
 
 @pytest.mark.slow
@@ -363,7 +363,7 @@ def test_medusa1_forms_no_gradient_of_the_backbone():
         trainable, frozen = split(shapes, table)
         rule = optimizer(config, 10)
         state = jax.eval_shape(functools.partial(init_state, optimizer=rule), trainable)
-        step = make_step(Objective.of(config, model, heads), rule, Ramp(0.2, "constant", 1), 0)
+        step = make_step(Objective.of(config, model, heads), rule, optax.constant_schedule(0.2), 0)
         memory = step.lower(state, frozen, batch).compile().memory_analysis()
         temporaries[mode] = memory.temp_size_in_bytes
         backbone = sum(leaf.size for path, leaf in shapes.items() if "backbone" in path) * 4

@@ -1,0 +1,122 @@
+"""Bytes per device of prefill and decoding steps, by the compiler of a machine that is not here.
+
+Nothing runs, and no weights are read: shapes alone are compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from medusa_jax.bench.synthetic import abstract_model
+from medusa_jax.bench.timing import trees
+from medusa_jax.cli import runner
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_for
+from medusa_jax.distributed.rules import decode_mesh
+from medusa_jax.distributed.topology import devices
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.errors import InputError
+from medusa_jax.model.presets import PRESETS
+from medusa_jax.options import option
+
+EXAMPLE = """python -m medusa_jax.bench memory --model llama2-7b --compile_only v5e:2x2 \\
+      --mesh tensor=4"""
+LONGEST = 2048  # tokens of a row, where neither the options nor a shorter context say so
+
+
+@dataclasses.dataclass(kw_only=True)
+class MemoryOptions:
+    """What to compile, and for which machine."""
+
+    model: str = option(metavar="SHAPE", help=", ".join(PRESETS))
+    compile_only: str = option(metavar="TOPOLOGY", help="v5e:2x2, v6e:2x4, ..., or cpu:8")
+    mesh: str = option("tensor=1", metavar="tensor=N", help="devices of it that split the work")
+    sizes: list[int] = option([1, 4, 8, 16, 32, 64], least=1, nargs="+", help="tokens of a tree")
+    batch_sizes: list[int] = option([1, 4, 16], least=1, nargs="+", help="rows of a step")
+    prompt_tokens: int = option(512, least=1, help="of each prompt of the prefill")
+    max_length: int | None = option(None, least=2, help="prompt and text together (default: the "
+        f"context, at most {LONGEST})")  # fmt: skip
+    dtype: str = option("bfloat16", choices=("float32", "bfloat16"), help="of all parameters")
+    heads_number: int = option(4, least=1, help="Medusa heads")
+    shared_heads: bool = option(False, help="heads that use the backbone's lm_head")
+
+
+def bench(options: MemoryOptions) -> dict[str, Memory]:
+    """Memory of each batch size's prefill and of the step of each tree; printed as they come.
+
+    Raises:
+      InputError: shape, topology, mesh or capacity are wrong.
+      DoesNotFit: some need more than a chip's memory; raised after all were tried.
+    """
+    if options.model not in PRESETS:
+        raise InputError(f"--model {options.model}: expected one of {', '.join(PRESETS)}")
+    config = PRESETS[options.model]
+    size = (config.hidden_size, config.vocab_size)
+    heads = HeadsConfig(options.heads_number, 1, *size, shared=options.shared_heads)
+    mesh = decode_mesh(options.mesh, config, devices(options.compile_only))
+    capacity = options.max_length or min(config.context, LONGEST)
+    decoders = [
+        Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=mesh)
+        for tree in trees(options.sizes, heads.num_heads)
+        if tree.size in options.sizes
+    ]
+    if not decoders:
+        raise InputError(f"--sizes: no tree has {options.sizes} tokens")
+    shapes = abstract_model(config, heads, mesh)
+    params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(options.dtype)), shapes)
+    compiled: dict[str, Memory] = {}
+    short = 0
+    for batch in options.batch_sizes:
+        for name, lower in lowerings(decoders, params, batch, options.prompt_tokens):
+            name = f"{name}, batch {batch}"
+            title = f"{options.compile_only} ({options.mesh}), {name}"
+            try:
+                compiled[name] = compile_for(options.compile_only, title, lower)
+            except DoesNotFit as error:
+                print(error, flush=True)
+                short += 1
+    if short:
+        raise DoesNotFit(f"{short} of these do not fit {options.compile_only}")
+    return compiled
+
+
+def lowerings(
+    decoders: Sequence[Decoder], params: Any, batch: int, prompt_tokens: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names, and what lowers: the prefill for the last decoder, then the step of each.
+
+    Args:
+      params: abstract parameters, placed on the mesh of the decoders.
+    """
+    for decoder in reversed(decoders):
+        keys = jax.eval_shape(lambda: row_keys(0, [(row, 0) for row in range(batch)]))
+        numbers = [(batch, prompt_tokens), (batch,), (batch,), (1,)]  # tokens to stop ids
+        inputs = (*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers), keys)
+        inputs = _placed(decoder, inputs)
+        if decoder is decoders[-1]:
+            prefill = functools.partial(Decoder.run_prefill.lower, decoder, params, *inputs)
+            yield f"prefill of {prompt_tokens}", prefill
+        state = jax.eval_shape(functools.partial(Decoder.run_prefill, decoder), params, *inputs)
+        step = functools.partial(Decoder.step.lower, decoder, params, _placed(decoder, state))
+        yield f"step of {decoder.drafter.size}", step
+
+
+def _placed(decoder: Decoder, shapes: Any) -> Any:
+    """Abstract arrays with their shardings."""
+    places = decoder.network.places(shapes)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
+
+
+def _print(options: MemoryOptions) -> None:
+    bench(options)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m medusa_jax.bench memory`."""
+    runner.command(_print, MemoryOptions, __doc__ or "", EXAMPLE, arguments)

@@ -1,0 +1,146 @@
+"""Speed and acceptance over prompt sets: Medusa beside plain decoding and Hugging Face.
+
+All systems decode the same prompt ids in the same process, in an order that rotates, and
+all of it several times. A machine whose speed drifts slows all systems alike. Ratios are
+taken within a repeat; reported are medians over the repeats, with their extremes.
+Compilation and a first pass of each system are not timed. The history of a conversation
+holds Medusa's own answers.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+from medusa_jax.bench.measure import make_systems, make_tasks, measure
+from medusa_jax.bench.output import check_directory, write_report
+from medusa_jax.bench.peers import PEERS, HuggingFace, available
+from medusa_jax.bench.summary import about, copy_bandwidth, summarise
+from medusa_jax.checkpoints.hub import shipped
+from medusa_jax.cli import runner
+from medusa_jax.data.prompts import Request, read_requests
+from medusa_jax.decoding.acceptance import Acceptance
+from medusa_jax.errors import InputError
+from medusa_jax.options import option
+from medusa_jax.serving.generator import Generator, load_generator
+from medusa_jax.serving.options import DecodingOptions, acceptance_of, tree_of
+
+EXAMPLE = """python -m medusa_jax.bench prompts --model DIR --heads DIR --prompts question.jsonl \\
+      --acceptance greedy,lossless --output out/bench
+other programs, each with its own --help:
+  python -m medusa_jax.bench steps --model llama2-7b --sizes 1 8 64 --output out/steps
+  python -m medusa_jax.bench memory --model llama2-7b --compile_only v5e:2x2 --mesh tensor=4"""
+
+
+@dataclasses.dataclass(kw_only=True)
+class PromptsOptions(DecodingOptions):
+    """What to decode, how often, and beside which other systems."""
+
+    acceptance: str | Acceptance = option("greedy", help="greedy, lossless, typical, or several "
+        "with commas between")  # fmt: skip
+    prompts: list[str] | None = option(None, action="append", metavar="FILE", help="MT-bench, "
+        "Spec-Bench or any JSON Lines that decode.py reads; may be given again (default: those "
+        "that ship with the project)")  # fmt: skip
+    max_prompts: int = option(0, least=0, help="of each file; 0 for all")
+    max_new_tokens: int | None = option(128, least=1, help="of each text, if they fit")
+    repeats: int = option(3, least=1, help="times that everything is decoded")
+    peers: list[str] | None = option(None, nargs="+", choices=(*PEERS, "none"), help="default: "
+        "all where torch is installed")  # fmt: skip
+    output: str = option(metavar="DIR", help="bench.json, bench.md and plots")
+
+
+def bench(options: PromptsOptions) -> None:
+    """Measures, prints the table and writes the report.
+
+    Raises:
+      InputError: an option is wrong, or no prompt can be decoded.
+    """
+    check_directory(options.output)
+    schemes = acceptances(options)  # options and files first: loading takes long
+    requests = read(options)
+    peers = chosen_peers(options)
+    bandwidth = copy_bandwidth()
+    medusa = generators(options, schemes)
+    tasks = list(make_tasks(medusa, requests))
+    reference = load_peer(options, medusa, tasks[0].prompts[0]) if peers else None
+    runs = list(measure(tasks, make_systems(medusa, reference, peers), options.repeats))
+    trees = {name: generator.tree for name, generator in medusa.items()}
+    report = about() | {
+        "kind": "prompts",
+        "dtype": options.precision,
+        "mesh": options.mesh,
+        "model": str(options.model or shipped()),
+        "heads": options.heads,
+        "prompts": options.prompts,
+        "max_new_tokens": options.max_new_tokens,
+        "ignore_eos": options.ignore_eos,
+        "batch_size": options.batch_size,
+        "repeats": options.repeats,
+        "schemes": {name: str(scheme) for name, scheme in schemes.items()},
+        "trees": {name: dataclasses.asdict(tree) for name, tree in trees.items()},
+        "torch_threads": reference and reference.threads,
+        "copy_bandwidth": bandwidth,
+        "rows": summarise(tasks, runs, trees, bandwidth),
+    }
+    write_report(report, options.output)
+
+
+def acceptances(options: PromptsOptions) -> dict[str, Acceptance]:
+    """The schemes that `acceptance` lists, by name."""
+    names = [name.strip() for name in str(options.acceptance).split(",")]
+    return {name: acceptance_of(dataclasses.replace(options, acceptance=name)) for name in names}
+
+
+def read(options: PromptsOptions) -> list[Request]:
+    """The prompts of all files; those without a category take the name of their file."""
+    requests: list[Request] = []
+    for file in options.prompts or [str(shipped("prompts.jsonl"))]:
+        own = list(itertools.islice(read_requests(file), options.max_prompts or None))
+        if not own:
+            raise InputError(f"--prompts {file} holds no prompts")
+        name = Path(file).name.partition(".")[0]
+        requests += [dataclasses.replace(r, category=r.category or name) for r in own]
+    return requests
+
+
+def chosen_peers(options: PromptsOptions) -> list[str]:
+    """The peers to run, which decode prompt by prompt only."""
+    if options.peers is None:
+        return list(PEERS) if options.batch_size == 1 and available() else []
+    asked = [peer for peer in options.peers if peer != "none"]
+    if "none" in options.peers and asked:
+        raise InputError("--peers none goes with no other peer")
+    if asked and not available():
+        raise InputError("--peers: torch is missing: pip install 'medusa_jax[torch]'")
+    if asked and options.batch_size > 1:
+        raise InputError("--peers run at batch size 1 only; give --peers none")
+    return asked
+
+
+def generators(options: PromptsOptions, schemes: dict[str, Acceptance]) -> dict[str, Generator]:
+    """The model with each acceptance, and the tree that is chosen for it."""
+    first, *others = schemes
+    # A prompt that leaves less room than --max_new_tokens gets a shorter text.
+    decoding = dataclasses.replace(options, acceptance=schemes[first], max_new_tokens=None)
+    loaded = load_generator(decoding, at_most=options.max_new_tokens or 1, need_heads=False)
+    by_scheme = {first: loaded}
+    for name in others:
+        tree = loaded.tree
+        if loaded.model.heads.num_heads:
+            tree = tree_of(decoding, loaded.model, schemes[name])
+        by_scheme[name] = loaded.with_tree(tree, schemes[name])
+    return by_scheme
+
+
+def load_peer(
+    options: PromptsOptions, medusa: dict[str, Generator], prompt: list[int]
+) -> HuggingFace:
+    """Hugging Face's model, with as many threads as decode `prompt` fastest."""
+    some = next(iter(medusa.values()))
+    peer = HuggingFace(some.model.directory, options.precision, some.stop_ids, some.suppress)
+    peer.choose_threads(prompt)
+    return peer
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m medusa_jax.bench prompts`."""
+    runner.command(bench, PromptsOptions, __doc__ or "", EXAMPLE, arguments)

@@ -1,0 +1,161 @@
+"""The time of a decoding step over the size of its tree: of a model, or of random weights.
+
+Sizes and batch sizes take turns, repeat by repeat, and ratios to plain decoding are taken
+within a repeat. A model without heads gets random ones: a step's time depends on shapes
+alone. What random heads guess means nothing, so acceptance is not measured.
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+from medusa_jax.bench.output import check_directory, write_report
+from medusa_jax.bench.report import NO_ACCEPTANCE
+from medusa_jax.bench.summary import about, copy_bandwidth
+from medusa_jax.bench.synthetic import abstract_model, random_model, random_params
+from medusa_jax.bench.timing import TREE, time_steps, trees
+from medusa_jax.checkpoints.hub import shipped
+from medusa_jax.checkpoints.load import load_model
+from medusa_jax.cli import runner
+from medusa_jax.distributed.hardware import accelerated
+from medusa_jax.distributed.rules import decode_mesh
+from medusa_jax.drafting.drafter import Params
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.presets import PRESETS
+from medusa_jax.options import option
+from medusa_jax.progress import progress
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = """python -m medusa_jax.bench steps --model llama2-7b --sizes 1 8 64 --batch_sizes 1 8 \\
+      --output out/steps"""
+
+
+@dataclasses.dataclass(kw_only=True)
+class StepsOptions:
+    """Which steps to time, and how often."""
+
+    model: str | None = option(None, help="Hugging Face directory or hub id (default: the small "
+        f"model that ships with the project); random weights: {', '.join(PRESETS)}")  # fmt: skip
+    heads: str | None = option(None, help="directory, file or hub id of Medusa heads (default: "
+        "those found with the model, else random ones)")  # fmt: skip
+    heads_number: int = option(4, least=1, help="of random heads")
+    shared_heads: bool = option(False, help="random heads use the backbone's lm_head")
+    sizes: list[int] = option([1, 4, 8, 16, 32, 64], least=1, nargs="+", help="tokens of a tree")
+    batch_sizes: list[int] = option([1, 4, 16], least=1, nargs="+", help="rows of a step")
+    dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
+        "CPU, else bfloat16")  # fmt: skip
+    mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
+        "(default: one)")  # fmt: skip
+    max_length: int | None = option(None, least=2, help="tokens that the cache has room for "
+        "(default: hardly more than the steps of a timing may make)")  # fmt: skip
+    max_new_tokens: int = option(32, least=1, help="steps of a timing; each makes a token or more")
+    repeats: int = option(3, least=1, help="rounds in which all sizes and batch sizes take turns")
+    output: str = option(metavar="DIR", help="steps.json, bench.json, bench.md and a plot")
+
+    @property
+    def precision(self) -> str:
+        """The precision that `dtype` names, or the usual precision of this machine."""
+        return self.dtype or ("bfloat16" if accelerated() else "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+      source: of the report: where weights come from, and what is random.
+      note: the same for a reader.
+    """
+
+    config: ModelConfig
+    heads: HeadsConfig
+    params: Params
+    mesh: Any
+    source: dict[str, Any]
+    note: str = ""
+
+
+def bench(options: StepsOptions) -> None:
+    """Times steps, prints the table and writes the report.
+
+    Raises:
+      InputError: an option is wrong.
+    """
+    check_directory(options.output)
+    if options.model in PRESETS and options.heads:
+        raise InputError(f"--heads: the weights of {options.model} are random, and so its heads")
+    subject, bandwidth = load(options), copy_bandwidth()
+    cases = len(trees(options.sizes, subject.heads.num_heads)) * len(set(options.batch_sizes))
+    with progress(total=cases * (options.repeats + 1), label="timing", unit="runs") as bar:
+        rows = time_steps(
+            subject.config,
+            subject.heads,
+            subject.params,
+            sizes=options.sizes,
+            batch_sizes=options.batch_sizes,
+            steps=options.max_new_tokens,
+            repeats=options.repeats,
+            copy_bandwidth=bandwidth,
+            max_length=options.max_length,
+            mesh=subject.mesh,
+            tick=bar.update,
+        )
+    report = about() | subject.source | {
+        "note": subject.note,
+        "dtype": options.precision,
+        "mesh": options.mesh,
+        "tree": TREE,
+        "heads": dataclasses.asdict(subject.heads),
+        "max_new_tokens": options.max_new_tokens,
+        "max_length": options.max_length,
+        "repeats": options.repeats,
+        "copy_bandwidth": bandwidth,
+        "rows": rows,
+    }  # fmt: skip
+    write_report(report, options.output, steps=[record(row) for row in rows])
+
+
+def record(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `time_steps` as steps.json has it."""
+    return {
+        "size": row["nodes"],
+        "batch": row["batch_size"],
+        "seconds": row["step_ms"]["median"] / 1e3,
+        "over_plain": row["step_overhead"]["median"],
+    }
+
+
+def load(options: StepsOptions) -> Subject:
+    """The model that the options name; its weights or its heads are random if there are none."""
+    if options.model in PRESETS:
+        config = PRESETS[options.model]
+        heads = random_heads(options, config)
+        mesh = decode_mesh(options.mesh, config) if options.mesh else None
+        params = random_model(config, heads, options.precision, mesh)
+        source = {"kind": "random_weights", "preset": options.model}
+        return Subject(config, heads, params, mesh, source, NO_ACCEPTANCE)
+    name = str(options.model or shipped())
+    model = load_model(name, options.heads, options.precision, options.mesh)
+    config, heads, params, note = model.config, model.heads, model.params, ""
+    if not heads.num_heads:
+        heads = random_heads(options, config)
+        abstract = abstract_model(config, heads, model.mesh)["heads"]
+        params = params | {"heads": random_params(abstract, options.precision)}
+        note = f"{name} has no heads, so {heads.num_heads} random heads take their place."
+        log.warning(note)
+    source = {"kind": "steps", "model": name, "random_heads": bool(note)}
+    return Subject(config, heads, params, model.mesh, source, note)
+
+
+def random_heads(options: StepsOptions, config: ModelConfig) -> HeadsConfig:
+    """The shape of random heads."""
+    size = (config.hidden_size, config.vocab_size)
+    return HeadsConfig(options.heads_number, 1, *size, shared=options.shared_heads)
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m medusa_jax.bench steps`."""
+    runner.command(bench, StepsOptions, __doc__ or "", EXAMPLE, arguments)

@@ -1,0 +1,163 @@
+"""The time of a step over the size of its tree, and of a prefill, on token ids that mean nothing.
+
+The time depends on shapes alone, so weights may be random.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from medusa_jax.bench.summary import spread
+from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
+from medusa_jax.decoding.prefill import round_up
+from medusa_jax.decoding.stats import step_bytes
+from medusa_jax.distributed.hardware import device_bandwidth
+from medusa_jax.drafting.drafter import Params
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
+
+TREE = "mc_sim_7b_63"
+PROMPT_TOKENS = 16
+
+
+def trees(sizes: Sequence[int], num_heads: int) -> list[Tree]:
+    """The root alone, for plain decoding, then the published tree cut to each size, once each."""
+    whole = Tree.published(TREE).limit_depth(num_heads)
+    cuts = dict.fromkeys(map(whole.cut, sorted({*sizes} - {1})))
+    return [Tree(), *(tree for tree in cuts if tree.nodes)]
+
+
+def room(
+    config: ModelConfig, depth: int, steps: int, max_length: int | None = None
+) -> tuple[int, int]:
+    """Capacity of the decoders, and steps of a timing: as many as asked for, if they fit.
+
+    A step may accept depth + 1 tokens, and no row shall end before its last step. Without
+    `max_length` there are hardly more cache slots than that, the same for each tree: 32
+    steps of depth 4 after 16 prompt tokens need 176 tokens, and get 187, in 192 slots.
+    """
+    longest = PROMPT_TOKENS + steps * (depth + 1)
+    capacity = max_length or round_up(longest + depth + 1, SLOTS_MULTIPLE) - depth - 1
+    capacity = capacity if max_length else min(capacity, config.context)
+    steps = min(steps, (capacity - PROMPT_TOKENS) // (depth + 1))
+    if steps < 1:
+        raise InputError(
+            f"{capacity} tokens are too few for a prompt of {PROMPT_TOKENS} and a step that may "
+            f"accept {depth + 1}"
+        )
+    return capacity, steps
+
+
+def time_steps(
+    config: ModelConfig,
+    heads: HeadsConfig,
+    params: Params,
+    *,
+    sizes: Sequence[int],
+    batch_sizes: Sequence[int],
+    steps: int,
+    repeats: int,
+    copy_bandwidth: float,
+    max_length: int | None = None,
+    mesh: Mesh | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any]]:
+    """A row for each batch size and tree: ms a step, its ratio to the plain step, bandwidth.
+
+    Sizes and batch sizes take turns, in an order that rotates from repeat to repeat, so that
+    a machine whose speed drifts slows all alike. Ratios are taken within a repeat.
+
+    Args:
+      steps: of one timing, if they fit.
+      copy_bandwidth: measured on this device, bytes a second.
+      max_length: cache capacity in tokens; attention reads all of its slots. See `room`.
+      mesh: the devices that the parameters are split over.
+      tick: called after each of the (repeats + 1) x batch sizes x trees runs; the first compile.
+
+    Raises:
+      InputError: `max_length` is too short, or exceeds the model's context.
+    """
+    chosen = trees(sizes, heads.num_heads)
+    capacity, steps = room(config, chosen[-1].depth, steps, max_length)
+    decoders = {
+        tree.size: Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=mesh)
+        for tree in chosen
+    }
+    cases = list(itertools.product(dict.fromkeys(batch_sizes), decoders))
+    times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    for repeat in range(repeats + 1):
+        shift = repeat % len(cases)
+        for batch, size in cases[shift:] + cases[:shift]:
+            seconds = _step_seconds(decoders[size], params, batch, steps)
+            if repeat:
+                times[batch, size].append(seconds)
+            tick()
+    return [
+        {"batch_size": batch, "nodes": size, "depth": decoders[size].drafter.depth}
+        | _figures(
+            times[batch, size],
+            times[batch, 1],
+            step_bytes(decoders[size], params, batch * (PROMPT_TOKENS + steps / 2)),
+            copy_bandwidth,
+        )
+        for batch, size in cases
+    ]
+
+
+def time_prefill(
+    config: ModelConfig,
+    heads: HeadsConfig,
+    params: Params,
+    *,
+    prompt_tokens: int,
+    batch_sizes: Sequence[int],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """A row for each batch size: ms until the prompts are read and the first guesses are made."""
+    tree = trees((config.vocab_size,), heads.num_heads)[-1]
+    decoder = Decoder(config, medusa_drafter(heads, tree), capacity=prompt_tokens + 1)
+    rows = []
+    for batch in batch_sizes:
+        prompts, times = [_prompt(config, prompt_tokens)] * batch, []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(decoder.prefill(params, prompts, max_new_tokens=1))
+            times.append(1e3 * (time.perf_counter() - start))
+        rows.append({"batch_size": batch, "tokens": prompt_tokens, "ms": spread(times[1:])})
+    return rows
+
+
+def _prompt(config: ModelConfig, length: int) -> list[int]:
+    return [1 + token % (config.vocab_size - 1) for token in range(length)]
+
+
+def _step_seconds(decoder: Decoder, params: Params, batch: int, steps: int) -> float:
+    """Seconds of one of `steps` steps, all of which run in one device loop."""
+    prompts = [_prompt(decoder.config, PROMPT_TOKENS)] * batch
+    new_tokens = steps * (decoder.drafter.depth + 1)
+    state = jax.block_until_ready(decoder.prefill(params, prompts, max_new_tokens=new_tokens))
+    start = time.perf_counter()
+    _, taken = jax.block_until_ready(decoder.run(params, state, np.int32(steps), np.int32(1)))
+    return (time.perf_counter() - start) / int(taken)
+
+
+def _figures(
+    seconds: list[float], plain: list[float], read: float, copy_bandwidth: float
+) -> dict[str, Any]:
+    """Spreads over the repeats of a step's time, that reads so many bytes."""
+    figures = {
+        "step_ms": spread([1e3 * value for value in seconds]),
+        "step_overhead": spread([a / b for a, b in zip(seconds, plain, strict=True)]),
+        "bandwidth_share": spread([read / value / copy_bandwidth for value in seconds]),
+    }
+    if peak := device_bandwidth():
+        figures["bandwidth_share_datasheet"] = spread([read / value / peak for value in seconds])
+    return figures

@@ -1,0 +1,39 @@
+"""The progress bar of every command."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(
+    items: Iterable[Any] | None = None,
+    *,
+    unit: str,
+    total: int | None = None,
+    done: int = 0,
+    label: str | None = None,
+    shown: bool = True,
+) -> Any:
+    """A bar on stderr, around `items` or moved by its `update`.
+
+    Args:
+      unit: what is counted, in the plural.
+      done: how many were finished before this process started.
+      shown: False returns a bar that draws nothing.
+    """
+    return tqdm(
+        items,
+        desc=label,
+        total=total,
+        initial=done,
+        unit=f" {unit}",
+        disable=not shown,
+        dynamic_ncols=True,
+    )
+
+
+def say(message: str) -> None:
+    """A line on stderr, above a bar."""
+    tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,127 @@
+"""A run's working directory: a local one, or an address such as gs://bucket/run.
+
+Addresses go through `etils.epath`, which offers pathlib's methods for them. A local
+directory stays a `pathlib.Path`.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from medusa_jax.checkpoints.tensors import read_json
+from medusa_jax.data.packing import Rows
+from medusa_jax.errors import InputError
+from medusa_jax.training import settings
+from medusa_jax.training.settings import Config
+
+# The settings as they are run, and which data they were run on.
+CONFIG, DATA = "config.json", "data.json"
+
+
+def is_address(path: Any) -> bool:
+    """Whether a path or a flag names a bucket instead of a local directory."""
+    return "://" in str(path)
+
+
+def open_workdir(name: str | Path) -> Path:
+    """The directory of that name.
+
+    Raises:
+      InputError: an address that cannot be reached; the message says what is missing.
+    """
+    if not is_address(name):
+        return Path(name)
+    try:
+        path = cast(Path, epath.Path(str(name)))
+        path.exists()
+    except KeyError:
+        raise InputError(f"--workdir {name}: expected a directory, or gs:// or s3://") from None
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--workdir {name} cannot be reached: {reason}") from None
+    return path
+
+
+@contextlib.contextmanager
+def local_copy(target: Path, *, write: bool) -> Iterator[Path]:
+    """A local directory to write; if `target` is an address, its files are uploaded at the end.
+
+    Args:
+      write: whether this process uploads.
+    """
+    if not is_address(target):
+        yield target
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+        for file in sorted(Path(scratch).rglob("*")) if write else ():
+            if file.is_file():
+                copy = target / file.relative_to(scratch)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with open(file, "rb") as source, copy.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 2**24)
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises InputError, in every process, unless they all see one working directory."""
+    if jax.process_count() == 1:
+        return
+    now = np.array(time.time_ns() % 2**31, np.int32)
+    mark = workdir / f".shared-{multihost_utils.broadcast_one_to_all(now)}"
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("marked")
+    seen = multihost_utils.process_allgather(np.array(mark.is_file()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        raise InputError(
+            f"--workdir {workdir}: processes {np.flatnonzero(~seen).tolist()} of {len(seen)} do "
+            "not see what process 0 writes there; give a directory that all machines share"
+        )
+
+
+def check_settings(workdir: Path, config: Config) -> None:
+    """Refuses a directory that holds another run.
+
+    Mesh and `run` may differ: they change how a run computes, not what.
+
+    Raises:
+      InputError: shows the differences.
+    """
+    file = workdir / CONFIG
+    if not file.is_file():
+        if any((workdir / "checkpoints").glob("*")):
+            raise InputError(f"{workdir} holds checkpoints, but no {CONFIG} to say of which run")
+        return
+    theirs = dataclasses.asdict(settings.from_dict(read_json(file)))
+    lines = [
+        line
+        for line in settings.difference(theirs, dataclasses.asdict(config))
+        if not line.startswith(("mesh.", "run."))
+    ]
+    if lines:
+        raise InputError(
+            f"{workdir} holds a run of other settings (there -> now); give another --workdir "
+            "or the settings of that run:\n  " + "\n  ".join(lines)
+        )
+
+
+def check_data(workdir: Path, rows: Rows) -> None:
+    """Raises InputError unless the rows are those that the run in `workdir` began with."""
+    if read_json(workdir / DATA).get("fingerprint") != rows.fingerprint():
+        raise InputError(
+            f"{workdir}: the training data has changed since this run began, so it cannot be "
+            "resumed exactly; restore the data, or give another --workdir"
+        )
