@@ -21,7 +21,7 @@ from medusa_jax.training.settings import Config, Heads
 def get_config() -> Config:
     """The run."""
     config = _recipes.on_a_cpu(str(Path(medusa_jax.__file__).parent / "shipped"))
-    config.heads = Heads(number=3, layers=1, shared=True)
+    config.heads = Heads(number=4, layers=1, shared=True)
     config.data.train, config.data.sequence_length = ("data/quickstart.jsonl",), 256
     config.data.eval_fraction = 0.1
     config.optim.batch_size, config.optim.epochs = 8, 16
