@@ -47,9 +47,9 @@ def collectives(text: str) -> list[tuple[str, list[int]]]:
 
 def compare(alone: Decoder, params: Any, together: Decoder, split: Any) -> dict[str, Any]:
     """Decodes with one device, and with those of a mesh."""
-    found: dict[str, Any] = {"nodes": alone.tree.size, "layers": alone.config.num_layers}
+    found: dict[str, Any] = {"nodes": alone.drafter.size, "layers": alone.config.num_layers}
     found |= {"width": alone.config.hidden_size, "vocab": alone.config.vocab_size}
-    found["heads"] = alone.tree.depth
+    found["heads"] = alone.drafter.depth
     for name, decoder, weights in (("one", alone, params), ("several", together, split)):
         state = decoder.prefill(weights, PROMPTS, max_new_tokens=NEW_TOKENS)
         found[f"{name}_bytes"] = step_bytes(decoder, weights, 10)
