@@ -97,7 +97,8 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     if not isinstance(tree, str):
         return tree
     if tree == "auto":
-        tuned = tree_store.find(model, scheme, options.batch_size, options.precision)
+        which = model, scheme, options.batch_size, options.precision
+        tuned = tree_store.find(*which, own_heads=options.heads is None)
         return tuned or default_tree(num_heads, accelerated(), str(options.model))
     if recipe := re.fullmatch(r"grow:(\d+)(?::(\d+))?", tree):
         return dynamic_tree(model, *(int(part) for part in recipe.groups() if part))

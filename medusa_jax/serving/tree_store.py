@@ -79,16 +79,19 @@ def tree_of(tuning: dict[str, Any]) -> Tree | DynamicTree:
 
 
 def find(
-    model: Model, acceptance: Acceptance, batch_size: int, dtype: str
+    model: Model, acceptance: Acceptance, batch_size: int, dtype: str, *, own_heads: bool = True
 ) -> Tree | DynamicTree | None:
     """The tree tuned for this model here, else one that came with it for such a device.
 
     The same acceptance is looked for first, then its scheme at another
     temperature, then greedy's, then any; among equals the nearest batch size.
+
+    Args:
+      own_heads: the heads came with the model, so that the trees beside it are for them.
     """
     wanted = describe(acceptance)
     here = read(cache_file(model, dtype))
-    brought = read(model.directory / BESIDE)
+    brought = read(model.directory / BESIDE) if own_heads else []
     brought = [tuning for tuning in brought if tuning.get("backend") == jax.default_backend()]
 
     def far(tuning: dict[str, Any]) -> tuple[bool, bool, bool, float]:
@@ -98,8 +101,6 @@ def find(
         return found != wanted, scheme != wanted["scheme"], scheme != Greedy.__name__, apart
 
     for tunings in (here, brought):
-        # Other heads than those that were tuned may have come with the same directory.
-        tunings = [one for one in tunings if tree_of(one).depth <= model.heads.num_heads]
         if tunings:
             nearest = min(tunings, key=far)
             if nearest["acceptance"] != wanted:

@@ -38,6 +38,7 @@ def single(decoder: Decoder, params: dict, job: Job, **ends: object) -> Output:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.9)], ids=["greedy", "lossless"])
 @pytest.mark.parametrize("tree", TREES, ids=["plain", "static", "dynamic"])
 def test_refilled_slots_write_what_single_rows_write(

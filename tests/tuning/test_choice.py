@@ -92,7 +92,7 @@ def test_later_rounds_replace_the_speed_of_the_machine():
     rows = {row["tree"]: row for row in predicted(CPU, TREES, 240)}
     before = {tree: row["tokens_per_second"] for tree, row in rows.items()}
     rows["1"] |= {"plain_seconds": 0.030, "prefill_seconds": 0.10}  # twice as slow as before
-    timing.predict(rows, argparse.Namespace(max_new_tokens=240, batch_size=1))
+    timing.predict(rows, 1, 240)
     for tree, row in rows.items():
         assert row["tokens_per_second"] == pytest.approx(before[tree] / 2)
     assert rows["4"]["step_seconds"] == pytest.approx(0.0432)

@@ -136,6 +136,7 @@ def test_trees_that_come_with_a_model_serve_its_kind_of_device(stories: Model, h
     brought = [tuning([[0], [1]], backend="tpu"), tuning([[0], [0, 0]])]
     (home / tree_store.BESIDE).write_text(json.dumps({"tunings": brought}))
     assert tree_store.find(model, Greedy(), 1, "float32") == Tree(((0,), (0, 0)))
+    assert tree_store.find(model, Greedy(), 1, "float32", own_heads=False) is None
 
 
 @pytest.mark.parametrize("content", ["nonsense", "{}", '{"tunings": [{"tree": [[0, 0]]}]}'])
