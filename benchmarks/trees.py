@@ -135,7 +135,8 @@ def compare(options: Options) -> None:
     predicted = {row["tree"]: row["tokens_per_second"] for row in tuning["table"]}
     chosen = tuning["best"]["tokens_per_second"]
     ratio = chosen / predicted[PLAIN]
-    now = ratio * statistics.median(speeds["plain"])
+    plain = next(name for name, tree in trees.items() if tree.size == 1)  # or the tuned tree
+    now = ratio * statistics.median(speeds[plain])
     print(
         f"\ntuned tree, predicted: {chosen:.0f} tokens/s, {ratio:.3f} times plain decoding: "
         f"{now:.0f} tokens/s as fast as plain decoding is now"
