@@ -67,12 +67,12 @@ LINE = re.compile(
 )
 HEAD = """# What fits where
 
-GiB of one device, as XLA's TPU compiler counts them for the whole compiled function: the
-arguments (weights, optimizer state or cache, batch), the most that lives at once beside them, and
-outputs that do not lie in an argument's place. "In place" is what does: state and cache are
-donated, so they are held once. No TPU was used, and nothing here says how fast a step is.
-`python benchmarks/compile_matrix.py` compiles them (jax {jax}); seconds are of a machine
-that had other work.
+Memory of one device in GiB, as XLA's TPU compiler counts it for the whole compiled function.
+Arguments are weights, optimizer state or cache, and batch. Temporaries are the peak beside them.
+Outputs are those without an argument's buffer. "In place" counts outputs that reuse one: state and
+cache are donated, so each exists once. No TPU was used, and these tables say nothing about speed.
+`python benchmarks/compile_matrix.py` compiles all rows (jax {jax}). Seconds are compile times on a
+shared machine; some include halts.
 """
 TRAINING_HEAD = """
 ## Training steps

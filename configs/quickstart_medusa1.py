@@ -1,9 +1,9 @@
 """Medusa-1 heads for the shipped model, from its own answers to the shipped prompts.
 
     mkdir -p data && python -m medusa_jax.distill --data medusa_jax/shipped/prompts.jsonl \\
-        --temperature 0.5 --output data/quickstart.jsonl
+        --output data/quickstart.jsonl
     python train.py --config configs/quickstart_medusa1.py --workdir runs/quickstart
-    python decode.py --heads runs/quickstart/heads --prompt "Once upon a time" --compare
+    python decode.py --heads runs/quickstart/heads --prompt "Once upon a time"
 
 Purpose: the whole way from a model to heads for it, in minutes and with nothing to download.
 Recipe: the paper's loss (section 2.2.1) with self-distillation (2.3.2). These few answers make
@@ -21,7 +21,7 @@ from medusa_jax.training.settings import Config, Heads
 def get_config() -> Config:
     """The run."""
     config = _recipes.on_a_cpu(str(Path(medusa_jax.__file__).parent / "shipped"))
-    config.heads = Heads(number=3, layers=1, shared=True)
+    config.heads = Heads(number=4, layers=1, shared=True)
     config.data.train, config.data.sequence_length = ("data/quickstart.jsonl",), 256
     config.data.eval_fraction = 0.1
     config.optim.batch_size, config.optim.epochs = 8, 16

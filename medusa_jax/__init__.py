@@ -30,7 +30,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.serving.generator import Generator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Decoder",

@@ -1,7 +1,9 @@
 """Text to text: the API of two lines.
 
-generator = Generator.load()
-print(generator.generate(["Once upon a time"])[0].text)
+    generator = Generator.load()
+    print(generator.generate(["Once upon a time"])[0].text)
+
+An engine is made for the model when the first prompt comes, and kept.
 """
 
 import dataclasses

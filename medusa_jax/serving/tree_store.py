@@ -87,9 +87,9 @@ def find(
     temperature, then greedy's, then any; among equals the nearest batch size.
     """
     wanted = describe(acceptance)
-    backend = jax.default_backend()
     here = read(cache_file(model, dtype))
-    brought = [one for one in read(model.directory / BESIDE) if one.get("backend") == backend]
+    brought = read(model.directory / BESIDE)
+    brought = [tuning for tuning in brought if tuning.get("backend") == jax.default_backend()]
 
     def far(tuning: dict[str, Any]) -> tuple[bool, bool, bool, float]:
         found = tuning["acceptance"]
@@ -98,6 +98,8 @@ def find(
         return found != wanted, scheme != wanted["scheme"], scheme != Greedy.__name__, apart
 
     for tunings in (here, brought):
+        # Other heads than those that were tuned may have come with the same directory.
+        tunings = [one for one in tunings if tree_of(one).depth <= model.heads.num_heads]
         if tunings:
             nearest = min(tunings, key=far)
             if nearest["acceptance"] != wanted:

@@ -36,6 +36,7 @@ def test_names_stay_and_weights_are_transposed():
     np.testing.assert_array_equal(tied["lm_head"].data, tied["embed/embedding"].T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_backbone_gives_the_same_logits(tiny: TinyModel, tied: bool):
     config = dataclasses.replace(TINY, tied=tied)

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 
 from helpers import hlo
 from helpers.models import TINY, random_model
+from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.acceptance import Acceptance, Accepted, Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.distributed.rules import decode_mesh, shardings
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.model.linear import for_decoding
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
 # Seven nodes: with eight, as many as a head is wide, the tree's mask has the size of the cache.

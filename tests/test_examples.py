@@ -1,0 +1,62 @@
+"""Each script of examples/ runs in a bare clone, on the shipped model, and keeps its promises."""
+
+import re
+import sys
+
+import pytest
+from helpers import bare_clone
+from helpers.paths import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LINES = 60
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+def test_an_example_is_short_and_says_how_it_runs(script):
+    text = script.read_text()
+    assert len(text.splitlines()) <= LINES
+    assert f"    python examples/{script.name}\n" in text
+
+
+@pytest.fixture(scope="module")
+def run_example(tmp_path_factory):
+    """Runs a script by its number in a bare clone; its stdout."""
+    target = bare_clone.clone(tmp_path_factory.mktemp("examples") / "clone")
+
+    def call(number: str) -> str:
+        (script,) = (path.name for path in EXAMPLES if path.name.startswith(number))
+        return bare_clone.run([sys.executable, f"examples/{script}"], target).stdout
+
+    return call
+
+
+def lengths(printed: str) -> list[float]:
+    """The mean accepted lengths in a text: "2.50 tokens a step" -> [2.5]."""
+    return [float(number) for number in re.findall(r"([\d.]+) tokens a step", printed)]
+
+
+def test_decode_writes_the_plain_texts_in_fewer_steps(run_example):
+    printed = run_example("01")
+    assert printed.count("same text as plain decoding: True") == 3
+    assert len(lengths(printed)) == 3 and min(lengths(printed)) > 1.5
+    assert len(printed.splitlines()[-1].split()) > 10  # the stream
+
+
+def test_custom_trees_change_the_speed_and_not_the_text(run_example):
+    printed = run_example("02")
+    assert "the text does not depend on the tree: True" in printed
+    plain, *others = lengths(printed)
+    assert plain == 1 and len(others) == 4 and min(others) > 1.5
+    # [0], [1], [0, 0], [0, 1], [0, 0, 0] by depth: slots 1 and 2, 3 and 4, 5.
+    assert "x x . x . x" in printed
+
+
+def test_a_custom_acceptance_generalizes_greedy(run_example):
+    greedy, best, loose = lengths(run_example("03"))
+    assert greedy == best < loose
+
+
+def test_heads_trained_in_seconds_already_guess(run_example):
+    assert lengths(run_example("04"))[0] > 1
