@@ -86,7 +86,8 @@ DECODING_HEAD = """
 
 bfloat16, four heads, a cache of 2048 tokens a row. A prefill reads prompts of 512 tokens; a step
 of 1 token is plain decoding, one of 64 verifies the tree `mc_sim_7b_63`. Each group of rows is
-`python -m medusa_jax.bench memory --model SHAPE --compile_only TOPOLOGY --mesh tensor=N {steps}`.
+`python -m medusa_jax.bench memory --model SHAPE --compile_only TOPOLOGY --mesh tensor=N`
+`{steps}`.
 
 | shape | topology | chips | what | batch | per device | of | arguments | temporaries | outputs | in place | s |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
@@ -98,7 +99,9 @@ class Log:
     def __init__(self, file: Path) -> None:
         self._file = file
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        self._said: dict[str, Any] = {one["command"]: one for one in map(json.loads, lines)}
+        self._said: dict[str, Any] = {
+            record["command"]: record for record in map(json.loads, lines)
+        }
 
     def run(self, command: str) -> tuple[list[dict[str, str | None]], str]:
         """The lines of a command, taken apart, and, where it failed, its last words."""
@@ -127,20 +130,22 @@ def rows(log: Log, command: str, cells: list[str], *, named: bool) -> list[str]:
     Args:
       named: lines say what was compiled, and for which batch.
     """
-    found, error = log.run(command)
-    made = []
-    for one in found:
-        name = [one["what"], one["batch"]] if named else [str(one["name"]).partition("(")[2][:-1]]
-        figures = [one[key] or "-" for key in ("total", "limit", "arguments", "temporaries")]
-        figures += [one[key] or "-" for key in ("outputs", "aliased", "seconds")]
-        if one["limit"] and float(str(one["total"])) > float(one["limit"]):
+    lines, error = log.run(command)
+    table = []
+    for line in lines:
+        name = (
+            [line["what"], line["batch"]] if named else [str(line["name"]).partition("(")[2][:-1]]
+        )
+        figures = [line[key] or "-" for key in ("total", "limit", "arguments", "temporaries")]
+        figures += [line[key] or "-" for key in ("outputs", "aliased", "seconds")]
+        if line["limit"] and float(str(line["total"])) > float(line["limit"]):
             figures[0] += ", does not fit"
-        if one["short"]:
-            figures = [f"does not fit: {one['short']}", *[""] * 6]
-        made.append([*cells, *name, *figures])
-    if not made:
-        made = [[*cells, *[""] * (1 + named), error.removeprefix("error: "), *[""] * 6]]
-    return [f"| {' | '.join(map(str, row))} |" for row in made]
+        if line["short"]:
+            figures = [f"does not fit: {line['short']}", *[""] * 6]
+        table.append([*cells, *name, *figures])
+    if not table:
+        table = [[*cells, *[""] * (1 + named), error.removeprefix("error: "), *[""] * 6]]
+    return [f"| {' | '.join(map(str, row))} |" for row in table]
 
 
 @dataclasses.dataclass(kw_only=True)

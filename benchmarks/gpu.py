@@ -172,8 +172,8 @@ def time_training(options: Options, mode: str) -> dict[str, Any]:
     return {
         "rows": options.train_rows,
         "tokens": options.train_tokens,
-        "step_ms": spread([1e3 * one for one in times[1:]]),
-        "tokens_per_second": spread([ids.size / one for one in times[1:]]),
+        "step_ms": spread([1e3 * seconds for seconds in times[1:]]),
+        "tokens_per_second": spread([ids.size / seconds for seconds in times[1:]]),
         "compiled_bytes": dataclasses.asdict(Memory.of(compiled)),
         "peak_bytes": peak,
     }

@@ -1,10 +1,10 @@
-"""The tuned tree beside every published one, each cut to its two best sizes, on held-out prompts.
+"""The tuned tree beside the published trees, cut to their two best sizes, on held-out prompts.
 
-    python -m medusa_jax.tune --prompts head_ranks.jsonl
+    python -m medusa_jax.tune --prompts calibration.jsonl
     python benchmarks/trees.py --prompts held_out.jsonl
 
-Every cut of every published tree is replayed on the model's texts to the held-out prompts
-(`head_ranks.py`), which gives its exact mean accepted length; steps are timed by size. The two
+Each cut of each published tree is replayed on the model's texts to the held-out prompts
+(`tree_search.py`), which gives its exact mean accepted length; steps are timed by size. The two
 best cuts of each tree, `mc_sim_7b_63` whole, the tuned tree and a grown one of its size then take
 turns decoding the prompts; cuts that are the same tree are one. Printed are the predictions, what
 was measured, and, of each repeat, how much faster the tuned tree was than each other.
@@ -49,7 +49,7 @@ class Options(DecodingOptions):
 
 
 def candidates(ranks: list[Ranks], heads: int, seconds: dict[int, float]) -> dict[str, Tree]:
-    """The two fastest cuts of every published tree by replayed length and time of their size."""
+    """The two fastest cuts of each published tree by replayed length and time of their size."""
     sizes, times = zip(*sorted(seconds.items()), strict=True)
     named: dict[Tree, list[str]] = {}
     for name in progress(published_names(), label="replay", unit="trees"):
@@ -101,13 +101,13 @@ def time_texts(
     speeds: dict[str, list[float]] = {name: [] for name in timed}
     order = np.random.default_rng(0)
     for _ in range(options.repeats):
-        before = {name: dataclasses.replace(one.stats) for name, one in timed.items()}
+        before = {name: dataclasses.replace(generator.stats) for name, generator in timed.items()}
         for number, prompt in enumerate(progress(prompts, label="decode", unit="prompts")):
             job = Job(prompt, options.max_new_tokens or 1, (number, 0))
             for name in order.permutation(list(timed)):
                 timed[name].engine.run([job])
-        for name, one in timed.items():
-            speeds[name].append((one.stats - before[name]).tokens_per_second)
+        for name, generator in timed.items():
+            speeds[name].append((generator.stats - before[name]).tokens_per_second)
     return speeds
 
 
@@ -135,7 +135,8 @@ def compare(options: Options) -> None:
     predicted = {row["tree"]: row["tokens_per_second"] for row in tuning["table"]}
     chosen = tuning["best"]["tokens_per_second"]
     ratio = chosen / predicted[PLAIN]
-    now = ratio * statistics.median(speeds["plain"])
+    plain = next(name for name, tree in trees.items() if tree.size == 1)  # or the tuned tree
+    now = ratio * statistics.median(speeds[plain])
     print(
         f"\ntuned tree, predicted: {chosen:.0f} tokens/s, {ratio:.3f} times plain decoding: "
         f"{now:.0f} tokens/s as fast as plain decoding is now"

@@ -6,7 +6,7 @@
 
 Trains the same Medusa-1 recipe four times. Of each: the bytes that its heads add to a step, and
 the mean accepted length on the prompts (greedy; replayed exactly on the model's own texts,
-`head_ranks.py`) of the published tree and of the best tree of each size for these very heads,
+`tree_search.py`) of the published tree and of the best tree of each size for these very heads,
 which is built on the calibration prompts. Runs that are there already are not repeated.
 """
 
@@ -52,8 +52,8 @@ def bytes_of_heads(generator: Generator) -> tuple[float, float]:
     model = generator.model
     tree = Tree.published(PUBLISHED).limit_depth(model.heads.num_heads)
     plain, medusa = (
-        step_bytes(Decoder(model.config, medusa_drafter(model.heads, one)), model.params, 0)
-        for one in (Tree(), tree)
+        step_bytes(Decoder(model.config, medusa_drafter(model.heads, shape)), model.params, 0)
+        for shape in (Tree(), tree)
     )
     return medusa - plain, plain
 

@@ -76,7 +76,7 @@ class HuggingFace:
         self._torch, self._transformers = torch, transformers
 
     def choose_threads(self, prompt: list[int]) -> None:
-        """Takes one thread where it decodes this prompt faster than one a processor.
+        """Takes one thread where that decodes this prompt faster than a thread for each processor.
 
         So it is with small models, and on a machine that others use too.
         """
@@ -84,7 +84,7 @@ class HuggingFace:
         for threads in (1, self.threads):
             self._torch.set_num_threads(threads)
             tries = [self.generate(prompt, 8, sampling={}, extra={}, seed=0) for _ in range(3)]
-            seconds[threads] = min(one.seconds for one in tries)
+            seconds[threads] = min(text.seconds for text in tries)
         self.threads = min(seconds, key=seconds.__getitem__)
         self._torch.set_num_threads(self.threads)
 

@@ -135,8 +135,9 @@ def load_peer(
     options: PromptsOptions, medusa: dict[str, Generator], prompt: list[int]
 ) -> HuggingFace:
     """Hugging Face's model, with as many threads as decode `prompt` fastest."""
-    some = next(iter(medusa.values()))
-    peer = HuggingFace(some.model.directory, options.precision, some.stop_ids, some.suppress)
+    generator = next(iter(medusa.values()))
+    ends = generator.stop_ids, generator.suppress
+    peer = HuggingFace(generator.model.directory, options.precision, *ends)
     peer.choose_threads(prompt)
     return peer
 

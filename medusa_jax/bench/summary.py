@@ -1,7 +1,7 @@
 """From timed runs to the figures of a benchmark: rates, ratios, acceptance, machine.
 
 Counters carry vLLM's names. They and the lengths are those of the first repeat,
-since every repeat decodes the same.
+since all repeats decode the same.
 """
 
 import collections
@@ -50,11 +50,11 @@ def summarise(
             groups[task.acceptance, category, run.system].append(run)
     rows = []
     for group in sorted(groups, key=_order(groups)):
-        (acceptance, category, system), some = group, groups[group]
+        (acceptance, category, system), own = group, groups[group]
         plain = groups[acceptance, category, PLAIN]
         row: dict[str, Any] = dict(zip(("acceptance", "category", "system"), group, strict=True))
-        row |= _speed(some, plain, bandwidth)
-        first = [run for run in some if run.repeat == 0]
+        row |= _speed(own, plain, bandwidth)
+        first = [run for run in own if run.repeat == 0]
         if acceptance == "greedy" and system != PLAIN:
             row["same_texts"] = _same(first, plain)
         if any(run.lengths for run in first):
@@ -67,7 +67,7 @@ def summarise(
 
 
 def counters(lengths: Sequence[int], tree_size: int, depth: int) -> dict[str, Any]:
-    """Acceptance from the tokens that each step made, the root included.
+    """Acceptance from the tokens that each step accepted, the root included.
 
     Example: lengths (1, 3, 1, 2) of a tree two deep: 4 drafts, 3 accepted
     tokens, per position (2, 1), histogram (2, 1, 1), mean 7/4.
@@ -133,18 +133,18 @@ def _speed(runs: Sequence[Run], plain: Sequence[Run], bandwidth: float) -> dict[
     row: dict[str, Any] = {
         "texts": texts,
         "tokens": sum(run.stats.tokens for run in first),
-        "tokens_per_second": spread([one.tokens_per_second for one in ours]),
+        "tokens_per_second": spread([stats.tokens_per_second for stats in ours]),
         "speedup": spread(
             [a.tokens_per_second / b.tokens_per_second for a, b in zip(ours, theirs, strict=True)]
         ),
         "time_to_first_token_seconds": spread(
-            [(one.seconds - one.decode_seconds) / texts for one in ours]
+            [(stats.seconds - stats.decode_seconds) / texts for stats in ours]
         ),
     }
-    if all(one.passes for one in ours):
-        steps = [one.decode_seconds / one.passes for one in ours]
-        base = [one.decode_seconds / one.passes for one in theirs]
-        rates = [one.bytes / one.decode_seconds for one in ours]
+    if all(stats.passes for stats in ours):
+        steps = [stats.decode_seconds / stats.passes for stats in ours]
+        base = [stats.decode_seconds / stats.passes for stats in theirs]
+        rates = [stats.bytes / stats.decode_seconds for stats in ours]
         row["step_seconds"] = spread(steps)
         row["step_overhead"] = spread([a / b for a, b in zip(steps, base, strict=True)])
         row["bandwidth_share"] = spread([rate / bandwidth for rate in rates])
@@ -166,10 +166,10 @@ def _order(groups: Iterable[Group]) -> Callable[[Group], tuple[int, bool, int, i
 
 def _by_repeat(runs: Sequence[Run]) -> list[Stats]:
     """The stats of each repeat, summed."""
-    found: dict[int, Stats] = collections.defaultdict(Stats)
+    sums: dict[int, Stats] = collections.defaultdict(Stats)
     for run in runs:
-        found[run.repeat] += run.stats
-    return [found[repeat] for repeat in sorted(found)]
+        sums[run.repeat] += run.stats
+    return [sums[repeat] for repeat in sorted(sums)]
 
 
 def _same(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, int]:
