@@ -31,7 +31,7 @@ from medusa_jax.serving.options import DecodingOptions, dynamic_tree
 from medusa_jax.tuning import tree_search
 from medusa_jax.tuning.head_ranks import Ranks
 from medusa_jax.tuning.timing import PLAIN
-from medusa_jax.tuning.tuner import TuneOptions, rank_texts, read_prompts, write_texts
+from medusa_jax.tuning.tuner import rank_texts, read_prompts, write_texts
 
 EXAMPLE = "python benchmarks/trees.py --prompts held_out.jsonl"
 Trees = dict[str, Tree | DynamicTree]
@@ -115,8 +115,7 @@ def compare(options: Options) -> None:
     """Replays, times and prints."""
     generator = load_generator(options)
     tuning = tuning_of(generator)
-    calibration = TuneOptions(prompts=options.prompts, max_prompts=options.max_prompts)
-    prompts = read_prompts(calibration, generator)
+    prompts = read_prompts(options.prompts, options.max_prompts, generator)
     trees = all_trees(generator, tuning, prompts)
     timed = {name: generator.with_tree(tree, ignore_eos=True) for name, tree in trees.items()}
     speeds = time_texts(timed, prompts, options)

@@ -128,17 +128,12 @@ def make_systems(
     return systems
 
 
-def new_tokens(generator: Generator, prompt: list[int]) -> int:
-    """Most new tokens for a prompt, as `Generator.converse` allows it."""
-    return min(generator.at_most, generator.engine.decoder.capacity - len(prompt))
-
-
 def ours(generator: Generator) -> System:
     """Medusa or plain decoding."""
 
     def run(task: Task) -> tuple[list[list[int]], list[int], Stats]:
         jobs = [
-            Job(prompt, new_tokens(generator, prompt), stream)
+            Job(prompt, generator.new_tokens(len(prompt)), stream)
             for prompt, stream in zip(task.prompts, task.streams, strict=True)
         ]
         before = dataclasses.replace(generator.stats)
@@ -158,7 +153,7 @@ def theirs(peer: HuggingFace, name: str, generator: Generator) -> System:
 
     def run(task: Task) -> tuple[list[list[int]], list[int], Stats]:
         (prompt,), ((number, _),) = task.prompts, task.streams
-        limit = new_tokens(generator, prompt)
+        limit = generator.new_tokens(len(prompt))
         done = peer.generate(prompt, limit, sampling=sampling, extra=PEERS[name], seed=number)
         stats = Stats(
             tokens=len(done.token_ids),

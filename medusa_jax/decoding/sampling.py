@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from medusa_jax.shapes import typed
@@ -58,11 +59,13 @@ def row_keys(seed: int, rows: list[tuple[int, int]]) -> Array:
 
     A row keeps its key whatever batch it is decoded in.
     """
-    base = jax.random.key(seed)
-    prompts, samples = jnp.asarray(rows, jnp.uint32).T
-    return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(
-        prompts, samples
-    )
+    return _row_keys(jax.random.key(seed), np.asarray(rows, np.uint32))
+
+
+@jax.jit
+def _row_keys(base: Array, rows: Array) -> Array:
+    fold = jax.random.fold_in
+    return jax.vmap(lambda row: fold(fold(base, row[0]), row[1]))(rows)
 
 
 @typed

@@ -27,7 +27,7 @@ class Stats:
       steps: steps of all rows; made: the tokens that they accepted, before any cut.
       passes: forward passes, each over all rows of a batch.
       prompts: prompts that were prefilled.
-      seconds: wall time of prefill and passes; decode_seconds: of the passes alone.
+      seconds: wall time of prefill, passes and all between; decode_seconds: of the passes alone.
       compile_seconds: ahead-of-time compilation, not part of `seconds`.
       bytes: bytes that the passes had to read.
     """
@@ -53,7 +53,6 @@ class Stats:
     def add_passes(self, passes: int, seconds: float) -> None:
         """Counts a call of the device loop."""
         self.passes += passes
-        self.seconds += seconds
         self.decode_seconds += seconds
 
     def add_output(self, output: Output) -> None:

@@ -150,19 +150,22 @@ class Engine:
 
     def advance(self) -> list[Progress]:
         """Fills free slots, steps until a row ends or for a bounded time, and reports."""
+        begun = time.perf_counter() - self._programs.compile_seconds
         self._fill()
         if not self._rows:
             return []
         run = self._programs.run(self._now, self._params, self._state)
-        self.stats.compile_seconds = self._programs.compile_seconds
         limits = np.int32(self._steps), np.int32(len(self._rows))
         start = time.perf_counter()
         self._state, passes = run(self._params, self._state, *limits)
         passes = int(passes)
         seconds = time.perf_counter() - start
         self._steps = next_steps(self._steps, passes, seconds)
+        done = outputs(self._state)
+        self.stats.compile_seconds = self._programs.compile_seconds
         self.stats.add_passes(passes, seconds)
-        return self._report(passes)
+        self.stats.seconds += time.perf_counter() - self._programs.compile_seconds - begun
+        return self._report(passes, done)
 
     def run(self, jobs: Sequence[Job]) -> list[Output]:
         """Decodes all jobs; their outputs in the order of the jobs."""
@@ -195,18 +198,13 @@ class Engine:
         inputs = self._inputs(self._now, [*jobs.values(), *empty])
         prefill = self._programs.prefill(self._now, self._params, inputs)
         self._rows |= {slot: _Row(job, self.stats.seconds) for slot, job in jobs.items()}
-        start = time.perf_counter()
-        state = jax.block_until_ready(prefill(self._params, *inputs))
-        self.stats.seconds += time.perf_counter() - start
         self.stats.prompts += len(jobs)
-        return state
+        return prefill(self._params, *inputs)
 
     def _inputs(self, decoder: Decoder, jobs: list[Job]) -> tuple[Any, ...]:
         prompts, new = [job.prompt_ids for job in jobs], [job.max_new_tokens for job in jobs]
-        arrays = padded(decoder, prompts, new, self._stop_ids)
-        return everywhere(
-            (*arrays, row_keys(self._seed, [job.stream for job in jobs])), decoder.mesh
-        )
+        keys = row_keys(self._seed, [job.stream for job in jobs])
+        return everywhere((*padded(decoder, prompts, new, self._stop_ids), keys), decoder.mesh)
 
     def _grow(self, tokens: int) -> None:
         """More cache slots for all rows."""
@@ -214,9 +212,9 @@ class Engine:
         self._now = fitting(self.decoder, max(tokens, roomy))
         self._state = self._programs.resize(self._now, self._state)(self._state)
 
-    def _report(self, passes: int) -> list[Progress]:
+    def _report(self, passes: int, done: list[Output]) -> list[Progress]:
         """What is new in each row; rows that have ended leave their slots."""
-        done, progress, cached = outputs(self._state), [], 0
+        progress, cached = [], 0
         for slot, row in list(self._rows.items()):
             output = done[slot]
             new = output.token_ids[row.reported :]
@@ -228,6 +226,8 @@ class Engine:
                 self.stats.add_output(output)
             seconds = self.stats.seconds - row.start
             progress.append(Progress(row.job, new, output if ended else None, seconds))
+        if self.idle:
+            self._state = None  # its cache: nobody knows when the next job comes
         self.stats.bytes += passes * (self._step_bytes + cached * self._token_bytes)
         return progress
 

@@ -165,14 +165,14 @@ class Generator:
         max_new_tokens: int | None = None,
     ) -> Iterator[Update]:
         """`conversations.converse` in the engine's slots."""
-        wanted = max_new_tokens or self.options.max_new_tokens
-        capacity = self.engine.decoder.capacity
-
-        def new_tokens(prompt_tokens: int) -> int:
-            return wanted or max(min(self.at_most, capacity - prompt_tokens), 1)
-
+        new_tokens = functools.partial(self.new_tokens, wanted=max_new_tokens)
         how = {"stream": stream, "refuse": refuse}
         return converse(self.engine, self.text, conversations, new_tokens, **how)
+
+    def new_tokens(self, prompt_tokens: int, wanted: int | None = None) -> int:
+        """Most new tokens of a prompt: `wanted`, or that of the options, else what fits."""
+        room = self.engine.decoder.capacity - prompt_tokens
+        return wanted or self.options.max_new_tokens or max(min(self.at_most, room), 1)
 
     def chat(self) -> "Chat":
         """A conversation that a person goes on with."""
@@ -196,7 +196,7 @@ def load_generator(
     if need_heads or model.heads.num_heads:
         tree = tree_of(options, model, acceptance)
     elif not options.autoregressive:
-        log.warning("no Medusa heads were found with %s: plain decoding", options.model)
+        log.warning("no Medusa heads were found with %s: plain decoding", model.directory)
     return Generator(model, text, tree, acceptance, options, at_most)
 
 

@@ -83,7 +83,7 @@ def tune(options: TuneOptions) -> None:
     if min(options.sizes) < 1:
         raise InputError(f"--sizes: a tree has at least one token, got {min(options.sizes)}")
     generator = load_generator(options)
-    prompts = read_prompts(options, generator)
+    prompts = read_prompts(options.prompts, options.max_prompts, generator)
     if len(prompts) < options.batch_size:
         raise InputError(f"{len(prompts)} prompts do not fill a batch of {options.batch_size}")
     ranks = rank_texts(generator, write_texts(generator, prompts))
@@ -201,12 +201,12 @@ def rank_texts(generator: Generator, texts: list[Output]) -> list[head_ranks.Ran
     return ranks
 
 
-def read_prompts(options: TuneOptions, generator: Generator) -> list[list[int]]:
-    """Prompt ids of the first turns of `--prompts`."""
+def read_prompts(files: Sequence[str] | None, most: int, generator: Generator) -> list[list[int]]:
+    """Prompt ids of the first turns of prompt files (default: those that ship), `most` together."""
     prompts: list[list[int]] = []
-    for path in options.prompts or [str(shipped("prompts.jsonl"))]:
+    for path in files or [str(shipped("prompts.jsonl"))]:
         for request in read_requests(path):
-            if len(prompts) < options.max_prompts:
+            if len(prompts) < most:
                 prompts.append(Conversation(request).ask(generator.text))
     if not prompts:
         raise InputError("--prompts hold no prompt")
