@@ -305,6 +305,7 @@ def test_a_text_is_tokenized_as_a_prompt_is(shared, tmp_path, corpus, legacy):
     assert talk.learnt.tolist() == [False] * prompt + [True] * (len(expected) - prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["vicuna", "zephyr"])
 def test_real_dialogues(shared, template):
     """The first of 17,000: what is learnt is the answers, as written, and an end for each."""

@@ -139,6 +139,7 @@ def test_bad_recipes_are_refused(tiny: TinyModel, tree: DynamicTree, message: st
         Decoder(tiny.config, MedusaDrafter(tiny.heads, tree))
 
 
+@pytest.mark.slow
 def test_scores_are_log_probabilities(tiny: TinyModel):
     decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, DynamicTree(9, 3, 40)), capacity=64)
     state = decoder.prefill(tiny.params, PROMPTS, max_new_tokens=4)

@@ -240,6 +240,7 @@ def test_attention_over_parts_equals_attention_over_all_keys(seed: int):
         np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_attention_of_large_scores_stays_finite():
     """Softmax subtracts the largest score of all parts, not of each."""
     queries = jnp.full((1, 1, 1, 2), 100.0)

@@ -39,6 +39,7 @@ def test_turns_hear_the_answers_before_them(generator: Generator):
     assert conversation.ended and conversation.record()["turn"] == 1
 
 
+@pytest.mark.slow
 def test_what_came_before_an_error_of_reading_is_answered_first(generator: Generator):
     def read() -> Iterator[Conversation]:
         yield Conversation(request("Tom"), 0)
@@ -53,6 +54,7 @@ def test_what_came_before_an_error_of_reading_is_answered_first(generator: Gener
     assert generator.engine.idle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refuse", [True, False])
 def test_a_first_turn_that_does_not_fit(generator: Generator, refuse: bool):
     asked = [Conversation(request("Tom"), 0), Conversation(request("word " * 90, origin="x"), 1)]
@@ -81,6 +83,7 @@ def test_a_later_turn_that_does_not_fit_ends_the_conversation(generator: Generat
     assert [one["role"] for one in conversation.messages] == ["user", "assistant"]
 
 
+@pytest.mark.slow
 def test_texts_that_grow_end_as_whole_texts(generator: Generator):
     conversations = [Conversation(request(text), i) for i, text in enumerate(("Tom", "Lily"))]
     texts = {0: "", 1: ""}

@@ -57,6 +57,7 @@ def test_refilled_slots_write_what_single_rows_write(
     assert 0 < stats.decode_seconds < stats.seconds and stats.compile_seconds > 0
 
 
+@pytest.mark.slow
 def test_rows_are_reported_as_they_end_and_their_slots_refilled(tiny: TinyModel):
     """Two slots: a long row runs on while three short ones pass through the other slot."""
     engine = Engine(Decoder(tiny.config), tiny.params, slots=2)
@@ -76,6 +77,7 @@ def test_rows_are_reported_as_they_end_and_their_slots_refilled(tiny: TinyModel)
     assert engine.stats.passes == 60
 
 
+@pytest.mark.slow
 def test_an_engine_compiles_nothing_after_warm_up(tiny: TinyModel):
     engine = Engine(decoder_of(tiny, TREES[1], Greedy()), tiny.params, slots=2)
     engine.warm_up(16, 20)

@@ -21,6 +21,7 @@ def test_two_lines_write_a_story(generator: Generator):
     assert completion.mean_accepted_length > 1.5
 
 
+@pytest.mark.slow
 def test_many_prompts_come_back_in_their_order(generator: Generator):
     prompts = ["Tom", "Once upon a time", "One day, Lily", "Ben and Mia", "The sun"]
     many = [one.token_ids for one in generator.generate(prompts, max_new_tokens=9)]
@@ -30,6 +31,7 @@ def test_many_prompts_come_back_in_their_order(generator: Generator):
     assert many == [one.token_ids for one in plain.generate(prompts, max_new_tokens=9)]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_a_prompt_too(generator: Generator):
     messages = [{"role": "user", "content": "I want to book a table."}]
     (first,) = generator.generate([messages])

@@ -88,6 +88,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_except(MODES, "medusa1"))
 def test_what_learns_changes_and_what_is_frozen_has_no_place_in_the_state(
     tiny: TinyModel, mode: str

@@ -337,6 +337,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workdir.open_workdir("gs://bucket/run")
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket(place: Path, finished: Path, bucket: Path):
     flags = ["--config.run.tensorboard=true"]
     code, err = train(place, bucket, *flags)
