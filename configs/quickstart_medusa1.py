@@ -24,6 +24,6 @@ def get_config() -> Config:
     config.heads = Heads(number=4, layers=1, shared=True)
     config.data.train, config.data.sequence_length = ("data/quickstart.jsonl",), 256
     config.data.eval_fraction = 0.1
-    config.optim.batch_size, config.optim.epochs = 8, 16
+    config.optim.batch_size, config.optim.epochs = 8, 8
     config.optim.learning_rate, config.optim.warmup_steps = 1e-3, 10
     return config

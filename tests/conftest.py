@@ -26,6 +26,12 @@ from medusa_jax.checkpoints import conversion
 from medusa_jax.checkpoints.load import Model, load_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole programs come first: a long file that begins last keeps a worker waiting."""
+    long = {item.path for item in items if item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and recorded traces."""

@@ -27,7 +27,8 @@ def run_example(tmp_path_factory):
 
     def call(number: str) -> str:
         (script,) = (path.name for path in EXAMPLES if path.name.startswith(number))
-        return bare_clone.run([sys.executable, f"examples/{script}"], target).stdout
+        command = [sys.executable, f"examples/{script}"]
+        return bare_clone.run(command, target, optimized=False).stdout
 
     return call
 

@@ -14,6 +14,7 @@ from medusa_jax.cli import flags
 from medusa_jax.errors import InputError
 
 INTERRUPTED = 130
+_SIGNALS: list[int] = []  # that have asked this process to end
 GRACE_SECONDS = 1.5  # then a command that is stuck in compiled code is ended from outside
 
 
@@ -46,6 +47,8 @@ def run(main: Callable[[argparse.Namespace], None], namespace: argparse.Namespac
         code, message = 1, None
     except Exception as error:
         code, message = 1, f"{type(error).__name__}: {error}"
+        if _SIGNALS:  # what broke off may have raised an error of its own
+            code, message = INTERRUPTED, "interrupted"
     if message is not None:
         if namespace.debug:
             traceback.print_exc()
@@ -84,4 +87,5 @@ def _end_when_interrupted() -> None:
 
 
 def _raise(number: int, frame: Any) -> None:
+    _SIGNALS.append(number)
     raise KeyboardInterrupt

@@ -236,5 +236,6 @@ def converse(
             yield from batch.advance()
         if error is not None:
             raise error
-    finally:
+    except GeneratorExit:  # the caller has left; after an error the engine is past saving
         batch.close()
+        raise

@@ -231,8 +231,7 @@ def test_heads_of_another_model(run, models):
     assert code == 2 and "made for hidden size 64, the model has 96" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(("number", "size"), [(signal.SIGINT, 4), (signal.SIGTERM, 1)])
 def test_an_interrupted_run_ends_at_once_and_keeps_whole_lines(
     stories_flags, tmp_path, number, size
 ):

@@ -46,18 +46,24 @@ def commands(page: Path) -> list[str]:
     return [step for step in steps if step and not step.startswith(("#", "pip install "))]
 
 
-def environment(target: Path) -> dict[str, str]:
-    """The variables of a process in the copy: its own package and cache, XLA as users run it."""
+def environment(target: Path, *, optimized: bool = True) -> dict[str, str]:
+    """The variables of a process in the copy: its own package and cache.
+
+    `optimized` compiles as users do; otherwise LLVM does not optimize, as in the other tests.
+    """
     own = {"PYTHONPATH": str(target), "MEDUSA_JAX_CACHE": str(target.parent / "cache")}
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | own
+    left_out = "XLA_FLAGS" if optimized else ""
+    return {name: value for name, value in os.environ.items() if name != left_out} | own
 
 
-def run(command: list[str], target: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], target: Path, *, optimized: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Runs a command in the copy, with no input; it must succeed."""
     done = subprocess.run(
         command,
         cwd=target,
-        env=environment(target),
+        env=environment(target, optimized=optimized),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
