@@ -1,7 +1,7 @@
 """Medusa-1 heads for the shipped model, from its own answers to the shipped prompts.
 
     mkdir -p data && python -m medusa_jax.distill --data medusa_jax/shipped/prompts.jsonl \\
-        --output data/quickstart.jsonl
+        --output data/quickstart.jsonl --batch_size 16 --max_new_tokens 96
     python train.py --config configs/quickstart_medusa1.py --workdir runs/quickstart
     python decode.py --heads runs/quickstart/heads --prompt "Once upon a time"
 

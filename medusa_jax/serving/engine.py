@@ -105,7 +105,7 @@ class Engine:
         self._state: Any = None
         self._waiting: collections.deque[Job] = collections.deque()
         self._rows: dict[int, _Row] = {}
-        self._programs, self._steps = Programs(), FIRST_STEPS
+        self._programs, self._steps = Programs(params), FIRST_STEPS
         self._step_bytes = step_bytes(decoder, params, 0.0)
         self._token_bytes = step_bytes(decoder, params, 1.0) - self._step_bytes
 

@@ -1,4 +1,4 @@
-"""The compiled programs of an engine: ahead of time, each shape once."""
+"""The compiled programs of engines: ahead of time, each shape once a process."""
 
 import dataclasses
 import time
@@ -27,6 +27,11 @@ def fitting(decoder: Decoder, tokens: int) -> Decoder:
     return dataclasses.replace(decoder, capacity=min(capacity, decoder.capacity))
 
 
+# By signature of the parameters, method, decoder and shapes: engines of one model share them,
+# as the caches of `jax.jit` are shared.
+_COMPILED: dict[Any, Any] = {}
+
+
 class Programs:
     """Compiled methods of decoders that differ in their capacity.
 
@@ -34,9 +39,11 @@ class Programs:
       compile_seconds: spent on compilation so far.
     """
 
-    def __init__(self) -> None:
-        self.compile_seconds = 0.0
-        self._compiled: dict[Any, Any] = {}
+    def __init__(self, params: Any) -> None:
+        """Of programs for parameters of these shapes, types and places."""
+        leaves, structure = jax.tree.flatten(params)
+        places = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        self.compile_seconds, self._signature = 0.0, (structure, places)
 
     def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any) -> Any:
         """The compiled method `name` of a decoder.
@@ -45,35 +52,37 @@ class Programs:
           shape: what tells the shapes of the inputs apart, beside the decoder.
           inputs: arrays, or their abstract shapes; read only where it must be compiled.
         """
-        key = name, decoder, shape
-        if key not in self._compiled:
+        key = self._signature, name, decoder, shape
+        if key not in _COMPILED:
             start = time.perf_counter()
             lowered = getattr(Decoder, name).lower(decoder, *inputs)
-            self._compiled[key] = lowered.compile()
+            _COMPILED[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - start
-        return self._compiled[key]
+        return _COMPILED[key]
 
     def prefill(self, decoder: Decoder, params: Any, inputs: Any) -> Any:
         """`Decoder.run_prefill` for prompts of these shapes."""
-        return self.get("run_prefill", decoder, inputs[0].shape, params, *inputs)
+        tokens, _, _, stop_ids, _ = inputs
+        shape = tokens.shape + stop_ids.shape
+        return self.get("run_prefill", decoder, shape, params, *inputs)
 
     def run(self, decoder: Decoder, params: Any, state: Any) -> Any:
         """`Decoder.run` for states of this shape."""
         limits = np.int32(1), np.int32(1)
-        return self.get("run", decoder, state.root.shape, params, state, *limits)
+        return self.get("run", decoder, _shape(state), params, state, *limits)
 
     def insert(self, decoder: Decoder, state: Any, rows: Any) -> Any:
         """`Decoder.insert` of one row of `rows`."""
-        shape = state.root.shape + rows.root.shape
+        shape = _shape(state) + rows.root.shape
         return self.get("insert", decoder, shape, state, rows, np.int32(0), np.int32(0))
 
     def free(self, decoder: Decoder, state: Any) -> Any:
         """`Decoder.free` for states of this shape."""
-        return self.get("free", decoder, state.root.shape, state, np.int32(0))
+        return self.get("free", decoder, _shape(state), state, np.int32(0))
 
     def resize(self, decoder: Decoder, state: Any) -> Any:
         """`Decoder.resize` to this decoder's capacity."""
-        return self.get("resize", decoder, state.sequence.shape, state)
+        return self.get("resize", decoder, _shape(state) + state.sequence.shape, state)
 
     def warm_up(self, decoder: Decoder, params: Any, inputs: Any) -> Any:
         """Compiles prefill and loop for prompts of these shapes; the abstract state."""
@@ -84,3 +93,8 @@ class Programs:
             state = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), state, places)
         self.run(decoder, params, state)
         return state
+
+
+def _shape(state: Any) -> tuple[int, ...]:
+    """What tells states of one decoder apart: rows B and stop tokens Q."""
+    return state.root.shape + state.stop_ids.shape

@@ -39,8 +39,11 @@ def single(decoder: Decoder, params: dict, job: Job, **ends: object) -> Output:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [Greedy(), Lossless(0.9)], ids=["greedy", "lossless"])
-@pytest.mark.parametrize("tree", TREES, ids=["plain", "static", "dynamic"])
+@pytest.mark.parametrize(
+    ("tree", "scheme"),
+    [(TREES[0], Lossless(0.9)), (TREES[1], Greedy()), (TREES[2], Lossless(0.9))],
+    ids=["plain", "static", "dynamic"],
+)
 def test_refilled_slots_write_what_single_rows_write(
     tiny: TinyModel, tree: Tree | DynamicTree, scheme: object
 ):
@@ -54,7 +57,7 @@ def test_refilled_slots_write_what_single_rows_write(
     assert stats.tokens == sum(len(output.token_ids) for output in done)
     assert stats.steps == sum(len(output.tokens_per_step) for output in done)
     assert stats.prompts == len(JOBS)
-    assert 0 < stats.decode_seconds < stats.seconds and stats.compile_seconds > 0
+    assert 0 < stats.decode_seconds < stats.seconds
 
 
 @pytest.mark.slow
