@@ -236,6 +236,9 @@ def converse(
             yield from batch.advance()
         if error is not None:
             raise error
-    except GeneratorExit:  # the caller has left; after an error the engine is past saving
+    except GeneratorExit:  # the caller has left
         batch.close()
+        raise
+    except BaseException:  # such as KeyboardInterrupt, in the middle of a call
+        engine.reset()
         raise

@@ -80,6 +80,13 @@ class _Row:
     start: float
     reported: int = 0
 
+    def progress(self, output: Output, now: float) -> Progress:
+        """What is new in the row's output, which has ended or not."""
+        new = output.token_ids[self.reported :]
+        self.reported += len(new)
+        ended = output.finish_reason != FINISH_REASONS[RUNNING]
+        return Progress(self.job, new, output if ended else None, now - self.start)
+
 
 class Engine:
     """Slots of one decoder, filled from a queue.
@@ -137,6 +144,12 @@ class Engine:
             del self._rows[slot]
             free = self._programs.free(self._now, self._state)
             self._state = free(self._state, np.int32(slot))
+
+    def reset(self) -> None:
+        """Forgets all jobs: after an error in the middle of a call, the state may be gone."""
+        self._waiting.clear()
+        self._rows.clear()
+        self._state = None
 
     def warm_up(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Compiles what jobs of this shape need, before the first of them arrives."""
@@ -216,16 +229,11 @@ class Engine:
         """What is new in each row; rows that have ended leave their slots."""
         progress, cached = [], 0
         for slot, row in list(self._rows.items()):
-            output = done[slot]
-            new = output.token_ids[row.reported :]
-            row.reported += len(new)
-            cached += len(output.prompt_ids) + len(output.token_ids)
-            ended = output.finish_reason != FINISH_REASONS[RUNNING]
-            if ended:
+            cached += len(done[slot].prompt_ids) + len(done[slot].token_ids)
+            progress.append(row.progress(done[slot], self.stats.seconds))
+            if progress[-1].output is not None:
                 del self._rows[slot]
-                self.stats.add_output(output)
-            seconds = self.stats.seconds - row.start
-            progress.append(Progress(row.job, new, output if ended else None, seconds))
+                self.stats.add_output(done[slot])
         if self.idle:
             self._state = None  # its cache: nobody knows when the next job comes
         self.stats.bytes += passes * (self._step_bytes + cached * self._token_bytes)

@@ -97,3 +97,21 @@ def test_a_loop_that_is_left_frees_its_slots(generator: Generator):
     next(updates)
     updates.close()
     assert generator.engine.idle
+
+
+def test_an_engine_serves_on_after_an_interrupt(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+):
+    """The state was given away, and did not come back."""
+    expected = generator.generate(["Tom", "Lily"])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("medusa_jax.serving.engine.outputs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generator.generate(["Tom", "Lily", "Ben"])
+    assert generator.engine.idle
+    again = generator.generate(["Tom", "Lily"])
+    assert [one.token_ids for one in again] == [one.token_ids for one in expected]
