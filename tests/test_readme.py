@@ -44,7 +44,7 @@ def test_each_command_runs_in_a_bare_clone(tmp_path):
     lines = dict.fromkeys([*readme, *quickstart])  # what both pages print runs once
     done = {line: bare_clone.run_line(line, target) for line in lines}
     decoded = {line: result for line, result in done.items() if "--prompt " in line}
-    assert len(decoded) == 5
+    assert len(decoded) == 4
     for result in decoded.values():
         assert "tokens/s" in result.stderr and len(result.stdout.split()) > 20
     (compared,) = (result for line, result in decoded.items() if "--compare" in line)
@@ -56,9 +56,12 @@ def test_each_command_runs_in_a_bare_clone(tmp_path):
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_python_example_runs(page, tmp_path):
+def test_the_python_examples_run(tmp_path):
+    """That of each page, one after the other in a single process."""
     target = bare_clone.clone(tmp_path / "clone")
-    (code,) = bare_clone.blocks(page, "python")
-    printed = bare_clone.run([sys.executable, "-c", code], target).stdout
-    assert len(printed.split()) > 20
+    codes = [code for page in PAGES for code in bare_clone.blocks(page, "python")]
+    assert len(codes) == len(PAGES)
+    divided = "\nprint('-' * 8)\n".join(codes)
+    texts = bare_clone.run([sys.executable, "-c", divided], target).stdout.split("-" * 8)
+    assert len(texts) == len(codes)
+    assert all(len(text.split()) > 20 for text in texts)
