@@ -98,19 +98,14 @@ def lowerings(
         keys = jax.eval_shape(lambda: row_keys(0, [(row, 0) for row in range(batch)]))
         numbers = [(batch, prompt_tokens), (batch,), (batch,), (1,)]  # tokens to stop ids
         inputs = (*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers), keys)
-        inputs = _placed(decoder, inputs)
+        inputs = decoder.network.abstract(inputs)
         if decoder is decoders[-1]:
             prefill = functools.partial(Decoder.run_prefill.lower, decoder, params, *inputs)
             yield f"prefill of {prompt_tokens}", prefill
         state = jax.eval_shape(functools.partial(Decoder.run_prefill, decoder), params, *inputs)
-        step = functools.partial(Decoder.step.lower, decoder, params, _placed(decoder, state))
+        state = decoder.network.abstract(state)
+        step = functools.partial(Decoder.step.lower, decoder, params, state)
         yield f"step of {decoder.drafter.size}", step
-
-
-def _placed(decoder: Decoder, shapes: Any) -> Any:
-    """Abstract arrays with their shardings."""
-    places = decoder.network.places(shapes)
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
 
 
 def _print(options: MemoryOptions) -> None:

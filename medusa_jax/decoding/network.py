@@ -68,6 +68,13 @@ class Network:
             lambda path, _: heads if re.search("cache/(keys|values)/", path) else whole, tree
         )
 
+    def abstract(self, shapes: Any) -> Any:
+        """Abstract arrays with these shardings, to compile for."""
+        if self.mesh is None:
+            return shapes
+        places = self.places(shapes)
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
+
     def placed(self, tree: Any) -> Any:
         """The tree with these shardings, inside a compiled function."""
         if self.mesh is None:

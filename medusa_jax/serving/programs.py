@@ -88,9 +88,7 @@ class Programs:
         """Compiles prefill and loop for prompts of these shapes; the abstract state."""
         self.prefill(decoder, params, inputs)
         state = jax.eval_shape(decoder.run_prefill, params, *inputs)
-        if decoder.mesh is not None:
-            places = decoder.network.places(state)
-            state = jax.tree.map(lambda leaf, to: leaf.update(sharding=to), state, places)
+        state = decoder.network.abstract(state)
         self.run(decoder, params, state)
         return state
 
