@@ -21,13 +21,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from medusa_jax import json_files
 from medusa_jax.bench.report import BANDWIDTH, NO_ACCEPTANCE, steps_table
 from medusa_jax.bench.summary import about, copy_bandwidth, spread
 from medusa_jax.bench.synthetic import random_model
 from medusa_jax.bench.timing import time_prefill, time_steps
-from medusa_jax.checkpoints.tensors import read_json, write_json
 from medusa_jax.cli import runner
-from medusa_jax.cli.output import check_output
 from medusa_jax.data.encoding import Encoded
 from medusa_jax.data.loader import global_arrays
 from medusa_jax.data.packing import Rows
@@ -35,6 +34,7 @@ from medusa_jax.distributed.aot import Memory
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.files import check_output
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.options import option
@@ -75,7 +75,7 @@ def measure(options: Options) -> None:
     if unknown := {*options.shapes, options.train_shape} - PRESETS.keys():
         raise InputError(f"unknown shapes {sorted(unknown)}; expected {', '.join(PRESETS)}")
     file = Path(options.output)
-    report = read_json(file) if file.is_file() else {}
+    report = json_files.read_object(file) if file.is_file() else {}
     if "copy_bandwidth" not in report:
         report = about() | {"dtype": options.dtype, "copy_bandwidth": copy_bandwidth(), "parts": {}}
     if report["dtype"] != options.dtype:
@@ -90,7 +90,7 @@ def measure(options: Options) -> None:
         except jax.errors.JaxRuntimeError as error:
             done[name] = {"error": str(error).strip().splitlines()[0]}
         done[name]["seconds"] = time.perf_counter() - start
-        write_json(file, report)
+        json_files.write(file, report)
         print(f"{name}: {done[name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(markdown(report))
 

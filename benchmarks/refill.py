@@ -21,15 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from medusa_jax import json_files
 from medusa_jax.bench.summary import about
 from medusa_jax.checkpoints.hub import shipped
-from medusa_jax.checkpoints.tensors import write_json
 from medusa_jax.cli import runner
-from medusa_jax.cli.output import check_output
 from medusa_jax.data.prompts import read_requests
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.errors import InputError
+from medusa_jax.files import check_output
 from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.reports import table
@@ -134,7 +134,7 @@ def measure(options: Options) -> None:
     }
     print(markdown(report, options.batch_size))
     if options.output:
-        write_json(Path(options.output), about() | report)
+        json_files.write(Path(options.output), about() | report)
 
 
 def markdown(report: dict[str, Any], slots: int) -> str:

@@ -1,7 +1,7 @@
 """Self-distillation data: the model itself answers the prompts of a dataset."""
 
 from medusa_jax.cli import runner
-from medusa_jax.cli.output import check_output
+from medusa_jax.files import check_output
 from medusa_jax.serving.distillation import DistillOptions, distill
 
 EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.json.gz \\

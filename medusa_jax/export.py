@@ -7,7 +7,7 @@ import dataclasses
 
 import jax
 
-from medusa_jax.checkpoints.tensors import read_json
+from medusa_jax import json_files
 from medusa_jax.cli import runner
 from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
@@ -36,7 +36,7 @@ class Options:
 def run(options: Options) -> None:
     """Restores the checkpoint and writes it."""
     workdir = open_workdir(options.workdir)
-    config = settings.from_dict(read_json(workdir / CONFIG))
+    config = settings.from_dict(json_files.read_object(workdir / CONFIG))
     config.run.export_dtype = options.dtype or config.run.export_dtype
     settings.check(config)
     start_processes()
@@ -52,7 +52,7 @@ def run(options: Options) -> None:
     if options.output and made.exists():
         raise InputError(f"{made} exists already; give another --output")
     mesh = make_mesh(settings.Mesh())
-    token_map = read_json(workdir / DATA).get("token_map", ())
+    token_map = json_files.read_object(workdir / DATA).get("token_map", ())
     weights = load(config, mesh, token_map, with_learnt=False, with_frozen=config.mode != "medusa1")
     state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
     trained = checkpoints.restore(state, step).trainable

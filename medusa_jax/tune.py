@@ -1,7 +1,7 @@
 """Finds the tree that decodes fastest: for these heads, this device, batch and acceptance."""
 
 from medusa_jax.cli import runner
-from medusa_jax.cli.output import check_output
+from medusa_jax.files import check_output
 from medusa_jax.tuning.tuner import TuneOptions, tune
 
 EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.jsonl"

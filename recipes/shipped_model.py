@@ -26,7 +26,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from medusa_jax.checkpoints.tensors import write_json
+from medusa_jax import json_files
 from medusa_jax.cli import runner
 from medusa_jax.data.corpus import Corpus
 from medusa_jax.options import option
@@ -169,7 +169,7 @@ def run(options: Options) -> None:
     said = ["\n".join(message["content"] for message in talk) for talk in talks]
     vocabulary = tokenizer(train + said, options.vocab_size)
     vocabulary.save_pretrained(str(out / "base"))
-    write_json(out / "base" / "config.json", SHAPE | {"vocab_size": len(vocabulary)})
+    json_files.write(out / "base" / "config.json", SHAPE | {"vocab_size": len(vocabulary)})
 
     (out / "stories.txt").write_text(f"\n{END}\n".join(train), encoding="utf-8")
     tales = [told(one, rng) for _ in range(2) for one in train]

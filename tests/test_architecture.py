@@ -14,9 +14,11 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "shapes", "param_paths", "options", "progress", "reports"}
+BASE = {"errors", "files", "json_files", "shapes", "param_paths", "options", "progress", "reports"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
+    "json_files": {"errors", "files"},
     "shapes": set(),
     "param_paths": set(),
     "options": {"errors"},

@@ -4,17 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from medusa_jax import json_files
 from medusa_jax.bench.report import markdown, plots
-from medusa_jax.checkpoints.tensors import write_json
-from medusa_jax.cli.output import check_output
-from medusa_jax.errors import InputError
-
-
-def check_directory(path: str) -> None:
-    """Raises InputError where a directory cannot be made at `path`."""
-    check_output(path)
-    if Path(path).exists() and not Path(path).is_dir():
-        raise InputError(f"--output {path} is no directory")
 
 
 def write_report(report: dict[str, Any], path: str, **more: Any) -> None:
@@ -28,7 +19,7 @@ def write_report(report: dict[str, Any], path: str, **more: Any) -> None:
     directory.mkdir(exist_ok=True)
     contents = {"bench": report} | more
     for name, content in contents.items():
-        write_json(directory / f"{name}.json", content)
+        json_files.write(directory / f"{name}.json", content)
     (directory / "bench.md").write_text(text + "\n", encoding="utf-8")
     files = [f"{name}.json" for name in contents] + ["bench.md", *plots(report, directory)]
     print(f"{directory}: {', '.join(files)}", file=sys.stderr)

@@ -12,7 +12,7 @@ import itertools
 from pathlib import Path
 
 from medusa_jax.bench.measure import make_systems, make_tasks, measure
-from medusa_jax.bench.output import check_directory, write_report
+from medusa_jax.bench.output import write_report
 from medusa_jax.bench.peers import PEERS, HuggingFace, available
 from medusa_jax.bench.summary import about, copy_bandwidth, summarise
 from medusa_jax.checkpoints.hub import shipped
@@ -20,6 +20,7 @@ from medusa_jax.cli import runner
 from medusa_jax.data.prompts import Request, read_requests
 from medusa_jax.decoding.acceptance import Acceptance
 from medusa_jax.errors import InputError
+from medusa_jax.files import check_directory
 from medusa_jax.options import option
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, tree_of

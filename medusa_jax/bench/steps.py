@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from medusa_jax.bench.output import check_directory, write_report
+from medusa_jax.bench.output import write_report
 from medusa_jax.bench.report import NO_ACCEPTANCE
 from medusa_jax.bench.summary import about, copy_bandwidth
 from medusa_jax.bench.synthetic import abstract_model, random_model, random_params
@@ -22,6 +22,7 @@ from medusa_jax.distributed.rules import decode_mesh
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.files import check_directory
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.options import option

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
 from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
@@ -25,8 +26,6 @@ from medusa_jax.checkpoints.tensors import (
     Tensors,
     open_file,
     open_model,
-    read_json,
-    write_json,
     write_model,
     write_pickle,
 )
@@ -108,7 +107,7 @@ def convert(
             copy_beside(backbone.directory, directory)
         if table := bigram_file.beside(local):
             shutil.copyfile(table, directory / table.name)
-        write_json(directory / "config.json", settings)
+        json_files.write(directory / "config.json", settings)
         _verify(directory, target, tensors)
     size = sum(math.prod(one.shape) * jnp.dtype(one.dtype).itemsize for one in tensors.values())
     print(f"wrote {target} to {output}: {len(tensors)} tensors, {size / 1e6:.1f} MB, all compared")
@@ -175,7 +174,7 @@ def _open_base(heads: StoredHeads, base: str, reason: str) -> Base:
     if not base and not heads.with_backbone:
         raise InputError(f"{reason}: give the backbone with --base")
     directory = resolve(base) if base else heads.source
-    settings = read_json(directory / "config.json")
+    settings = json_files.read_object(directory / "config.json")
     config = from_hf(settings)
     check_fit(heads, config)
     _, tensors = divide(open_model(directory))

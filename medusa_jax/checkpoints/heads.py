@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from medusa_jax import json_files
 from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, VLLM
 from medusa_jax.checkpoints.names import ORIGINAL, HeadNames, head_places, matched
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_file, open_model, read_json
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_file, open_model
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
@@ -76,7 +77,7 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
     """
     directory = source if source.is_dir() else source.parent
     config = directory / "config.json"
-    settings = read_json(config) if config.is_file() else {}
+    settings = json_files.read_object(config) if config.is_file() else {}
     wanted = DIALECTS[dialect].names if dialect else None
     file = head_file(source) if wanted in (None, ORIGINAL) else None
     if source.is_file():

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.heads import (
     StoredHeads,
@@ -25,7 +26,7 @@ from medusa_jax.checkpoints.heads import (
 )
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model, read_json
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model
 from medusa_jax.checkpoints.weight_layout import placed, stacked
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
@@ -103,7 +104,7 @@ def load_model(
             params[NAME] = everywhere(table, devices)
     params["backbone"] = _loaded(backbone, dtype, digest, devices, tied=config.tied)
     generation = directory / "generation_config.json"
-    settings |= read_json(generation) if generation.is_file() else {}
+    settings |= json_files.read_object(generation) if generation.is_file() else {}
     return Model(
         config=config,
         heads=heads_config,
@@ -119,7 +120,7 @@ def load_model(
 def backbone_tensors(model: str | Path) -> Tensors:
     """A backbone's tensors by the path of their parameter, unread. Raises as `load_model`."""
     directory = resolve(model)
-    config = from_hf(read_json(directory / "config.json"))
+    config = from_hf(json_files.read_object(directory / "config.json"))
     _, rest = divide(open_model(directory))
     return _backbone(config, rest, directory)
 
@@ -129,12 +130,12 @@ def _locate(
 ) -> tuple[Path, dict[str, Any], str | Path | None]:
     """The backbone's directory, its `config.json`, and where to look for heads."""
     directory = resolve(model)
-    settings = read_json(directory / "config.json")
+    settings = json_files.read_object(directory / "config.json")
     # Heads may carry a model_type of their own, but never a backbone's shape.
     if "hidden_size" not in settings and "base_model_name_or_path" in settings:
         heads = heads or directory
         directory = _backbone_of(directory, settings["base_model_name_or_path"])
-        settings = read_json(directory / "config.json")
+        settings = json_files.read_object(directory / "config.json")
     return directory, settings, heads
 
 

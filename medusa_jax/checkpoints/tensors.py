@@ -5,7 +5,6 @@ memory, so a model is never held twice.
 """
 
 import dataclasses
-import json
 import math
 import pickle
 import zipfile
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from medusa_jax import json_files
 from medusa_jax.errors import InputError
 
 SHARD_BYTES = 5 * 10**9
@@ -111,28 +111,8 @@ def open_file(file: Path) -> Tensors:
     return opened
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; InputError names the file and the line if it is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object whole or not at all."""
-    whole = file.with_suffix(".tmp")
-    whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    whole.replace(file)
-
-
 def _open_shards(index: Path) -> Tensors:
-    placed = read_json(index).get("weight_map")
+    placed = json_files.read_object(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(s, str) for s in placed.values()):
         raise InputError(f"{index} has no 'weight_map' of tensor names to file names")
     shards = {name: index.parent / name for name in sorted(set(placed.values()))}
@@ -250,7 +230,7 @@ def write_model(
             file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
     if write and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": placed}
-        write_json(directory / f"{stem}.safetensors.index.json", index)
+        json_files.write(directory / f"{stem}.safetensors.index.json", index)
 
 
 def _known(dtype: str) -> bool:

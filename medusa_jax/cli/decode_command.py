@@ -7,10 +7,10 @@ import os
 import jax
 
 from medusa_jax.cli import runner, terminal
-from medusa_jax.cli.output import check_output
 from medusa_jax.data.prompts import Request, count_requests, read_requests
 from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
+from medusa_jax.files import check_output
 from medusa_jax.options import option
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of

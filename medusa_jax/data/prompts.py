@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from medusa_jax import json_files
 from medusa_jax.data.tokenizer import Message
 from medusa_jax.errors import InputError
 
@@ -128,10 +129,7 @@ def conversation(record: dict[str, Any], key: str, origin: str) -> list[Message]
 
 
 def _parse(line: str, origin: str) -> Request:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{origin}: not JSON: {error}") from None
+    record = json_files.parse(line, origin)
     if not isinstance(record, dict):
         raise InputError(f"{origin}: expected a JSON object, got {type(record).__name__}")
     name = record.get("question_id", record.get("id"))

@@ -13,10 +13,11 @@ import importlib.resources
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from medusa_jax import json_files
 from medusa_jax.drafting.tree_tables import PAD, TreeTables
 from medusa_jax.errors import InputError
 
@@ -74,7 +75,7 @@ class Tree:
     @classmethod
     def from_json(cls, path: str | Path) -> "Tree":
         """Reads a file that holds a JSON list of rank lists."""
-        return cls.from_lists(_read_json(path), f"tree file {path}: ")
+        return cls.from_lists(json_files.read(Path(path)), f"tree file {path}: ")
 
     @classmethod
     def published(cls, name: str) -> "Tree":
@@ -217,13 +218,6 @@ def _check_nodes(nodes: tuple[Node, ...]) -> None:
                 f"tree node {list(node)} has no parent: {list(node[:-1])} is not listed "
                 "(every prefix of a node must be a node too)"
             )
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"tree file {path}: {error}") from None
 
 
 @functools.cache

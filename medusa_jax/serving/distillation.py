@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_jax.checkpoints.tensors import write_json
+from medusa_jax import json_files
 from medusa_jax.data.corpus import Corpus, Document
 from medusa_jax.data.prompts import (
     CONVERSATIONS,
@@ -281,7 +281,7 @@ def resume(output: Path, now: dict[str, Any]) -> int:
     """
     beside = output.with_name(output.name + ".settings.json")
     if not output.exists() or not output.stat().st_size:
-        write_json(beside, now)
+        json_files.write(beside, now)
         return 0
     try:
         before = json.loads(beside.read_text(encoding="utf-8"))

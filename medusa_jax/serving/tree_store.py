@@ -7,7 +7,6 @@ for the kinds of device its makers had.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -16,8 +15,8 @@ from typing import Any
 
 import jax
 
+from medusa_jax import json_files
 from medusa_jax.checkpoints.load import Model
-from medusa_jax.checkpoints.tensors import write_json
 from medusa_jax.decoding.acceptance import Acceptance, Greedy
 from medusa_jax.distributed.hardware import device
 from medusa_jax.drafting.dynamic_tree import DynamicTree
@@ -51,7 +50,7 @@ def save(path: Path, tuning: dict[str, Any]) -> None:
         return all(other.get(key) == tuning[key] for key in ("acceptance", "batch_size"))
 
     kept = [one for one in read(path) if not same(one)]
-    write_json(path, {"tunings": [*kept, tuning]})
+    json_files.write(path, {"tunings": [*kept, tuning]})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -63,7 +62,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        tunings = json.loads(path.read_text())["tunings"]
+        tunings = json_files.read_object(path)["tunings"]
         for one in tunings:
             tree_of(one)
             _ = one["acceptance"]["scheme"], one["batch_size"]

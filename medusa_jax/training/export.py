@@ -11,18 +11,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from medusa_jax import json_files
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
 from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, head_places
-from medusa_jax.checkpoints.tensors import (
-    StoredTensor,
-    Tensors,
-    read_json,
-    write_json,
-    write_model,
-    write_pickle,
-)
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, write_model, write_pickle
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
@@ -81,13 +75,15 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
         write_model(directory, DIALECTS[dialect].stem, tensors, write, math.inf)
         if write:
             write_pickle(directory / "medusa_lm_head.safetensors")
-            write_json(directory / "config.json", head_settings(dialect, weights.heads) | named)
+            json_files.write(
+                directory / "config.json", head_settings(dialect, weights.heads) | named
+            )
 
 
 def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
     params = joined(weights.trainable, weights.frozen)
     source = resolve(config.model.path)
-    settings = read_json(source / "config.json") | {"torch_dtype": dtype}
+    settings = json_files.read_object(source / "config.json") | {"torch_dtype": dtype}
     settings.pop("dtype", None)
     if weights.heads.num_heads:
         settings |= head_settings("v1.0", weights.heads)
@@ -104,7 +100,7 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
             if config.data.template:  # training used another template than the tokenizer's
                 template = ChatTokenizer(source, template=config.data.template).template
                 (directory / "chat_template.jinja").write_text(template or "", encoding="utf-8")
-            write_json(directory / "config.json", settings)
+            json_files.write(directory / "config.json", settings)
 
 
 def _head_tensors(dialect: str, heads: HeadsConfig, params: dict[str, Any], dtype: str) -> Tensors:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding
 
-from medusa_jax.checkpoints.tensors import read_json, write_json
+from medusa_jax import json_files
 from medusa_jax.data.loader import Batches
 from medusa_jax.data.packing import Rows
 from medusa_jax.distributed.rules import start_processes
@@ -69,9 +69,9 @@ def train(config: Config, directory: str | Path) -> None:
 
     # --- 4. Records -------------------------------------------------------------------------
     if first:
-        write_json(place / CONFIG, dataclasses.asdict(config))
+        json_files.write(place / CONFIG, dataclasses.asdict(config))
         data = {"fingerprint": train_rows.fingerprint()}
-        write_json(place / DATA, data | ({"token_map": token_map} if token_map else {}))
+        json_files.write(place / DATA, data | ({"token_map": token_map} if token_map else {}))
     start = int(state.step)
     metrics = Metrics(place, start, total, tensorboard=config.run.tensorboard, active=first)
     if start:
@@ -97,7 +97,7 @@ def token_map_of(config: Config, rows: Rows, workdir: Path | None) -> list[int]:
     if not config.heads.truncated:
         return []
     if workdir is not None:
-        return read_json(workdir / DATA)["token_map"]
+        return json_files.read_object(workdir / DATA)["token_map"]
     if config.heads.path and (started := starting_token_map(config)):
         return started
     return rows.most_frequent(config.heads.truncated)

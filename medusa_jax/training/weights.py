@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from medusa_jax import json_files
 from medusa_jax.checkpoints.heads import head_tensors
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.load import backbone_tensors
 from medusa_jax.checkpoints.names import Place, backbone_places, head_places
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, read_json
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
 from medusa_jax.distributed.rules import put, spec
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError
@@ -76,7 +77,7 @@ def model_shape(config: Config, *, absent: bool = False) -> ModelConfig:
         return PRESETS[name]
     if not path:
         raise InputError("model.path names no model: give a directory or a hub id")
-    return from_hf(read_json(resolve(config.model.path) / "config.json"))
+    return from_hf(json_files.read_object(resolve(config.model.path) / "config.json"))
 
 
 def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:

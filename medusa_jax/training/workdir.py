@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from medusa_jax.checkpoints.tensors import read_json
+from medusa_jax import json_files
 from medusa_jax.data.packing import Rows
 from medusa_jax.errors import InputError
 from medusa_jax.training import settings
@@ -105,7 +105,7 @@ def check_settings(workdir: Path, config: Config) -> None:
         if any((workdir / "checkpoints").glob("*")):
             raise InputError(f"{workdir} holds checkpoints, but no {CONFIG} to say of which run")
         return
-    theirs = dataclasses.asdict(settings.from_dict(read_json(file)))
+    theirs = dataclasses.asdict(settings.from_dict(json_files.read_object(file)))
     lines = [
         line
         for line in settings.difference(theirs, dataclasses.asdict(config))
@@ -120,7 +120,7 @@ def check_settings(workdir: Path, config: Config) -> None:
 
 def check_data(workdir: Path, rows: Rows) -> None:
     """Raises InputError unless the rows are those that the run in `workdir` began with."""
-    if read_json(workdir / DATA).get("fingerprint") != rows.fingerprint():
+    if json_files.read_object(workdir / DATA).get("fingerprint") != rows.fingerprint():
         raise InputError(
             f"{workdir}: the training data has changed since this run began, so it cannot be "
             "resumed exactly; restore the data, or give another --workdir"
