@@ -6,7 +6,7 @@ exception is a failed run and exits with 1.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 
 class InputError(ValueError):
@@ -27,3 +27,10 @@ def needs(extra: str) -> Iterator[None]:
         if package == "medusa_jax":
             raise
         raise InputError(f"{package} is not installed: pip install 'medusa_jax[{extra}]'") from None
+
+
+def listed(names: Collection[object], most: int = 8) -> str:
+    """Names for a message, not all of thousands: "a, b and 998 more"."""
+    shown = [str(name)[:200] for name, _ in zip(names, range(most), strict=False)]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")

@@ -116,16 +116,30 @@ class Fields:
             return value
         raise self._wrong(key, f"an integer from {least} to {most}", value)
 
-    def number(self, key: str, default: float = _REQUIRED, *, above: float | None = None) -> float:
-        """A finite number, greater than `above`."""
+    def number(
+        self,
+        key: str,
+        default: float = _REQUIRED,
+        *,
+        above: float | None = None,
+        least: float | None = None,
+        most: float | None = None,
+    ) -> float:
+        """A finite number: greater than `above`, from `least` to `most`."""
         value = self._get(key, default)
         if value is default:
             return value
-        number = type(value) in (int, float) and abs(value) < 1e300
-        if number and math.isfinite(value) and (above is None or value > above):
+        number = type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+        if (
+            number
+            and (above is None or value > above)
+            and (least is None or value >= least)
+            and (most is None or value <= most)
+        ):
             return float(value)
-        bound = "" if above is None else f" above {above:g}"
-        raise self._wrong(key, f"a finite number{bound}", value)
+        bounds = {" above": above, " from": least, " up to": most}
+        words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        raise self._wrong(key, f"a finite number{''.join(words)}", value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""

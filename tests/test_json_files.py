@@ -62,6 +62,19 @@ def test_fields_have_types_and_bounds():
         fields.integer("none")
 
 
+def test_numbers_have_bounds():
+    fields = Fields({"a": 2, "b": 0.5}, "config.json")
+    assert fields.number("a", least=2, most=2) == 2.0
+    assert fields.number("no", 7.0, most=1) == 7.0  # a default is not checked
+    for bounds, said in (
+        ({"least": 1}, "from 1"),
+        ({"most": 0.1}, "up to 0.1"),
+        ({"above": 0.5, "most": 3}, "above 0.5 up to 3"),
+    ):
+        with pytest.raises(InputError, match=rf"'b' must be a finite number {said}, got 0\.5"):
+            fields.number("b", **bounds)
+
+
 EVIL = [True, "1", [], {}, 0, -1, 2**31, 10**6000, 0.5, math.nan, math.inf, 1e308, [None], [[]]]
 
 

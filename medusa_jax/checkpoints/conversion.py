@@ -16,8 +16,9 @@ import numpy as np
 from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
+from medusa_jax.checkpoints.backbone import EMBEDDING, PROJECTION, open_backbone
 from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
-from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, check_fit, divide, open_heads
+from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, check_fit, open_heads
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import ORIGINAL, head_places
 from medusa_jax.checkpoints.tensors import (
@@ -31,7 +32,7 @@ from medusa_jax.checkpoints.tensors import (
 )
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
-from medusa_jax.model.config import ModelConfig, from_hf
+from medusa_jax.model.config import ModelConfig
 
 WRITABLE = [name for name, dialect in DIALECTS.items() if dialect.writable]
 # What merged models' configs say of heads.
@@ -174,11 +175,10 @@ def _open_base(heads: StoredHeads, base: str, reason: str) -> Base:
     if not base and not heads.with_backbone:
         raise InputError(f"{reason}: give the backbone with --base")
     directory = resolve(base) if base else heads.source
-    settings = json_files.read_object(directory / "config.json")
-    config = from_hf(settings)
+    files = open_backbone(directory)
+    settings, config, tensors = files.settings, files.config, files.tensors
     check_fit(heads, config)
-    _, tensors = divide(open_model(directory))
-    name = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+    name = EMBEDDING if config.tied else PROJECTION
     if name not in tensors:
         raise InputError(f"{directory} has no {name}")
     return Base(directory, settings, config, tensors, tensors[name])

@@ -17,9 +17,10 @@ from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, 
 from medusa_jax.checkpoints.names import ORIGINAL, HeadNames, head_places, matched
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_file, open_model
 from medusa_jax.drafting.medusa_heads import HeadsConfig
-from medusa_jax.errors import InputError
+from medusa_jax.errors import InputError, listed
 from medusa_jax.model.config import ModelConfig
 
+MOST_RANKS = 4096  # processes that wrote a model together
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 # Prefixes of head tensors in files that hold a backbone too.
 _PREFIXES = ("medusa_head.", "medusa_heads.")
@@ -78,6 +79,7 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
     directory = source if source.is_dir() else source.parent
     config = directory / "config.json"
     settings = json_files.read_object(config) if config.is_file() else {}
+    _check_settings(json_files.Fields(settings, str(config)))
     wanted = DIALECTS[dialect].names if dialect else None
     file = head_file(source) if wanted in (None, ORIGINAL) else None
     if source.is_file():
@@ -97,11 +99,12 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
         of = f" of dialect {dialect}" if dialect else ""
         raise InputError(
             f"{source} holds no Medusa heads{of}: expected {' or '.join(HEAD_FILES)}, or tensors "
-            "named medusa_head.*, medusa_heads.* or blocks.*"
+            f"named medusa_head.*, medusa_heads.* or blocks.*; its tensors: {listed(tensors, 5)}"
         )
     rest: Tensors = {}
     if names in (MERGED, MODELOPT, TRTLLM):
         tensors, rest = divide(tensors)
+    _check_kinds(names, tensors, source)
     if names is VLLM:
         tensors = _vllm(tensors, source, settings)
     config, by_path = _counted(names, tensors, source)
@@ -113,6 +116,15 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
         dialect = "v2" if config.shared else "v0.1"
     with_backbone = bool(rest) and names is not TRTLLM and source.is_dir()
     return StoredHeads(dialect, source, config, by_path, settings, with_backbone)
+
+
+def _check_settings(fields: json_files.Fields) -> None:
+    """Raises InputError unless what `config.json` says of heads has the right types."""
+    fields.integer("vocab_size", 0)
+    name = fields.text("base_model_name_or_path", "")
+    if any(len(part.encode()) > 255 for part in name.split("/")):  # no file system has such names
+        shown = json_files.short(name)
+        raise InputError(f"{fields.origin}: 'base_model_name_or_path' must be a name, got {shown}")
 
 
 def check_fit(heads: StoredHeads, config: ModelConfig) -> None:
@@ -172,10 +184,23 @@ def _role(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
         "token_map": names.token_map,
     }
     for role, template in templates.items():
-        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(template))
+        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d{1,9})", re.escape(template))
         if template and (match := re.fullmatch(pattern, tensor)):
             return role, match.groupdict()
     return None
+
+
+def _check_kinds(names: HeadNames, tensors: Tensors, source: Path) -> None:
+    """Raises InputError where a tensor is no matrix, no vector or no list of ids, as its name says.
+
+    What follows counts rows and columns.
+    """
+    for name, tensor in tensors.items():
+        role = (_role(names, name) or ("",))[0]
+        dimensions = {"": len(tensor.shape), "bias": 1, "token_map": 1}.get(role, 2)
+        ids = role != "token_map" or "int" in tensor.dtype
+        if len(tensor.shape) != dimensions or not ids:
+            raise InputError(f"{source}: misshapen {name}: {tensor.dtype} {list(tensor.shape)}")
 
 
 def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsConfig, Tensors]:
@@ -183,9 +208,7 @@ def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsCon
     parsed = {name: role for name in tensors if (role := _role(names, name))}
     if unknown := sorted(tensors.keys() - parsed.keys()):
         layout = "the original's" if names is ORIGINAL else "a known"
-        raise InputError(
-            f"{source}: not {layout} head layout; unknown tensors: {', '.join(unknown)}"
-        )
+        raise InputError(f"{source}: not {layout} head layout; unknown tensors: {listed(unknown)}")
 
     def named(role: str) -> list[str]:
         return [name for name, (its, _) in parsed.items() if its == role]
@@ -194,6 +217,12 @@ def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsCon
         numbers = (int(n[letter]) for _, n in parsed.values() if letter in n)
         return 1 + max(numbers, default=-1)
 
+    num_heads, num_layers = count("h"), count("l")
+    if num_heads * num_layers > len(tensors):  # before they are looped over
+        raise InputError(
+            f"{source}: too few tensors ({len(tensors)}) for heads up to number {num_heads - 1} "
+            f"of {num_layers} blocks"
+        )
     if not named("bias"):  # the dialect allows heads without biases
         zeros = {name.replace("weight", "bias"): _zeros(tensors[name]) for name in named("weight")}
         tensors = tensors | zeros
@@ -201,8 +230,8 @@ def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsCon
     rows = tensors[projections[0]].shape[0] if projections else 0
     truncated = tensors[names.token_map].shape[0] if named("token_map") else 0
     config = HeadsConfig(
-        num_heads=count("h"),
-        num_layers=count("l"),
+        num_heads=num_heads,
+        num_layers=num_layers,
         hidden_size=tensors[(named("weight") + projections)[0]].shape[-1],
         vocab_size=0 if truncated else rows,
         shared=not named("vocab"),
@@ -214,8 +243,8 @@ def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsCon
 
 def _vllm(tensors: Tensors, source: Path, settings: dict[str, Any]) -> Tensors:
     """vLLM's tensors as it understands them."""
-    if settings.get("logit_scale", 1.0) != 1.0:
-        raise InputError(f"{source}: logit_scale {settings['logit_scale']} is not supported")
+    if (scale := settings.get("logit_scale", 1.0)) != 1.0:
+        raise InputError(f"{source}: logit_scale {json_files.short(scale)} is not supported")
     # With original_lm_head the first head's projection is that of all.
     several, second = "blocks.1.layers.0.weight" in tensors, "lm_heads.1.weight" in tensors
     if several and not second and "lm_head.weight" not in tensors:
@@ -237,24 +266,31 @@ def _vllm(tensors: Tensors, source: Path, settings: dict[str, Any]) -> Tensors:
 
 def _join_ranks(directory: Path, settings: dict[str, Any]) -> Tensors:
     """TensorRT-LLM's heads from the rows that each rank holds; padded vocabularies are cut."""
-    mapping = settings.get("mapping", {})
-    size = mapping.get("tp_size", 1)
-    first = (mapping.get("pp_size", 1) - 1) * size  # the last pipeline stage has the heads
+    fields = json_files.Fields(settings, str(directory / "config.json"))
+    mapping = fields.inner("mapping")
+    size = mapping.integer("tp_size", 1, most=MOST_RANKS)
+    # The last pipeline stage has the heads.
+    first = (mapping.integer("pp_size", 1, most=MOST_RANKS) - 1) * size
+    vocab_size = fields.integer("vocab_size", 2**31 - 1)
     files = [directory / f"rank{rank}.safetensors" for rank in range(first, first + size)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{directory}: config.json has {size} ranks, no {', '.join(missing)}")
+        raise InputError(f"{directory}: config.json has {size} ranks, no {listed(missing)}")
     ranks = [divide(open_file(file))[0] for file in files]
     for file, rank in zip(files, ranks, strict=True):
-        if rank.keys() != ranks[0].keys():
-            differing = ", ".join(sorted(rank.keys() ^ ranks[0].keys()))
+        columns, first_columns = (
+            {name: tensor.shape[1:] for name, tensor in one.items() if tensor.shape}
+            for one in (rank, ranks[0])
+        )
+        if columns != first_columns or len(columns) < len(rank):
+            differing = listed(sorted({n for n, _ in columns.items() ^ first_columns.items()}))
             raise InputError(f"{file} and {files[0].name} hold different heads: {differing}")
 
     def joined(name: str) -> StoredTensor:
         parts = [rank[name] for rank in ranks]
         rows = sum(part.shape[0] for part in parts)
         if name.endswith(".lm_head.weight"):
-            rows = min(rows, settings.get("vocab_size", rows))
+            rows = min(rows, vocab_size)
 
         def read(index: Any = ...) -> np.ndarray:
             return np.concatenate([part.read() for part in parts])[:rows][index]

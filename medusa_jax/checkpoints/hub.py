@@ -1,5 +1,6 @@
 """Where models are: local paths, hub ids, and the small model that ships with the package."""
 
+import os
 import re
 from pathlib import Path
 
@@ -14,10 +15,11 @@ def shipped(name: str = "") -> Path:
 def resolve(name: str | Path) -> Path:
     """A local path as it is; anything that looks like `owner/name` from the hub."""
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):  # False for names that no file system takes, too
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
-        raise InputError(f"{name} does not exist (and is not a hub id of the form owner/name)")
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", str(name)) or str(name).startswith("."):
+        shown = f"{str(name)[:200]}..." if len(str(name)) > 200 else name
+        raise InputError(f"{shown} does not exist (and is not a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.pt", "*.bin"]

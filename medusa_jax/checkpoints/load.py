@@ -6,8 +6,9 @@ Backbones are Llama-family directories, alone or merged with heads. `heads.py` o
 
 import dataclasses
 import hashlib
+import logging
 import math
-import re
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,29 @@ from jax.sharding import Mesh
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
+from medusa_jax.checkpoints.backbone import open_backbone
+from medusa_jax.checkpoints.finite import watched
 from medusa_jax.checkpoints.heads import (
     StoredHeads,
     check_fit,
-    divide,
     head_file,
     merged_dialect,
     open_heads,
 )
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
 from medusa_jax.checkpoints.weight_layout import placed, stacked
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
-from medusa_jax.model.config import ModelConfig, from_hf
+from medusa_jax.errors import listed
+from medusa_jax.model.config import ModelConfig
 from medusa_jax.param_paths import nested
 
 __all__ = ["Model", "backbone_tensors", "check_fit", "load_model"]
 
-# Buffers that old checkpoints carry and nobody needs.
-_NOISE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,23 +88,30 @@ def load_model(
         to be split so; one message lists everything wrong with the tensors.
     """
     directory, settings, heads = _locate(model, heads)
-    config = from_hf(settings)
+    files = open_backbone(directory, settings)
+    config, ruined = files.config, set[str]()
     devices = decode_mesh(mesh, config) if mesh else None
-    merged, rest = divide(open_model(directory))
-    stored, source = _open_heads(directory, heads, merged)
-    backbone = _backbone(config, rest, directory)
+    stored, source = _open_heads(directory, heads, files.heads)
+    backbone = matched(backbone_places(config), watched(files.tensors, ruined), directory)
     digest = hashlib.sha256(repr(config).encode())
     heads_config, params = NO_HEADS, {}
     if stored:  # before the backbone, which takes long to read
         check_fit(stored, config)
         heads_config = stored.config
-        tensors = _with_projection(stored, backbone, config)
+        tensors = watched(_with_projection(stored, backbone, config), ruined)
         params["heads"] = _loaded(tensors, dtype, digest, devices)
         if file := bigram_file.beside(source):
             table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
             params[NAME] = everywhere(table, devices)
     params["backbone"] = _loaded(backbone, dtype, digest, devices, tied=config.tied)
+    if ruined:
+        log.warning(
+            "%s: %d tensors hold NaN or infinity: %s",
+            directory,
+            len(ruined),
+            listed(sorted(ruined)),
+        )
     generation = directory / "generation_config.json"
     settings |= json_files.read_object(generation) if generation.is_file() else {}
     return Model(
@@ -119,10 +128,8 @@ def load_model(
 
 def backbone_tensors(model: str | Path) -> Tensors:
     """A backbone's tensors by the path of their parameter, unread. Raises as `load_model`."""
-    directory = resolve(model)
-    config = from_hf(json_files.read_object(directory / "config.json"))
-    _, rest = divide(open_model(directory))
-    return _backbone(config, rest, directory)
+    files = open_backbone(resolve(model))
+    return matched(backbone_places(files.config), files.tensors, files.directory)
 
 
 def _locate(
@@ -134,7 +141,8 @@ def _locate(
     # Heads may carry a model_type of their own, but never a backbone's shape.
     if "hidden_size" not in settings and "base_model_name_or_path" in settings:
         heads = heads or directory
-        directory = _backbone_of(directory, settings["base_model_name_or_path"])
+        name = json_files.Fields(settings, str(directory / "config.json"))
+        directory = _backbone_of(directory, name.text("base_model_name_or_path"))
         settings = json_files.read_object(directory / "config.json")
     return directory, settings, heads
 
@@ -142,7 +150,7 @@ def _locate(
 def _backbone_of(directory: Path, name: str) -> Path:
     """The backbone that v0.1 heads name: a path, a neighbor of theirs, or a hub id."""
     neighbor = directory.resolve().parent / name
-    return neighbor if neighbor.is_dir() else resolve(name)
+    return neighbor if os.path.isdir(neighbor) else resolve(name)
 
 
 def _open_heads(
@@ -156,18 +164,6 @@ def _open_heads(
         return open_heads(directory, merged_dialect(merged)), directory
     file = head_file(directory)
     return (open_heads(file) if file else None), directory
-
-
-def _backbone(config: ModelConfig, tensors: Tensors, source: Path) -> Tensors:
-    """A backbone's tensors by path; what old or tied models store needlessly is left out."""
-    places = backbone_places(config)
-    wanted = {name: t for name, t in tensors.items() if name in places or not _ignorable(name)}
-    return matched(places, wanted, source)
-
-
-def _ignorable(name: str) -> bool:
-    # A tied model may store its lm_head again; with `tied` off the name is placed.
-    return name == "lm_head.weight" or _NOISE.fullmatch(name) is not None
 
 
 def _with_projection(stored: StoredHeads, backbone: Tensors, config: ModelConfig) -> Tensors:

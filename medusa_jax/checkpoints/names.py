@@ -13,6 +13,8 @@ from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 
+MOST_LINES = 30  # of a message about tensors
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -117,7 +119,7 @@ def matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Tens
     """The placed tensors by the path of their parameter: "head_0/block_0/weight".
 
     Raises:
-      InputError: names every tensor of `source` that is missing, unexpected or misshapen.
+      InputError: names tensors of `source` that are missing, unexpected or misshapen.
     """
     wrong = [f"missing {name} {list(p.shape)}" for name, p in places.items() if name not in tensors]
     for name, tensor in tensors.items():
@@ -128,7 +130,7 @@ def matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Tens
                 f"misshapen {name}: {list(tensor.shape)}, expected {list(places[name].shape)}"
             )
     if wrong:
-        raise InputError(
-            f"{source}: tensors do not fit what was expected:\n  " + "\n  ".join(wrong)
-        )
+        more = [f"and {len(wrong) - MOST_LINES:,} more"] if len(wrong) > MOST_LINES else []
+        lines = "\n  ".join([*wrong[:MOST_LINES], *more])
+        raise InputError(f"{source}: tensors do not fit what was expected:\n  {lines}")
     return {"/".join(place.path): tensors[name] for name, place in places.items()}

@@ -7,8 +7,9 @@ memory, so a model is never held twice.
 import dataclasses
 import math
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from medusa_jax import json_files
-from medusa_jax.errors import InputError
+from medusa_jax.errors import InputError, listed
 
 SHARD_BYTES = 5 * 10**9
+# A name in an index: no separators, and nothing that begins like a parent directory.
+_FILE_NAME = re.compile(r"[^./\\\0][^/\\\0]{0,199}")
+# Where checkpoints keep the tensors beside an optimizer's state and the like.
+_STATE_KEYS = ("state_dict", "model_state_dict", "module", "model")
 # What safetensors calls the types that tensors here have.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
            "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -34,8 +39,8 @@ class StoredTensor:
 
     Attributes:
       shape: its dimensions.
-      dtype: its NumPy name, "bfloat16" included; safetensors' own name ("F8_E4M3") of
-        one that NumPy has no name for, which cannot be read.
+      dtype: its NumPy name, "bfloat16" included; or a name that NumPy does not have
+        ("F8_E4M3") of a type that cannot be read.
       read: loads it, or the part of it that an index selects, as a NumPy array.
     """
 
@@ -88,6 +93,8 @@ Tensors = dict[str, StoredTensor]
 def open_model(directory: Path) -> Tensors:
     """Tensors of a Hugging Face model directory: one file or shards with an index.
 
+    Names are those of the module itself: what wraps it is left out (`_bare`).
+
     Raises:
       InputError: no weights, a missing shard, or an unreadable file.
     """
@@ -104,25 +111,75 @@ def open_model(directory: Path) -> Tensors:
 
 
 def open_file(file: Path) -> Tensors:
-    """Tensors of one `.safetensors`, `.bin` or `.pt` file."""
+    """Tensors of one `.safetensors`, `.bin` or `.pt` file, named as in `open_model`."""
+    _refuse_pointer(file)
     opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
-    if not opened:
-        raise InputError(f"{file} holds no named tensors")
-    return opened
+    if empty := [name for name, tensor in opened.items() if 0 in tensor.shape]:
+        raise InputError(
+            f"{file}: empty tensors, as ZeRO-3 leaves them: {listed(sorted(empty))}; gather the "
+            "weights before saving (stage3_gather_16bit_weights_on_model_save)"
+        )
+    bare = _bare(opened, file)
+    return {bare[name]: _readable(file, name, tensor) for name, tensor in opened.items()}
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Raises InputError for the text that Git leaves in place of a large file."""
+    try:
+        with file.open("rb") as stream:
+            begin = stream.read(64)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    if begin.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull` there")
+
+
+def _readable(file: Path, name: str, tensor: StoredTensor) -> StoredTensor:
+    """The tensor; where its type is not supported, reading it says so."""
+    if _known(tensor.dtype):
+        return tensor
+
+    def read(index: Any = ...) -> np.ndarray:
+        raise InputError(
+            f"{file}: {name} is of type {tensor.dtype}, which is not supported (quantized?)"
+        )
+
+    return dataclasses.replace(tensor, read=read)
+
+
+# What training, compilation and sharding wrap around modules, or around any part of them.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+    r"|base_model\.model)\."
+)
+
+
+def _bare(names: Collection[str], source: Path) -> dict[str, str]:
+    """Names without those of wrappers: "module._orig_mod.0.1.weight" -> "0.1.weight"."""
+    bare = {name: _WRAPPERS.sub("", name) for name in names}
+    if len(set(bare.values())) < len(bare):
+        wrapped = [name for name in names if name != bare[name]]
+        raise InputError(f"{source} holds tensors twice, under several names: {listed(wrapped)}")
+    return bare
 
 
 def _open_shards(index: Path) -> Tensors:
     placed = json_files.read_object(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(s, str) for s in placed.values()):
         raise InputError(f"{index} has no 'weight_map' of tensor names to file names")
-    shards = {name: index.parent / name for name in sorted(set(placed.values()))}
+    bare = _bare(placed, index)
+    placed = {bare[name]: file for name, file in placed.items()}
+    files = sorted(set(placed.values()))
+    if strange := [json_files.short(name) for name in files if not _FILE_NAME.fullmatch(name)]:
+        raise InputError(f"{index} names files that are not beside it: {listed(strange)}")
+    shards = {name: index.parent / name for name in files}
     missing = [str(shard) for shard in shards.values() if not shard.is_file()]
     if missing:
-        raise InputError(f"{index.name} names shards that do not exist: {', '.join(missing)}")
+        raise InputError(f"{index.name} names shards that do not exist: {listed(missing)}")
     opened = {name: open_file(shard) for name, shard in shards.items()}
     lost = [f"{name} (in {file})" for name, file in placed.items() if name not in opened[file]]
     if lost:
-        raise InputError(f"{index} places tensors where they are not: {', '.join(lost)}")
+        raise InputError(f"{index} places tensors where they are not: {listed(lost)}")
     return {name: opened[file][name] for name, file in placed.items()}
 
 
@@ -132,6 +189,8 @@ def _open_safetensors(file: Path) -> Tensors:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a complete safetensors file: {error}") from None
+    if not parts:
+        raise InputError(f"{file} holds no named tensors")
 
     def read(name: str, index: Any) -> np.ndarray:
         """A part of a tensor, of which no other byte is read."""
@@ -172,13 +231,18 @@ def _open_pickle(file: Path) -> Tensors:
             return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
+    state = state if isinstance(state, dict) else {}
+    inner = (state[key] for key in _STATE_KEYS if isinstance(state.get(key), dict))
+    state = next(inner, state)
+    if not any(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(f"{file} holds no named tensors; its keys: {listed(state) or 'none'}")
     return {
         name: StoredTensor(
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
             lambda index=..., tensor=tensor: read(tensor, index),
         )
-        for name, tensor in (state.items() if isinstance(state, dict) else ())
+        for name, tensor in state.items()
         if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
 
@@ -202,9 +266,7 @@ def write_model(
     """
     strange = [f"{name} ({t.dtype})" for name, t in tensors.items() if not _known(t.dtype)]
     if strange:
-        raise InputError(
-            f"tensors of a type that is not supported (quantised?): {', '.join(strange)}"
-        )
+        raise InputError(f"tensors of a type that is not supported (quantized?): {listed(strange)}")
     shards: list[list[str]] = []
     size: float = shard_bytes
     for name, tensor in tensors.items():

@@ -44,9 +44,11 @@ class Network:
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#B T T"],
         past: KVCache | None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """`Backbone.__call__`, its hidden states whole on each device of the mesh."""
-        variables, inputs = {"params": params["backbone"]}, (tokens, positions, mask, past)
+        inputs = tokens, positions, mask, past, lengths
+        variables = {"params": params["backbone"]}
         passed: Any = Backbone(self.config).apply(variables, *inputs)
         hidden, block = passed
         # A split of D would travel to all earlier layers, with two more collectives in each.

@@ -87,7 +87,8 @@ def _run_prompts(
     ) -> tuple[KVCache, Array]:
         block_tokens = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
-        hidden, block = network.hidden(params, block_tokens, positions, causal_mask(size), past)
+        inputs = block_tokens, positions, causal_mask(size), past, lengths
+        hidden, block = network.hidden(params, *inputs)
         # The block that holds a row's last token sets that row's hidden state.
         index = lengths - 1 - start
         inside = (index >= 0) & (index < size)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from medusa_jax.drafting.tree_tables import PAD, TreeTables
+from medusa_jax.drafting.tree_tables import MOST_TOKENS, PAD, TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.shapes import typed
 
@@ -44,6 +44,10 @@ class DynamicTree:
         """Raises InputError if these heads cannot give such trees."""
         if self.size < 2:
             raise InputError(f"a dynamic tree has 2 tokens or more, got size {self.size}")
+        if self.size > MOST_TOKENS:
+            raise InputError(
+                f"a dynamic tree of {self.size:,} tokens is too large: at most {MOST_TOKENS:,}"
+            )
         if self.depth < 1:
             raise InputError(f"a dynamic tree is 1 deep or more, got depth {self.depth}")
         if self.depth > num_heads:

@@ -11,15 +11,15 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from medusa_jax import json_files
-from medusa_jax.drafting.tree_tables import PAD, TreeTables
+from medusa_jax.drafting.tree_tables import MOST_TOKENS, PAD, TreeTables
 from medusa_jax.errors import InputError
+from medusa_jax.json_files import short
 
 Node = tuple[int, ...]
 CPU_NODES = 8  # products of up to 8 rows cost a 2-core CPU little more than those of 2
@@ -50,7 +50,7 @@ class Tree:
       nodes: rank tuples in the given order, which `cut` relies on.
 
     Raises:
-      InputError: a node is empty, negative, repeated, or its parent is missing.
+      InputError: too many nodes, or a node is empty, negative, repeated, or has no parent.
     """
 
     nodes: tuple[Node, ...] = ()
@@ -60,7 +60,7 @@ class Tree:
         _check_nodes(self.nodes)
 
     @classmethod
-    def from_lists(cls, lists: Iterable[Iterable[int]], origin: str = "") -> "Tree":
+    def from_lists(cls, lists: object, origin: str = "") -> "Tree":
         """Builds a tree from JSON-like rank lists, for example `[[0], [1], [0, 0]]`."""
         try:
             if not isinstance(lists, list | tuple):
@@ -192,31 +192,35 @@ def _check_fit(nodes: tuple[Node, ...], num_heads: int, vocab_size: int) -> None
     for node in nodes:
         if len(node) > num_heads:
             raise InputError(
-                f"tree node {list(node)} is {len(node)} deep, but there are "
+                f"tree node {short(list(node))} is {len(node)} deep, but there are "
                 f"{num_heads} Medusa heads"
             )
         if max(node) >= vocab_size:
             raise InputError(
-                f"tree node {list(node)} asks for rank {max(node)} of a vocabulary of {vocab_size}"
+                f"tree node {short(list(node))} asks for rank {max(node)} of a vocabulary of "
+                f"{vocab_size}"
             )
 
 
 def _check_nodes(nodes: tuple[Node, ...]) -> None:
-    """Raises InputError for a node that is empty, negative or repeated, or has no parent."""
+    """Raises InputError for too many nodes, and as `Tree` says."""
+    if len(nodes) >= MOST_TOKENS:
+        raise InputError(
+            f"a tree of {len(nodes) + 1:,} tokens is too large: at most {MOST_TOKENS:,}"
+        )
     seen = set()
     for node in nodes:
-        if not node or any(type(rank) is not int or rank < 0 for rank in node):
-            raise InputError(
-                f"tree node {list(node)} is not a non-empty list of ranks counted from 0"
-            )
+        name = short(list(node))
+        if not node or any(type(rank) is not int or not 0 <= rank < 2**31 for rank in node):
+            raise InputError(f"tree node {name} is not a non-empty list of ranks counted from 0")
         if node in seen:
-            raise InputError(f"tree node {list(node)} is listed twice")
+            raise InputError(f"tree node {name} is listed twice")
         seen.add(node)
     for node in nodes:
         if len(node) > 1 and node[:-1] not in seen:
             raise InputError(
-                f"tree node {list(node)} has no parent: {list(node[:-1])} is not listed "
-                "(every prefix of a node must be a node too)"
+                f"tree node {short(list(node))} has no parent: {short(list(node[:-1]))} is not "
+                "listed (every prefix of a node must be a node too)"
             )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 PAD = -1
+MOST_TOKENS = 4096  # of a tree; its mask has the square of that, and each step verifies all
 
 Table = Array | np.ndarray  # constant in a static tree, computed in a dynamic tree
 

@@ -15,6 +15,7 @@ from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
 from medusa_jax.model.layers import rms_norm, rope_tables, rotate, within_window
 from medusa_jax.model.linear import Linear, Weight, parameter
+from medusa_jax.model.rope import DynamicNTK
 from medusa_jax.shapes import typed
 
 Parts = list[tuple[Array, Array, Array]]
@@ -117,6 +118,7 @@ class Backbone(nn.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#B T T"],
         cache: KVCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """Runs one block of tokens.
 
@@ -126,13 +128,17 @@ class Backbone(nn.Module):
           mask: True where a token sees another of the same block
             ([B, T, T], or one [1, T, T] for all rows); sliding windows are applied on top.
           cache: the past, each row up to its length; None where there is none.
+          lengths: of prompts that are longer than this block, or padded. Dynamic NTK turns
+            all tokens of a prompt by its whole length.
 
         Returns:
           hidden states after the final norm [B, T, D] (the `h_t` of the paper,
           input of lm_head and Medusa heads alike), and the block's own keys
           [B, K, C, T] and values [B, K, T, C], per layer.
         """
-        if cache is None:
+        if lengths is not None and isinstance(self.config.rope_scaling, DynamicNTK):
+            rope = rope_tables(self.config, positions, lengths[:, None])
+        elif cache is None:
             rope = rope_tables(self.config, positions)
         else:
             cos, sin = cache.rope

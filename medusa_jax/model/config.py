@@ -9,27 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from medusa_jax.errors import InputError
+from medusa_jax.json_files import Fields, short
+from medusa_jax.model.rope import RopeScaling, read_rope, stretched_context
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the pretraining length.
-
-    Attributes:
-      factor: how many times longer the context becomes.
-      original_context, low_freq_factor, high_freq_factor: Llama-3's smooth ramp:
-        frequencies that turn more than `high_freq_factor` times within
-        `original_context` tokens stay, those that turn less than
-        `low_freq_factor` times are stretched. With original_context 0 none
-        turns, and all are stretched alike ("linear").
-    """
-
-    factor: float
-    original_context: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+MOST_LAYERS = 10_000  # no model has as many; more would take long to count
+_KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +29,8 @@ class ModelConfig:
       num_heads: H.
       num_kv_heads: K.
       head_dim: C; not always D / H (Qwen3, some Mistrals).
-      context: longest sequence the model was made for, in tokens.
+      context: longest sequence the model was made for, in tokens; with YaRN and dynamic NTK,
+        what they stretch it to.
       norm_eps: epsilon of every RMSNorm.
       rope_theta: base of the rotary frequencies.
       rope_scaling: None, or how they are stretched.
@@ -76,113 +62,94 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
-        if self.num_heads % self.num_kv_heads:
-            raise InputError(
-                f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads "
-                "evenly: num_attention_heads must be a multiple of num_key_value_heads"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"rotary embeddings need an even head_dim, got {self.head_dim}")
 
 
-def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+def from_hf(hf: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
     """Reads the content of a Hugging Face `config.json` (transformers 4 or 5 spelling).
 
     Raises:
-      InputError: an unsupported family, activation, rope type or quantisation,
-        or a required key is missing; the message names it.
+      InputError: an unsupported family, activation, rope type or quantization, a required
+        key is missing, or a value is of another type or out of bounds; the message begins
+        with `origin` and names the field.
     """
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise InputError(
-            f"model_type {family!r} is not supported; supported families: {', '.join(FAMILIES)}"
-        )
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"quantised weights ({method}) are not supported; use the full weights")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise InputError(f"hidden_act {hf['hidden_act']!r} is not supported; expected 'silu'")
-
-    def need(key: str) -> int:
-        value = hf.get(key)
-        if value is None:
-            raise InputError(f"config.json has no {key!r}, which a {family} model needs")
-        if type(value) is not int or value < 1:
-            raise InputError(f"config.json: {key!r} must be a positive integer, got {value!r}")
-        return value
-
-    hidden_size, num_heads, num_layers = (
-        need("hidden_size"),
-        need("num_attention_heads"),
-        need("num_hidden_layers"),
-    )
+    fields = Fields(hf, origin)
+    family = _family(fields)
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    num_layers = fields.integer("num_hidden_layers", most=MOST_LAYERS)
     # null means one key/value head a query head. Absent, it means that for Llama only.
-    one_each = hf.get("num_key_value_heads") is None and (
-        family == "llama" or "num_key_value_heads" in hf
-    )
-    num_kv_heads = num_heads if one_each else need("num_key_value_heads")
-    theta, scaling = _rope(hf)
-    attention_bias = bool(hf.get("attention_bias", False)) and family in ("llama", "qwen3")
-    default_head_dim = 128 if family == "qwen3" else hidden_size // num_heads
+    one_each = family == "llama" or "num_key_value_heads" in hf
+    default = {"default": num_heads} if one_each else {}
+    num_kv_heads = fields.integer("num_key_value_heads", **default)
+    head_dim = fields.integer("head_dim", 128 if family == "qwen3" else hidden_size // num_heads)
+    trained = fields.integer("max_position_embeddings")
+    theta, scaling = read_rope(fields, head_dim, trained)
+    attention_bias = family in ("llama", "qwen3") and fields.flag("attention_bias")
+    if head_dim < 2 or head_dim % 2:
+        raise InputError(f"{origin}: rotary embeddings need an even 'head_dim', got {head_dim}")
+    if num_heads % num_kv_heads:
+        raise InputError(
+            f"{origin}: {num_heads} query heads cannot share {num_kv_heads} key/value heads "
+            "evenly: 'num_attention_heads' must be a multiple of 'num_key_value_heads'"
+        )
     return ModelConfig(
-        vocab_size=need("vocab_size"),
+        vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
-        ffn_size=need("intermediate_size"),
+        ffn_size=fields.integer("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=hf.get("head_dim") or default_head_dim,
-        context=need("max_position_embeddings"),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        head_dim=head_dim,
+        context=stretched_context(trained, scaling),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, above=0, most=1),
         rope_theta=theta,
         rope_scaling=scaling,
-        windows=_windows(hf, family, num_layers),
+        windows=_windows(fields, family, num_layers),
         qkv_bias=attention_bias or family == "qwen2",
         out_bias=attention_bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+        mlp_bias=family == "llama" and fields.flag("mlp_bias"),
         qk_norm=family == "qwen3",
-        tied=bool(hf.get("tie_word_embeddings", False)),
+        tied=fields.flag("tie_word_embeddings"),
     )
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from transformers 5's `rope_parameters` or 4's two separate keys."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise InputError("rope settings of their own for some layers are not supported")
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if (rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise InputError("partial_rotary_factor other than 1.0 is not supported")
-    if kind == "default":
-        return theta, None
-    try:
-        if kind == "linear":
-            return theta, RopeScaling(factor=float(rope["factor"]))
-        if kind == "llama3":
-            return theta, RopeScaling(
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_context=int(rope["original_max_position_embeddings"]),
-            )
-    except KeyError as missing:
-        raise InputError(f"rope type {kind!r} in config.json lacks {missing}") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"rope type {kind!r} in config.json: {error}") from None
-    raise InputError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
+def _family(fields: Fields) -> str:
+    """The family. Raises InputError where it, its activation or its weights are not supported."""
+    family = fields.content.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(
+            f"{fields.origin}: model_type {short(family)} is not supported; supported families: "
+            f"{', '.join(FAMILIES)}"
+        )
+    if (quantization := fields.inner("quantization_config")).content:
+        method = quantization.text("quant_method", "unknown")
+        raise InputError(
+            f"{fields.origin}: quantized weights ({method}) are not supported; use the full weights"
+        )
+    if (activation := fields.text("hidden_act", "silu")) != "silu":
+        raise InputError(
+            f"{fields.origin}: hidden_act {short(activation)} is not supported; expected 'silu'"
+        )
+    return family
 
 
-def _windows(hf: Mapping[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
+def _windows(fields: Fields, family: str, num_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer, with Hugging Face's defaults for absent keys."""
-    window = hf.get("sliding_window", 4096)
+    qwen = family in ("qwen2", "qwen3") and fields.flag("use_sliding_window")
+    if not (qwen or family == "mistral"):
+        return (None,) * num_layers
+    # null means no window; absent, it has a default.
+    none = "sliding_window" in fields.content and fields.content["sliding_window"] is None
+    window = None if none else fields.integer("sliding_window", 4096)
     if family == "mistral":
         return (window,) * num_layers
-    if family in ("qwen2", "qwen3") and hf.get("use_sliding_window", False):
-        first = hf.get("max_window_layers", 28)
-        kinds = hf.get("layer_types") or [
-            "sliding_attention" if layer >= first else "full_attention"
-            for layer in range(num_layers)
-        ]
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return (None,) * num_layers
+    first = fields.integer("max_window_layers", 28, least=0)
+    kinds = fields.content.get("layer_types") or [
+        _KINDS[layer >= first] for layer in range(num_layers)
+    ]
+    known = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
+    if not known or len(kinds) != num_layers:
+        raise InputError(
+            f"{fields.origin}: 'layer_types' must be a list of {num_layers} of "
+            f"{', '.join(_KINDS)}, got {short(kinds)}"
+        )
+    return tuple(window if kind == _KINDS[True] else None for kind in kinds)

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.rope import DynamicNTK, plain_frequencies
 from medusa_jax.shapes import typed
 
 
@@ -17,26 +17,29 @@ def rms_norm(x: Float[Array, "*dims D"], scale: Float[Array, " D"], eps: float) 
     return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each rotated pair, float32 [C / 2]."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_context * frequencies / (2 * np.pi)
-    ramp = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = np.clip((turns - scaling.low_freq_factor) / ramp, 0.0, 1.0)
-    return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
-
-
 @typed
 def rope_tables(
-    config: ModelConfig, positions: Int[Array, "*dims"]
+    config: ModelConfig, positions: Int[Array, "*dims"], lengths: Array | None = None
 ) -> tuple[Float[Array, "*dims c"], Float[Array, "*dims c"]]:
-    """cos and sin of every position's angles, float32 [*dims, C / 2] each."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    """cos and sin of every position's angles, float32 [*dims, C / 2] each.
+
+    Args:
+      lengths: whole lengths of the texts [*dims], which dynamic NTK asks for; by default
+        each text ends at its position.
+    """
+    scaling, theta, width = config.rope_scaling, config.rope_theta, config.head_dim
+    if isinstance(scaling, DynamicNTK):
+        whole = positions + 1 if lengths is None else jnp.maximum(lengths, positions + 1)
+        frequencies = scaling.frequencies_at(theta, width, whole)
+    elif scaling is None:
+        frequencies = plain_frequencies(theta, width)
+    else:
+        frequencies = scaling.frequencies(theta, width)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.amplitude == 1.0:
+        return cos, sin
+    return cos * scaling.amplitude, sin * scaling.amplitude
 
 
 @typed

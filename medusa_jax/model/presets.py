@@ -1,8 +1,9 @@
 """Shapes of well-known backbones, for timing and compiling where their weights are not at hand."""
 
-from medusa_jax.model.config import ModelConfig, RopeScaling
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.rope import Llama3
 
-_LLAMA3 = RopeScaling(factor=8.0, original_context=8192, low_freq_factor=1.0, high_freq_factor=4.0)
+_LLAMA3 = Llama3(factor=8.0, original_context=8192)
 PRESETS = {
     "110m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 1024),
     "llama2-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),

@@ -100,7 +100,7 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
         which = model, scheme, options.batch_size, options.precision
         tuned = tree_store.find(*which, own_heads=options.heads is None)
         return tuned or default_tree(num_heads, accelerated(), str(options.model))
-    if recipe := re.fullmatch(r"grow:(\d+)(?::(\d+))?", tree):
+    if recipe := re.fullmatch(r"grow:(\d{1,99})(?::(\d{1,99}))?", tree):
         return dynamic_tree(model, *(int(part) for part in recipe.groups() if part))
     if tree in published_names():
         return Tree.published(tree)

@@ -1,9 +1,9 @@
 """Tuned trees: where `medusa_jax.tune` leaves them and `--tree auto` looks.
 
-One JSON file a model, device and precision, under $MEDUSA_JAX_CACHE (default:
-~/.cache/medusa_jax), with a tuning for each acceptance and batch size that was
-asked for. A model directory may bring trees of its own in `medusa_trees.json`,
-for the kinds of device its makers had.
+Each model, device and precision has a JSON file under $MEDUSA_JAX_CACHE (default:
+~/.cache/medusa_jax). It holds a tuning for each acceptance and batch size that was
+asked for. A model directory may bring trees of its own in `medusa_trees.json`, for
+the devices that its makers had.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from medusa_jax.decoding.acceptance import Acceptance, Greedy
 from medusa_jax.distributed.hardware import device
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
+from medusa_jax.drafting.tree_tables import MOST_TOKENS
 from medusa_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,18 @@ def describe(acceptance: Acceptance) -> dict[str, Any]:
 
 
 def save(path: Path, tuning: dict[str, Any]) -> None:
-    """Adds a tuning to a file, in place of one for the same acceptance and batch size."""
+    """Adds a tuning to a file, in place of an earlier tuning for the same acceptance and batch.
+
+    Raises:
+      InputError: the file holds something else.
+      OutputError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def same(other: dict[str, Any]) -> bool:
         return all(other.get(key) == tuning[key] for key in ("acceptance", "batch_size"))
 
-    kept = [one for one in read(path) if not same(one)]
+    kept = [other for other in read(path) if not same(other)]
     json_files.write(path, {"tunings": [*kept, tuning]})
 
 
@@ -57,40 +63,61 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The tunings of a file; none where it is not there.
 
     Raises:
-      InputError: it is no file of tunings.
+      InputError: it is no file of tunings; names the file, the tuning and the field.
     """
     if not path.is_file():
         return []
+    tunings = json_files.read_object(path).get("tunings")
     try:
-        tunings = json_files.read_object(path)["tunings"]
-        for one in tunings:
-            tree_of(one)
-            _ = one["acceptance"]["scheme"], one["batch_size"]
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+        if not isinstance(tunings, list) or not all(isinstance(item, dict) for item in tunings):
+            raise InputError(
+                f"'tunings' must be a list of objects, got {json_files.short(tunings)}"
+            )
+        for number, tuning in enumerate(tunings):
+            fields = json_files.Fields(tuning, f"tuning {number}")
+            fields.inner("acceptance").text("scheme")
+            fields.integer("batch_size")
+            fields.text("backend", "")
+            tree_of(tuning, fields.origin)
+    except InputError as error:
         raise InputError(f"{path} is no file of tuned trees ({error}); delete it") from None
     return tunings
 
 
-def tree_of(tuning: dict[str, Any]) -> Tree | DynamicTree:
-    """The tree of a tuning: a list of nodes, or a recipe to grow one at every step."""
-    tree = tuning["tree"]
-    return DynamicTree(**tree) if isinstance(tree, dict) else Tree.from_lists(tree)
+def tree_of(tuning: dict[str, Any], origin: str = "a tuning") -> Tree | DynamicTree:
+    """The tree of a tuning: a list of nodes, or a recipe to grow a tree at every step.
+
+    Raises:
+      InputError: it is neither; the message begins with `origin`.
+    """
+    tree = tuning.get("tree")
+    if not isinstance(tree, dict):
+        return Tree.from_lists(tree, f"{origin}: 'tree': ")
+    fields = json_files.Fields(tree, f"{origin}: 'tree'")
+    return DynamicTree(
+        fields.integer("size", most=MOST_TOKENS),
+        fields.integer("depth", most=MOST_TOKENS),
+        fields.integer("top_k", DynamicTree.top_k),
+    )
 
 
 def find(
     model: Model, acceptance: Acceptance, batch_size: int, dtype: str, *, own_heads: bool = True
 ) -> Tree | DynamicTree | None:
-    """The tree tuned for this model here, else one that came with it for such a device.
+    """The tree tuned for this model here, else a tree that came with it for such a device.
 
     The same acceptance is looked for first, then its scheme at another
     temperature, then greedy's, then any; among equals the nearest batch size.
 
     Args:
       own_heads: the heads came with the model, so that the trees beside it are for them.
+
+    Raises:
+      InputError: a file is broken, or its tree is for other heads; names the file.
     """
     wanted = describe(acceptance)
-    here = read(cache_file(model, dtype))
-    brought = read(model.directory / BESIDE) if own_heads else []
+    here, beside = cache_file(model, dtype), model.directory / BESIDE
+    brought = read(beside) if own_heads else []
     brought = [tuning for tuning in brought if tuning.get("backend") == jax.default_backend()]
 
     def far(tuning: dict[str, Any]) -> tuple[bool, bool, bool, float]:
@@ -99,10 +126,15 @@ def find(
         scheme = found["scheme"]
         return found != wanted, scheme != wanted["scheme"], scheme != Greedy.__name__, apart
 
-    for tunings in (here, brought):
+    for path, tunings in ((here, read(here)), (beside, brought)):
         if tunings:
             nearest = min(tunings, key=far)
             if nearest["acceptance"] != wanted:
                 log.info("no tree was tuned for %s: that of %s", wanted, nearest["acceptance"])
-            return tree_of(nearest)
+            tree = tree_of(nearest)
+            try:
+                tree.check(model.heads.num_heads, model.heads.truncated or model.config.vocab_size)
+            except InputError as error:
+                raise InputError(f"{path}: 'tree': {error}") from None
+            return tree
     return None

@@ -90,7 +90,8 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
     if config.adapted:
         scale = config.lora.alpha / config.lora.rank
         params["backbone"] = lora.attached(params["backbone"], params["adapters"], scale)
-        settings["tie_word_embeddings"] = False  # the adapted lm_head has left the embedding
+    if config.adapted or not weights.model.tied:
+        settings["tie_word_embeddings"] = False  # the lm_head has left the embedding
     tensors = _backbone_tensors(weights.model, flat(params), dtype)
     tensors |= _head_tensors("v1.0", weights.heads, flat(params), dtype)
     with Replacing(target, write) as directory:

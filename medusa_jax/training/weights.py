@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from medusa_jax import json_files
+from medusa_jax.checkpoints.backbone import open_backbone
 from medusa_jax.checkpoints.heads import head_tensors
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.load import backbone_tensors
@@ -77,7 +78,11 @@ def model_shape(config: Config, *, absent: bool = False) -> ModelConfig:
         return PRESETS[name]
     if not path:
         raise InputError("model.path names no model: give a directory or a hub id")
-    return from_hf(json_files.read_object(resolve(config.model.path) / "config.json"))
+    directory = resolve(path)
+    if config.model.random or absent:  # its weights need not be there
+        file = directory / "config.json"
+        return from_hf(json_files.read_object(file), str(file))
+    return open_backbone(directory).config
 
 
 def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:

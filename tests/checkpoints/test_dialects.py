@@ -22,6 +22,7 @@ from helpers.head_files import (
     random_heads,
     renamed,
     stored,
+    without_projection,
 )
 from helpers.models import TINY
 from safetensors.numpy import load_file, save_file
@@ -167,6 +168,8 @@ def test_truncated_heads_without_a_projection_take_the_backbones_rows(
     copy: Path, tmp_path: Path, tied: bool
 ):
     edit_config(copy, tie_word_embeddings=tied)
+    if tied:
+        edit_weights(copy / "model.safetensors", without_projection)
     theirs = renamed(random_heads(2, vocab=None), "vllm", 2, 1) | {"token_map": MAP}
     model = load_model(copy, heads_directory(tmp_path / "vllm", theirs))
     name = "model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -231,7 +234,7 @@ def test_what_vllm_scales_is_refused(saved: Path, tmp_path: Path):
     assert f"{place}: logit_scale 0.5 is not supported" in error_of(saved, place)
 
 
-def test_quantised_heads_are_refused_by_name(saved: Path, tmp_path: Path):
+def test_quantized_heads_are_refused_by_name(saved: Path, tmp_path: Path):
     theirs = renamed(random_heads(1), "modelopt", 1, 1)
     theirs["medusa_heads.0.0.linear.weight_scale"] = np.ones(1, np.float32)
     place = heads_directory(tmp_path / "modelopt", theirs)

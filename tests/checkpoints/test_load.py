@@ -106,27 +106,6 @@ def test_bfloat16_casts_every_leaf_to_the_nearest(saved: Path):
     chex.assert_trees_all_equal(narrow.params, nearest)
 
 
-def test_tied_model_needs_no_lm_head_and_ignores_a_stored_one(copy: Path):
-    edit_config(copy, tie_word_embeddings=True)
-    with_one = load_model(copy)
-    edit_weights(
-        copy / "model.safetensors",
-        lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"},
-    )
-    without = load_model(copy)
-    tied = without.params["backbone"]
-    np.testing.assert_array_equal(tied["lm_head"].data, tied["embed"]["embedding"].T)
-    chex.assert_trees_all_equal(with_one.params, without.params)
-    edit_config(copy, tie_word_embeddings=False)
-    assert f"missing lm_head.weight [{VOCAB}, {WIDTH}]" in error_of(copy)
-
-
-def test_old_rotary_buffers_are_ignored(copy: Path, saved: Path):
-    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
-    edit_weights(copy / "model.safetensors", lambda t: t | {name: np.ones(2, np.float32)})
-    chex.assert_trees_all_equal(load_model(copy).params, load_model(saved).params)
-
-
 def test_stop_and_suppressed_ids(copy: Path):
     (copy / "generation_config.json").unlink()
     edit_config(copy, eos_token_id=7)

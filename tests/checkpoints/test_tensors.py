@@ -232,5 +232,5 @@ def test_a_stack_reads_what_is_asked_of_it():
 def test_types_that_numpy_lacks_are_refused_by_name(tmp_path: Path):
     file = tmp_path / "t.safetensors"
     safetensors.torch.save_file({"q": torch.ones(2).to(torch.float8_e4m3fn)}, file)
-    with pytest.raises(InputError, match=r"not supported \(quantised\?\): q \(F8_E4M3\)"):
+    with pytest.raises(InputError, match=r"not supported \(quantized\?\): q \(F8_E4M3\)"):
         write_model(tmp_path, "again", open_file(file))

@@ -131,6 +131,8 @@ def test_every_path_grown_accepts_as_the_full_tree(tiny: TinyModel):
         (DynamicTree(6, 0), "1 deep or more, got depth 0"),
         (DynamicTree(8, 4), "4 deep was asked for, but there are 3 Medusa heads"),
         (DynamicTree(8, 2, 99), "top_k 99 exceeds the vocabulary of 40"),
+        (DynamicTree(1_000_000, 3), "1,000,000 tokens is too large: at most 4,096"),
+        (DynamicTree(10**20, 3), "too large: at most 4,096"),
         (DynamicTree(9, 2, 2), "there are 7 nodes at most, and 9 were asked for"),
     ],
 )

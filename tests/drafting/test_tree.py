@@ -195,6 +195,23 @@ def test_cut_needs_a_size(size: int):
         Tree.chain(3).cut(size)
 
 
+def test_trees_are_bounded_before_their_tables(tmp_path: pathlib.Path):
+    """The mask of 100,000 nodes would take 10 GB."""
+    nodes = [[i] for i in range(400)] + [[i, j] for i in range(400) for j in range(250)]
+    file = tmp_path / "large.json"
+    file.write_text(json.dumps(nodes))
+    with pytest.raises(InputError, match=r"large\.json: a tree of 100,401 tokens is too large"):
+        Tree.from_json(file)
+    assert Tree.from_lists(nodes[:400]).size == 401
+    assert Tree.from_lists([[i] for i in range(4095)]).mask.sum() == 2 * 4095 + 1
+
+
+@pytest.mark.parametrize("rank", [10**30, 2**31, float("nan"), 0.5, "0", None])
+def test_ranks_that_are_none(rank):
+    with pytest.raises(InputError, match=r"tree node \[.*ranks counted from 0"):
+        Tree.from_lists([[rank]])
+
+
 @pytest.mark.parametrize("lists", [{}, "", [[True]]])
 def test_what_is_no_list_of_ranks_is_refused(lists):
     with pytest.raises(InputError, match="list"):

@@ -53,6 +53,11 @@ def edit_weights(file: Path, change: Callable[[NPZ], NPZ | None]) -> None:
     save_file(change(tensors) or tensors, file)
 
 
+def without_projection(tensors: NPZ) -> NPZ:
+    """A backbone's tensors as a tied model stores them."""
+    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+
+
 def writable_copy(source: Path, target: Path) -> Path:
     """Copies a read-only directory's files."""
     target.mkdir()

@@ -42,6 +42,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 NO_WINDOW = {"windows": (None, None, None)}
 NO_SCALING = {"rope_scaling": None}
 
@@ -60,6 +67,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "llama, head_dim": ("llama", {"head_dim": 16}, 24, {}),
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}, 48, NO_SCALING),
     "llama, linear rope": ("llama", {"rope_parameters": LINEAR}, 24, NO_SCALING),
+    "llama, dynamic rope": (
+        "llama",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 16, "head_dim": 16},
+        48,
+        NO_SCALING,
+    ),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}, 48, NO_SCALING),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 6}, 24, {}),
     "mistral, window": ("mistral", {"sliding_window": 8}, 24, NO_WINDOW),
     "mistral, window, rope theta": (
@@ -114,7 +128,8 @@ def apply(config: ModelConfig, params: dict[str, Any], *inputs: Any, method: str
 def run_whole(config: ModelConfig, params: dict[str, Any], tokens: np.ndarray) -> jax.Array:
     """Hidden states of whole sequences from their first token on."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return apply(config, params, jnp.asarray(tokens), positions, causal_mask(tokens.shape[1]))[0]
+    mask, lengths = causal_mask(tokens.shape[1]), jnp.full(tokens.shape[0], tokens.shape[1])
+    return apply(config, params, jnp.asarray(tokens), positions, mask, None, lengths)[0]
 
 
 def logits_of(config: ModelConfig, params: dict[str, Any], tokens: np.ndarray) -> np.ndarray:

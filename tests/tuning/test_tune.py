@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,63 @@ def test_trees_that_come_with_a_model_serve_its_kind_of_device(stories: Model, h
     assert tree_store.find(model, Greedy(), 1, "float32", own_heads=False) is None
 
 
-@pytest.mark.parametrize("content", ["nonsense", "{}", '{"tunings": [{"tree": [[0, 0]]}]}'])
+WRONG = {
+    "'tunings'": [{"tunings": {"a": 1}}, {"tunings": [5]}, {"tunings": None}],
+    "tuning 1: 'batch_size'": [0, "a", 1.5, 10**30],
+    "tuning 1: 'backend'": [5, []],
+    "tuning 1: 'acceptance'": ["Greedy", {"scheme": 5}, {}],
+    "tuning 1: 'tree'": [
+        {"size": "a", "depth": 3},
+        {"size": 10**9, "depth": 3},
+        {"size": 4, "depth": None},
+        {"size": 4, "depth": 2, "top_k": 0},
+        [[0], [10**30]],
+        [[0], [float("nan")]],
+        [[i] for i in range(4096)],
+        [0],
+        "ab",
+        None,
+    ],
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_wrong_values_are_refused_by_file_and_field(tmp_path: Path, field: str):
+    for value in WRONG[field]:
+        content = value
+        if field != "'tunings'":
+            content = {"tunings": [tuning([[0]]), tuning([[1]]) | {field.split("'")[1]: value}]}
+        file = tmp_path / "trees.json"
+        file.write_text(json.dumps(content))
+        with pytest.raises(InputError) as error:
+            tree_store.read(file)
+        assert str(error.value).startswith(f"{file} is no file of tuned trees ({field}")
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ([[0] * depth for depth in range(1, 7)], "6 deep"),
+        ({"size": 8, "depth": 6}, "6 deep"),
+        ([[512]], "rank 512"),
+    ],
+)
+def test_a_tree_for_other_heads_is_refused_by_its_file(
+    stories: Model, home: Path, tree: Any, message: str
+):
+    model = dataclasses.replace(stories, directory=home)
+    (home / tree_store.BESIDE).write_text(json.dumps({"tunings": [tuning(tree)]}))
+    with pytest.raises(InputError, match=rf"{tree_store.BESIDE}: 'tree': .*{message}"):
+        tree_store.find(model, Greedy(), 1, "float32")
+
+
+@pytest.mark.parametrize("content", ["nonsense", "[]", '{"tunings": [{"tree": [[0, 0]]}]}'])
 def test_a_broken_file_is_named(stories: Model, home: Path, content: str):
     path = tree_store.cache_file(stories, "float32")
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    with pytest.raises(InputError, match="no file of tuned trees"):
+    with pytest.raises(InputError, match=re.escape(str(path))):
         tree_store.find(stories, Greedy(), 1, "float32")
 
 

@@ -1,0 +1,97 @@
+"""A backbone's directory: its shape, and its tensors under Hugging Face's names, not read yet."""
+
+import dataclasses
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medusa_jax import json_files
+from medusa_jax.checkpoints.heads import divide
+from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model
+from medusa_jax.model.config import ModelConfig, from_hf
+
+log = logging.getLogger(__name__)
+
+EMBEDDING, PROJECTION = "model.embed_tokens.weight", "lm_head.weight"
+# Rotary embeddings are computed from `config.json`; many writers store them in some spelling.
+_BUFFER = re.compile(r"(.+\.)?rotary_emb\.\w+")
+_INNER = re.compile(r"(embed_tokens|layers|norm)\.")
+_BLOCK = 2**22  # numbers of two tensors that are compared together
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredBackbone:
+    """A backbone in files.
+
+    Attributes:
+      directory: where it lies.
+      settings, config: its `config.json` and its shape; not tied where the files hold a
+        projection of its own.
+      tensors: by Hugging Face's names.
+      heads: tensors of Medusa heads in the same files.
+    """
+
+    directory: Path
+    settings: dict[str, Any]
+    config: ModelConfig
+    tensors: Tensors
+    heads: Tensors
+
+
+def open_backbone(directory: Path, settings: dict[str, Any] | None = None) -> StoredBackbone:
+    """A backbone's shape and tensors.
+
+    Args:
+      settings: the content of its `config.json`, where that was read before.
+
+    Raises:
+      InputError: its config is not supported, or its files cannot be opened.
+    """
+    file = directory / "config.json"
+    settings = json_files.read_object(file) if settings is None else settings
+    config = from_hf(settings, str(file))
+    heads, tensors = divide(open_model(directory))
+    tensors = {name: t for name, t in tensors.items() if not _BUFFER.fullmatch(name)}
+    if not any(name.startswith("model.") for name in tensors):  # saved from the inner module
+        tensors = {_INNER.sub(r"model.\1.", name, count=1): t for name, t in tensors.items()}
+    config, tensors = _tied(config, tensors, directory)
+    if not config.tied:
+        settings = settings | {"tie_word_embeddings": False}
+    return StoredBackbone(directory, settings, config, tensors, heads)
+
+
+def _tied(config: ModelConfig, tensors: Tensors, directory: Path) -> tuple[ModelConfig, Tensors]:
+    """Decides whether a tied model that stores a projection is tied.
+
+    As in transformers 5, the files decide: an equal projection is left out, another is used,
+    and a projection without an embedding serves as both.
+    """
+    if not config.tied or PROJECTION not in tensors:
+        return config, tensors
+    rest = {name: tensor for name, tensor in tensors.items() if name != PROJECTION}
+    projection, embedding = tensors[PROJECTION], tensors.get(EMBEDDING)
+    if embedding is None:
+        return config, rest | {EMBEDDING: projection}
+    if _equal(projection, embedding):
+        return config, rest
+    log.warning(
+        "%s: config.json says tie_word_embeddings, but %s differs from %s: the model is not tied",
+        directory,
+        PROJECTION,
+        EMBEDDING,
+    )
+    return dataclasses.replace(config, tied=False), tensors
+
+
+def _equal(ours: StoredTensor, theirs: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers; a part of each is in memory at a time."""
+    if ours.shape != theirs.shape or not ours.shape:
+        return False
+    rows = max(_BLOCK // max(math.prod(ours.shape[1:]), 1), 1)
+    length = ours.shape[0]
+    parts = (slice(start, min(start + rows, length)) for start in range(0, length, rows))
+    return all(np.array_equal(ours.read((part,)), theirs.read((part,))) for part in parts)
