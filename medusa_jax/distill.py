@@ -1,7 +1,6 @@
 """Self-distillation data: the model itself answers the prompts of a dataset."""
 
 from medusa_jax.cli import runner
-from medusa_jax.files import check_output
 from medusa_jax.serving.distillation import DistillOptions, distill
 
 EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.json.gz \\
@@ -10,15 +9,9 @@ EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.j
       --temperature 0 --output stories.jsonl"""
 
 
-def run(options: DistillOptions) -> None:
-    """Checks where the output goes, then distills."""
-    check_output(options.output)
-    distill(options)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-distill`."""
-    runner.command(run, DistillOptions, __doc__ or "", EXAMPLE, arguments)
+    runner.command(distill, DistillOptions, __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

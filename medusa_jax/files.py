@@ -87,6 +87,9 @@ class Lines:
     Args:
       path: the file; a pipe or a device is written directly.
       append: go on at the end of the earlier file.
+
+    Attributes:
+      file: where the lines are until they are complete.
     """
 
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
@@ -94,9 +97,9 @@ class Lines:
         place = self.path.resolve()  # a link stays a link
         replaces = not append and place.is_file() and place.stat().st_size > 0
         self._target = place if replaces else None
-        self._file = place.with_name(f"{place.name}.partial") if replaces else place
+        self.file = place.with_name(f"{place.name}.partial") if replaces else place
         with writing(self.path):
-            self._stream: IO[bytes] = self._file.open("ab" if append else "wb", buffering=0)
+            self._stream: IO[bytes] = self.file.open("ab" if append else "wb", buffering=0)
 
     def write(self, line: str) -> None:
         """Adds a line and hands it to the operating system.
@@ -104,7 +107,7 @@ class Lines:
         Raises:
           OutputError: it could not be written; the file then ends with the line before.
         """
-        whole = self._stream.tell() if self._file.is_file() else None  # a device is not cut
+        whole = self._stream.tell() if self.file.is_file() else None  # a device is not cut
         rest = memoryview(line.encode("utf-8", "replace") + b"\n")
         with writing(self.path):
             try:
@@ -123,7 +126,7 @@ class Lines:
         with writing(self.path):
             self._stream.close()
             if self._target is not None and kind is None:
-                self._file.replace(self._target)
+                self.file.replace(self._target)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ EXAMPLE = "python -m medusa_jax.tune --model DIR --heads DIR --prompts prompts.j
 
 def run(options: TuneOptions) -> None:
     """Checks where the output goes, then tunes."""
-    check_output(options.output)
+    check_output(options.output, options.prompts or ())
     tune(options)
 
 

@@ -61,7 +61,7 @@ class HuggingFace:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(directory), dtype=getattr(torch, dtype)
+                str(directory), dtype=getattr(torch, dtype), trust_remote_code=False
             ).to(self.device)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ import jax
 
 from medusa_jax.cli import runner, terminal
 from medusa_jax.data.prompts import Request, count_requests, read_requests
+from medusa_jax.data.text_files import check_readable
 from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
 from medusa_jax.files import check_output
@@ -43,7 +44,9 @@ def load(options: Options) -> Generator:
             "a keyboard; give --prompt or --prompts, the same to all"
         )
     if jax.process_index() == 0:
-        check_output(options.output)
+        check_output(options.output, [options.prompts, options.chat_template])
+    if options.prompts is not None:
+        check_readable(options.prompts, "--prompts")
     generator = load_generator(options)
     if options.chat and generator.text.template is None and not options.raw:
         raise InputError(
@@ -60,7 +63,7 @@ def decode(options: Options) -> None:
         return
     first = jax.process_index() == 0
     requests, total = map(Request.of_text, options.prompt or ()), None
-    if options.prompts:
+    if options.prompts is not None:
         requests, total = read_requests(options.prompts), count_requests(options.prompts)
     with contextlib.ExitStack() as stack:
         if not first:  # the others take part in each step, and say nothing

@@ -1,16 +1,18 @@
 """Decoding for a person: text to stdout as it is accepted, records to a file, stats to stderr."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
-from medusa_jax.data.prompts import Request, write_record
+from medusa_jax import json_files
+from medusa_jax.data.prompts import Request, record_line
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.files import Lines
 from medusa_jax.progress import progress, say
-from medusa_jax.serving.conversations import Conversation
+from medusa_jax.serving.conversations import Conversation, Update
 from medusa_jax.serving.generator import Generator
 
 COMPARE_ROUNDS = 5  # in turns: a short text says little on a machine that others use too
@@ -29,7 +31,8 @@ def decode(
     """Answers all requests, each `num_samples` times; records are written as rows end.
 
     Args:
-      output: JSON Lines file, opened when the first record is ready.
+      output: JSON Lines file, opened when the first record is ready; an earlier file is replaced
+        once all records are written.
       show: text to stdout, streamed where rows are decoded singly; otherwise a progress bar.
       compare: also times Medusa and plain decoding on the same requests, in turns.
       total: requests to come, for the progress bar.
@@ -49,28 +52,39 @@ def decode(
                     asked.append((request, number, sample))
                 yield Conversation(request, number, sample)
 
-    file: IO[str] | None = None
+    records, count = None, 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(total=samples, shown=not show, unit="samples"))
-        for update in generator.converse(conversations(), stream=stream, refuse=True):
-            conversation = update.conversation
-            if stream:
-                print(update.text, end="\n" if update.completion else "", flush=True)
-            if problem := conversation.problem:
-                turn = len(conversation.completions) + 1
-                say(f"WARNING: {problem}; turn {turn} and later are left out")
-            if update.completion is None:
-                continue
-            if show and not stream:
-                print(update.completion.text, flush=True)
-            if output:
-                file = file or stack.enter_context(open(output, "w", encoding="utf-8"))
-                write_record(file, conversation.record())
-            bar.update(conversation.ended)
+        try:
+            for update in generator.converse(conversations(), stream=stream, refuse=True):
+                _show(update, show=show, stream=stream)
+                if update.completion is None:
+                    continue
+                if output:
+                    records = records or stack.enter_context(Lines(output))
+                    records.write(record_line(update.conversation.record()))
+                    count += 1
+                bar.update(update.conversation.ended)
+        except BaseException:
+            if records is not None:
+                say(f"{count} records were written to {records.file}")
+            raise
     if compare:
         _compare(generator, asked)
     else:
         print(generator.stats, file=sys.stderr)
+
+
+def _show(update: Update, *, show: bool, stream: bool) -> None:
+    """Prints what came, as it comes or as whole texts, and why a turn was not asked."""
+    conversation = update.conversation
+    if stream:
+        print(update.text, end="\n" if update.completion else "", flush=True)
+    if problem := conversation.problem:
+        turn = len(conversation.completions) + 1
+        say(f"WARNING: {problem}; turn {turn} and later are left out")
+    if show and not stream and update.completion is not None:
+        print(update.completion.text, flush=True)
 
 
 def _compare(generator: Generator, asked: list[tuple[Request, int, int]]) -> None:
@@ -95,9 +109,11 @@ def _compare(generator: Generator, asked: list[tuple[Request, int, int]]) -> Non
 def chat(generator: Generator) -> None:
     """Answers lines from stdin until it ends; /reset starts over."""
     talk = generator.chat()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end a chat
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = json_files.whole_text(sys.stdin.readline())
         if not line:
             break
         if line.strip() == "/reset":

@@ -2,7 +2,7 @@
 
 A record is one of
 
-    {"conversations": [{"from", "value"}, ...]}     ShareGPT
+    {"conversations": [{"from", "value"}, ...]}     ShareGPT; see `messages` for other forms
     {"messages": [{"role", "content"}, ...]}
     {"text": ...}                                   plain text, also the files .txt
 
@@ -15,14 +15,20 @@ refuses or rewrites the later records that differ.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medusa_jax.data.prompts import conversation, numbered_lines, open_text
-from medusa_jax.data.tokenizer import Message
+from medusa_jax import json_files
+from medusa_jax.data.messages import (
+    CONVERSATIONS,
+    Message,
+    conversation_key,
+    is_answer,
+    read_messages,
+)
+from medusa_jax.data.text_files import MOST_WHOLE, numbered_lines, open_text, read_whole
 from medusa_jax.errors import InputError, needs
 
 _FILES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".parquet")
@@ -71,11 +77,11 @@ class Corpus:
         """Yields documents.
 
         Raises:
-          InputError: a source cannot be read, or, with on_bad "refuse", a
-            record is none of the known kinds; names source and record.
+          InputError: a source cannot be read, or none of its records, or, with on_bad
+            "refuse", one of them; names source and record.
         """
         for source in self.sources:
-            found = number = 0
+            found, number, before = 0, 0, len(self.skipped)
             for number, record in enumerate(_records(source, self._separator), start=1):
                 if self._limit and found == self._limit:
                     break
@@ -88,6 +94,8 @@ class Corpus:
                 yield document
             if not number:
                 raise InputError(f"{source} holds no records")
+            if not found:
+                raise InputError(f"{self.skipped[before]}; {source} holds no better record")
 
     def bad(self, error: InputError) -> None:
         """Leaves a record out, and counts it; with on_bad "refuse", raises."""
@@ -122,24 +130,23 @@ def _records(source: str, separator: str) -> Iterator[Any]:
 
 def _json(path: Path) -> Iterator[Any]:
     """Records of one JSON array, or of JSON Lines, which many files of this name hold."""
-    with open_text(path) as stream:
-        whole = stream.read()
     try:
-        value = json.loads(whole or "[]")
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise InputError(f"{path}: not JSON: {error}") from None
+        value = json_files.parse(read_whole(path) or "[]", str(path))
+    except InputError as error:
+        if getattr(error.__context__, "msg", None) != "Extra data":
+            raise
         yield from _json_lines(path)
     else:
         yield from value if isinstance(value, list) else [value]
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
+    """Records of JSON Lines; for a line that is no JSON, the error."""
     for number, line in numbered_lines(path):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
+            yield json_files.parse(line, f"{path}, line {number}")
+        except InputError as error:
+            yield error
 
 
 def _texts(path: Path, separator: str) -> Iterator[dict[str, str]]:
@@ -149,6 +156,11 @@ def _texts(path: Path, separator: str) -> Iterator[dict[str, str]]:
         while chunk := stream.read(max(2**20, len(rest))):
             *whole, rest = (rest + chunk).split(separator) if separator else [rest + chunk]
             yield from ({"text": text.strip()} for text in whole if text.strip())
+            if len(rest) > MOST_WHOLE:
+                raise InputError(
+                    f"{path} has a document of more than {MOST_WHOLE:,} characters: "
+                    "give the separator of its documents"
+                )
     if rest.strip():
         yield {"text": rest.strip()}
 
@@ -159,29 +171,30 @@ def _table(source: str, name: str, split: str = "train", **how: Any) -> Iterator
 
     datasets.disable_progress_bars()
     try:
-        yield from datasets.load_dataset(name, split=split, **how)
+        yield from datasets.load_dataset(name, split=split, trust_remote_code=False, **how)
     except Exception as error:
         reason = str(error.__cause__ or error).strip() or type(error).__name__
         raise InputError(f"{source} could not be read: {reason.splitlines()[0]}") from None
 
 
 def _document(record: Any, origin: str) -> Document:
+    if isinstance(record, InputError):
+        raise record
     if not isinstance(record, dict):
         raise InputError(f"{origin}: expected a JSON object, got {type(record).__name__}")
     name = record.get("id")
-    for key in ("conversations", "messages"):
-        if record.get(key) is not None:
-            messages = conversation(record, key, origin)
-            while messages and messages[0]["role"] == "assistant":
-                messages.pop(0)  # an answer to nothing, which no template can write
-            if not any(message["role"] == "assistant" for message in messages):
-                raise InputError(f"{origin}: {key!r} has no assistant turn after a user's")
-            return Document(tuple(messages), "", bool(record.get("truncated")), origin, name)
+    if key := conversation_key(record):
+        messages = read_messages(record, key, origin)
+        while messages and messages[0]["role"] == "assistant":
+            messages.pop(0)  # an answer to nothing, which no template can write
+        if not any(map(is_answer, messages)):
+            raise InputError(f"{origin}: {key!r} has no assistant turn after a user's")
+        return Document(tuple(messages), "", bool(record.get("truncated")), origin, name)
     if isinstance(record.get("text"), str):
         if not record["text"].strip():
             raise InputError(f"{origin}: 'text' is empty")
         return Document((), record["text"], bool(record.get("truncated")), origin, name)
     raise InputError(
-        f"{origin}: expected one of the keys conversations, messages, text; "
+        f"{origin}: expected one of the keys {', '.join(CONVERSATIONS)}, text; "
         f"got {', '.join(key for key, value in record.items() if value is not None) or 'none'}"
     )

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from medusa_jax.data.corpus import Corpus, Document
-from medusa_jax.data.tokenizer import ChatTokenizer, Message
+from medusa_jax.data.messages import Message, is_answer
+from medusa_jax.data.tokenizer import MARK, ChatTokenizer
 from medusa_jax.errors import InputError
 
 
@@ -33,19 +34,18 @@ class Encoded:
 
 
 Span = tuple[int, int]
-MARK = "\ue000answer\ue000"  # private-use characters, which no text has
 
 
 def encode(
     corpus: Corpus, text: ChatTokenizer, end: str = "", batch: int = 512
 ) -> Iterator[Encoded]:
-    """Tokenizes documents, many at a time; those that the template refuses go to `corpus.bad`.
+    """Tokenizes documents, many at a time; those that cannot be written go to `corpus.bad`.
 
     Args:
       end: token appended to every plain text, as text; empty for none.
 
     Raises:
-      InputError: an unknown `end`, and whatever the corpus raises.
+      InputError: an unknown `end`, a token that the model lacks, and what the corpus raises.
     """
     known = text.tokenizer.get_vocab()
     if end and end not in known:
@@ -57,9 +57,9 @@ def encode(
         except InputError as error:
             corpus.bad(InputError(f"{document.origin}: {error}"))
         if len(pending) == batch:
-            yield from _tokenize(pending, text)
+            yield from _tokenize(pending, text, corpus)
             pending = []
-    yield from _tokenize(pending, text)
+    yield from _tokenize(pending, text, corpus)
 
 
 def written(document: Document, text: ChatTokenizer, end: str = "") -> tuple[str, list[Span]]:
@@ -76,12 +76,21 @@ def written(document: Document, text: ChatTokenizer, end: str = "") -> tuple[str
     if text.template is None:
         return _continued(document, end)
     messages, spans = list(document.messages), []
-    whole = text.render(messages, answer=False)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    closing = _after(messages[: answers[0] + 1], answers[0], text).rstrip()  # "</s>" of "</s>\n"
-    for i in answers:
-        before = text.render(messages[:i], answer=True)
-        after = _after(messages, i, text)
+    text.check_written(messages)
+    answers = [i for i, message in enumerate(messages) if is_answer(message)]
+    whole, first, *parts = text.render_all(
+        [
+            (messages, False),
+            (_marked(messages[: answers[0] + 1], answers[0]), False),
+            *((messages[:i], True) for i in answers),
+            *((_marked(messages, i), False) for i in answers),
+        ]
+    )
+    closing = _after(first).rstrip()  # "</s>" of "</s>\n"
+    for i, before, marked in zip(
+        answers, parts[: len(answers)], parts[len(answers) :], strict=True
+    ):
+        after = _after(marked)
         stop = len(whole) - len(after)
         if not (whole.startswith(before) and whole.endswith(after) and len(before) <= stop):
             raise InputError(
@@ -96,10 +105,14 @@ def written(document: Document, text: ChatTokenizer, end: str = "") -> tuple[str
     return whole, spans
 
 
-def _after(messages: list[Message], i: int, text: ChatTokenizer) -> str:
-    """What the template writes after the content of message i; all, where it omits that."""
-    marked = [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]]
-    return text.render(marked, answer=False).rpartition(MARK)[2]
+def _marked(messages: list[Message], i: int) -> list[Message]:
+    """The messages with a mark for the content of message i."""
+    return [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]]
+
+
+def _after(marked: str) -> str:
+    """What a template writes after the mark; all, where it omits that."""
+    return marked.rpartition(MARK)[2]
 
 
 def _continued(document: Document, end: str) -> tuple[str, list[Span]]:
@@ -115,16 +128,25 @@ def _continued(document: Document, end: str) -> tuple[str, list[Span]]:
 
 
 def _tokenize(
-    pending: list[tuple[Document, str, list[Span]]], text: ChatTokenizer
+    pending: list[tuple[Document, str, list[Span]]], text: ChatTokenizer, corpus: Corpus
 ) -> Iterator[Encoded]:
+    """The documents as token ids; where one stops the tokenizer, that one is bad."""
     if not pending:
         return
-    encoding = text.tokenizer(
-        [whole for _, whole, _ in pending],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-    )
+    try:
+        encoding = text.tokenizer(
+            [whole for _, whole, _ in pending],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
+    except Exception as error:
+        if len(pending) == 1:
+            corpus.bad(InputError(f"{pending[0][0].origin} cannot be tokenized: {error}"))
+        else:
+            for single in pending:
+                yield from _tokenize([single], text, corpus)
+        return
     bos = text.tokenizer.bos_token_id
     rows = zip(pending, encoding["input_ids"], encoding["offset_mapping"], strict=True)
     for (document, _, spans), ids, offsets in rows:
@@ -135,4 +157,8 @@ def _tokenize(
             learnt |= (places[:, 1] > start) & (places[:, 1] <= stop)
         if bos is not None and not (document.messages and text.template):
             ids, learnt = [bos, *ids], np.append(False, learnt)
+        try:
+            text.check_ids(ids)
+        except InputError as error:  # every document has this token: leaving them out helps nobody
+            raise InputError(f"{document.origin}: {error}") from None
         yield Encoded(np.asarray(ids, np.int32), learnt, document.origin)

@@ -4,28 +4,22 @@ A prompt record is one of
     {"prompt": text}                                    one user turn
     {"turns": [text, ...]}                              each answered in turn (MT-bench)
     {"messages": [{"role", "content"}, ...]}            the last user turn is answered
-    {"conversations": [{"from", "value"}, ...]}         the same, ShareGPT's names
+    {"conversations": [{"from", "value"}, ...]}         the same, as `messages` reads it
     {"prompt_ids": [id, ...]}                           token ids as they are
 Other keys are left alone; `question_id` or `id` is carried to the answer, and
 `category` tells `bench` which prompts belong together.
 """
 
-import contextlib
 import dataclasses
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from medusa_jax import json_files
-from medusa_jax.data.tokenizer import Message
+from medusa_jax.data.messages import Message, conversation_key, read_messages
+from medusa_jax.data.text_files import numbered_lines
 from medusa_jax.errors import InputError
-
-# Keys that hold a conversation, and what its messages call speaker and text.
-CONVERSATIONS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +49,8 @@ class Request:
 
     @classmethod
     def of_text(cls, text: str) -> "Request":
-        """A single user turn."""
+        """A single user turn; bytes of a command line that are no text become U+FFFD."""
+        text = json_files.whole_text(text)
         return cls(turns=(text,), origin=f"the prompt {text!r}" if text else "the prompt")
 
 
@@ -83,49 +78,16 @@ def read_requests(
             yield request
 
 
-def count_requests(path: str | Path) -> int:
-    """Records of a prompt file, well-formed or not."""
+def count_requests(path: str | Path) -> int | None:
+    """Records of a prompt file, well-formed or not; None of a pipe, which is read only once."""
+    if not Path(path).is_file():
+        return None
     return sum(1 for _ in numbered_lines(Path(path)))
 
 
-def write_record(stream: IO[str], record: dict[str, Any]) -> None:
-    """Appends one whole line, so that a file cut short still holds valid records."""
-    stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    stream.flush()
-
-
-@contextlib.contextmanager
-def open_text(path: Path) -> Iterator[IO[str]]:
-    """A text file, also compressed (`.gz`), to read.
-
-    Raises:
-      InputError: it is none, or breaks off; names `path`.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as stream:
-            yield stream
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a text file that are not blank, with their numbers from 1."""
-    with open_text(path) as stream:
-        yield from ((i, line) for i, line in enumerate(stream, start=1) if line.strip())
-
-
-def conversation(record: dict[str, Any], key: str, origin: str) -> list[Message]:
-    """The messages of a record under one of the keys of `CONVERSATIONS`.
-
-    Raises:
-      InputError: none there, or one without a role or a text; names `origin`.
-    """
-    role, content = CONVERSATIONS[key]
-    return [
-        _message(item, role, content, f"{origin}: {key}[{i}]")
-        for i, item in enumerate(_list_of(record, key, dict, origin))
-    ]
+def record_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON Lines, without its end."""
+    return json.dumps(record, ensure_ascii=False)
 
 
 def _parse(line: str, origin: str) -> Request:
@@ -143,16 +105,15 @@ def _parse(line: str, origin: str) -> Request:
         return dataclasses.replace(request, turns=(record["prompt"],))
     if "turns" in record:
         return dataclasses.replace(request, turns=tuple(_list_of(record, "turns", str, origin)))
-    for key in CONVERSATIONS:
-        if key in record:
-            messages = conversation(record, key, origin)
-            while messages and messages[-1]["role"] != "user":
-                messages.pop()  # answers that come with the data are not part of the prompt
-            if not messages:
-                raise InputError(f"{origin}: {key!r} has no user turn to answer")
-            return dataclasses.replace(
-                request, turns=(messages[-1]["content"],), history=tuple(messages[:-1])
-            )
+    if key := conversation_key(record):
+        messages = read_messages(record, key, origin)
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()  # answers that come with the data are not part of the prompt
+        if not messages:
+            raise InputError(f"{origin}: {key!r} has no user turn to answer")
+        return dataclasses.replace(
+            request, turns=(messages[-1]["content"],), history=tuple(messages[:-1])
+        )
     raise InputError(
         f"{origin}: expected one of the keys prompt, turns, messages, conversations, prompt_ids; "
         f"got {', '.join(record) or 'none'}"
@@ -164,12 +125,3 @@ def _list_of(record: dict[str, Any], key: str, kind: type, origin: str) -> list[
     if not isinstance(value, list) or not value or not all(type(item) is kind for item in value):
         raise InputError(f"{origin}: {key!r} must be a non-empty list of {kind.__name__}")
     return value
-
-
-def _message(item: dict[str, Any], role: str, content: str, origin: str) -> Message:
-    if not isinstance(item.get(role), str) or not isinstance(item.get(content), str):
-        raise InputError(f"{origin} needs the strings {role!r} and {content!r}")
-    speaker = _ROLES.get(item[role], item[role])
-    if speaker not in ("system", "user", "assistant"):
-        raise InputError(f"{origin}: unknown {role} {item[role]!r}")
-    return {"role": speaker, "content": item[content]}

@@ -1,37 +1,17 @@
 """Text to token ids and back: raw prompts, chat templates, and text as tokens arrive."""
 
-import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from medusa_jax import json_files
+from medusa_jax.data.byte_tokens import ByteTokens
+from medusa_jax.data.chat_templates import TEMPLATES, given_template, own_template
+from medusa_jax.data.messages import Message
+from medusa_jax.data.pretrained import load_tokenizer
+from medusa_jax.data.rendering import Unwritten, renderer
 from medusa_jax.errors import InputError
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
-
-# Templates of models whose tokenizers carry none (FastChat's conversation.py, Zephyr's model card).
-TEMPLATES = {
-    "vicuna": (
-        "{{ bos_token }}"
-        "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
-        "{% else %}A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-        "{% endif %}{{ ' ' }}"
-        "{% for message in messages %}"
-        "{% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
-        "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}"
-        "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    ),
-    "zephyr": (
-        "{{ bos_token }}"
-        "{% for message in messages %}"
-        "{{ '<|' + message.role + '|>\n' + message.content + eos_token + '\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-    ),
-}
+MARK = "\ue000text\ue000"  # private-use characters, which no text has
 
 
 class ChatTokenizer:
@@ -41,33 +21,27 @@ class ChatTokenizer:
       tokenizer: the Hugging Face tokenizer.
       template: a Jinja chat template, or None where the model has none.
       raw: write BOS and the text as it is, never a template.
+      vocab_size: the model's, or None where its config.json does not tell.
     """
 
     def __init__(self, directory: Path, *, raw: bool = False, template: str | None = None) -> None:
-        """Loads the tokenizer of a model directory.
+        """Loads the tokenizer of a model directory, and never runs code from there.
 
         Args:
-          template: a built-in name, or a file with a Jinja template; default:
-            the tokenizer's own, else the built-in one that the model's name fits.
+          template: a built-in name, a file with a Jinja template, or the name of a template of
+            the model; default: see `own_template`.
 
         Raises:
           InputError: no tokenizer there, or no such template.
         """
-        # transformers says on every start that it found no PyTorch, which we do not use.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(directory))
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{directory} holds no readable tokenizer: {reason}") from None
-        if not getattr(tokenizer, "is_fast", False):
-            raise InputError(f"{directory} holds a slow tokenizer; a tokenizer.json is needed")
-        tokenizer.model_max_length = int(1e9)  # the decoder checks lengths, with better words
-        self.tokenizer = tokenizer
-        self.raw = raw
-        self.template = _template(template, tokenizer, directory)
+        self.raw, self.template = raw, given_template(template)
+        self.tokenizer = load_tokenizer(directory)
+        if self.template is None and (template is not None or not raw):
+            self.template = own_template(self.tokenizer.chat_template, template, directory)
+        config = directory / "config.json"
+        settings = json_files.read_object(config) if config.is_file() else {}
+        fields = json_files.Fields(settings, str(config))
+        self.vocab_size = fields.integer("vocab_size", 0) or None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -83,10 +57,16 @@ class ChatTokenizer:
         longer conversation are joined by line breaks.
 
         Raises:
-          InputError: a longer conversation, but no template and not `raw`.
+          InputError: a longer conversation, but no template and not `raw`; the template refuses
+            it or leaves a message out; or a token is not the model's.
         """
+        ids = self._encode(messages)
+        self.check_ids(ids)
+        return ids
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
         if self.raw or (self.template is None and len(messages) == 1):
-            text = "\n".join(message["content"] for message in messages)
+            text = json_files.whole_text("\n".join(message["content"] for message in messages))
             bos = self.tokenizer.bos_token_id
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             return ids if bos is None else [bos, *ids]
@@ -95,19 +75,54 @@ class ChatTokenizer:
                 "the tokenizer has no chat template, which a conversation needs: give a built-in "
                 f"one ({', '.join(TEMPLATES)}) or a Jinja file, or decode it raw"
             )
-        return self._apply(messages, tokenize=True, add_generation_prompt=True)
+        self.check_written(messages)
+        text = self.render(messages, answer=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def render(self, messages: Sequence[Message], *, answer: bool) -> str:
         """A conversation as the template writes it; with `answer`, up to where one would begin."""
-        return self._apply(messages, tokenize=False, add_generation_prompt=answer)
+        (text,) = self.render_all([(messages, answer)])
+        return text
 
-    def _apply(self, messages: Sequence[Message], **how: bool) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, return_dict=False, **how
+    def render_all(self, conversations: Sequence[Unwritten]) -> list[str]:
+        """`render` of several conversations, which takes less time together."""
+        assert self.template is not None
+        return renderer.render(self.template, self.tokenizer.special_tokens_map, conversations)
+
+    def check_written(self, messages: Sequence[Message]) -> None:
+        """Checks that the template writes what not all templates know of.
+
+        Raises:
+          InputError: it leaves out a system message, a tool's text, or a call of a tool.
+        """
+        for i, message in enumerate(messages):
+            role = message["role"]
+            if role in ("system", "tool") and message["content"].strip():
+                marked = [*messages[:i], message | {"content": MARK}, *messages[i + 1 :]]
+                written = MARK in self.render(marked, answer=False)
+            else:
+                written = "tool_calls" not in message or "tool_calls" in (self.template or "")
+            if not written:
+                raise InputError(
+                    f"the chat template leaves out turn {i + 1}, of role {role!r}: "
+                    "give another template, or leave that turn out"
+                )
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """Checks that the model knows these tokens, before a vocabulary is indexed by them.
+
+        Raises:
+          InputError: it does not; names the first such token.
+        """
+        if self.vocab_size is None:
+            return
+        if max(token_ids, default=0) >= self.vocab_size:
+            beyond = next(one for one in token_ids if one >= self.vocab_size)
+            token = self.tokenizer.convert_ids_to_tokens(int(beyond))
+            raise InputError(
+                f"the tokenizer's {token!r} is token {beyond}, but the model's vocabulary ends at "
+                f"{self.vocab_size - 1}: the model was not resized for its tokenizer"
             )
-        except Exception as error:
-            raise InputError(f"the chat template refuses this conversation: {error}") from None
 
     def decode(self, prompt_ids: Sequence[int], token_ids: Iterable[int]) -> str:
         """The text of `token_ids` after a prompt, special tokens left out."""
@@ -116,41 +131,40 @@ class ChatTokenizer:
 
 
 class TextStream:
-    """Text of tokens as they arrive: whole characters only, spaces as in one piece."""
+    """Text of tokens as they arrive: whole characters only, spaces as in one piece.
+
+    What is no character becomes U+FFFD. A stream keeps what it has said. So a whole character
+    stays where broken bytes follow it, which decoding all ids at once may spoil.
+    """
 
     def __init__(self, text: ChatTokenizer, prompt_ids: Sequence[int]) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = text.tokenizer
-        self._stream = DecodeStream(list(prompt_ids), skip_special_tokens=True)
+        self._bytes = ByteTokens(text.tokenizer.backend_tokenizer)
         self._held: list[int] = []
+        prompt = list(self._bytes.whole(prompt_ids))
+        # A stream that begins within a character would say its prompt again.
+        broken = self._tokenizer.decode(prompt, skip_special_tokens=True).endswith("\ufffd")
+        self._stream = DecodeStream([] if broken else prompt, skip_special_tokens=True)
+        if broken:
+            self._step(prompt)
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Text that became complete with these tokens; may be empty."""
-        pieces = []
-        for token_id in token_ids:
-            piece = self._stream.step(self._tokenizer.backend_tokenizer, int(token_id))
-            self._held = [] if piece else [*self._held, int(token_id)]
-            pieces.append(piece or "")
-        return "".join(pieces)
+        return self._step(self._bytes.whole(token_ids))
 
     def finish(self) -> str:
         """What was held back: bytes that never became a whole character."""
-        return self._tokenizer.decode(self._held, skip_special_tokens=True) if self._held else ""
+        text = self._step(self._bytes.rest())
+        if self._held:
+            text += self._tokenizer.decode(self._held, skip_special_tokens=True)
+        return text
 
-
-def _template(choice: str | None, tokenizer: Any, directory: Path) -> str | None:
-    if choice in TEMPLATES:
-        return TEMPLATES[choice]
-    if choice is not None:
-        if not Path(choice).is_file():
-            raise InputError(
-                f"no chat template {choice!r}: expected {', '.join(TEMPLATES)} or a Jinja file"
-            )
-        return Path(choice).read_text(encoding="utf-8")
-    if tokenizer.chat_template:
-        return tokenizer.chat_template
-    # A hub snapshot is models--owner--name/snapshots/revision.
-    name = "/".join(directory.resolve().parts[-3:]).lower()
-    named = re.search("|".join(TEMPLATES), name)
-    return TEMPLATES[named.group()] if named else None
+    def _step(self, token_ids: Iterable[int]) -> str:
+        pieces = []
+        for token_id in token_ids:
+            piece = self._stream.step(self._tokenizer.backend_tokenizer, token_id)
+            self._held = [] if piece else [*self._held, token_id]
+            pieces.append(piece or "")
+        return "".join(pieces)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from medusa_jax.data.messages import read_messages
 from medusa_jax.data.prompts import Request
 from medusa_jax.data.tokenizer import ChatTokenizer, Message, TextStream
 from medusa_jax.decoding.state import Output
@@ -71,10 +72,11 @@ class Conversation:
         """A conversation of a single turn: a text, or messages whose last is the user's."""
         if isinstance(prompt, str):
             return cls(Request.of_text(prompt), number)
-        *history, last = prompt
+        origin = f"prompt {number}"
+        *history, last = read_messages({"messages": list(prompt)}, "messages", origin)
         if last["role"] != "user":
-            raise InputError(f"prompt {number}: the last message must be the user's")
-        return cls(Request((last["content"],), tuple(history)), number)
+            raise InputError(f"{origin}: the last message must be the user's")
+        return cls(Request((last["content"],), tuple(history), origin=origin), number)
 
     def ask(self, text: ChatTokenizer) -> list[int]:
         """Prompt ids of the next turn, which becomes the last message.
@@ -88,7 +90,10 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": turn}]
         if not any(one["content"] for one in messages if one["role"] == "user"):
             raise InputError(f"{self.request.origin} is empty")
-        prompt = text.encode(messages)
+        try:
+            prompt = text.encode(messages)
+        except InputError as error:
+            raise InputError(f"{self.request.origin}: {error}") from None
         self.messages = messages
         return prompt
 

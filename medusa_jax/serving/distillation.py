@@ -9,12 +9,14 @@ the order of the inputs, which `data.corpus` reads:
     {"id", "input": number, "conversations": [{"from", "value"}, ...], "truncated": bool}
 
 A conversation ends with an answer cut off by its length (then `truncated`), or
-before a turn that does not fit any more. A run with the same options resumes after the last
-line of its output, whose options are kept beside it.
+before a turn that does not fit any more. A run with the same options and data resumes after the
+last line of its output, whose settings are kept beside it. Tool turns of the data are left out, for
+they answer what this model has not asked.
 """
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -27,14 +29,11 @@ import numpy as np
 
 from medusa_jax import json_files
 from medusa_jax.data.corpus import Corpus, Document
-from medusa_jax.data.prompts import (
-    CONVERSATIONS,
-    Request,
-    numbered_lines,
-    read_requests,
-    write_record,
-)
+from medusa_jax.data.messages import CONVERSATIONS
+from medusa_jax.data.prompts import Request, read_requests, record_line
+from medusa_jax.data.text_files import numbered_lines
 from medusa_jax.errors import InputError
+from medusa_jax.files import Lines, check_output, locked, writing
 from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.serving.conversations import Conversation
@@ -44,7 +43,7 @@ from medusa_jax.serving.options import DecodingOptions, acceptance_of
 # What may differ between a run and the run that resumes it.
 _FREE = ("output", "batch_size", "mesh", "on_bad", "debug")
 _WORDS = "a number of words N, or a range N-M"
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,9 +80,16 @@ def distill(options: DistillOptions) -> None:
       InputError: an option, a source or the output is wrong; found before the model is loaded.
     """
     acceptance_of(options)
-    shard = _numbers(options.shard, r"(\d+)/(\d+)")
+    check_output(options.output, [*options.data, options.chat_template])
+    shard = _numbers(options.shard, "N/N")
     if shard is None or shard[0] >= shard[1]:
         raise InputError(f"--shard {options.shard}: expected I/N with 0 <= I < N")
+    output = Path(options.output)
+    with locked(output.with_name(f"{output.name}.lock"), options.output):
+        _distill(options, shard)
+
+
+def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
     skipped, early = Skipped(options.on_bad), Skipped("skip")
     first = resume(Path(options.output), settings(options))
     inputs = enumerate(read(options, skipped))
@@ -94,13 +100,13 @@ def distill(options: DistillOptions) -> None:
     written = 0
     with (
         progress(total=len(inputs), done=len(inputs) - len(to_do), unit="inputs") as bar,
-        open(options.output, "a", encoding="utf-8") as file,
+        Lines(options.output, append=True) as lines,
     ):
         for conversation in in_order(generator, to_do):
             if conversation.problem is not None:
                 (early if conversation.completions else skipped).add(conversation.problem)
             if conversation.completions:
-                write_record(file, record(conversation))
+                lines.write(record_line(record(conversation)))
                 written += 1
             bar.set_postfix_str(f"{generator.stats.tokens_per_second:.0f} tokens/s", False)
             bar.update()
@@ -135,7 +141,7 @@ def in_order(generator: Generator, inputs: Iterable[tuple[int, Request]]) -> Ite
 def record(conversation: Conversation) -> dict[str, Any]:
     """A conversation as a line of the output."""
     said = [
-        {"from": _SPEAKERS[message["role"]], "value": message["content"]}
+        {"from": message.get("from") or _SPEAKERS[message["role"]], "value": message["content"]}
         for message in conversation.messages
     ]
     return {
@@ -218,9 +224,9 @@ def word_range(flag: str | None) -> tuple[int, int] | None:
     """ "7" -> (7, 7), "4-12" -> (4, 12); raises InputError for what is neither."""
     if flag is None:
         return None
-    found = _numbers(flag, r"(\d+)-(\d+)") or _numbers(f"{flag} {flag}", r"(\d+) (\d+)")
+    found = _numbers(flag, "N-N") or _numbers(f"{flag}-{flag}", "N-N")
     if found is None or not 1 <= found[0] <= found[1]:
-        raise InputError(f"--words {flag}: expected {_WORDS}")
+        raise InputError(f"--words {flag[:40]}: expected {_WORDS}")
     return found
 
 
@@ -250,15 +256,16 @@ def _holds_prompts(path: Path) -> bool:
     if not path.is_file() or not re.search(r"\.jsonl(\.gz)?$", path.name):
         return False
     try:
-        record = json.loads(next((line for _, line in numbered_lines(path)), "0"))
-    except (InputError, ValueError):
+        line = next((line for _, line in numbered_lines(path)), "0")
+        record = json_files.parse(line, str(path))
+    except InputError:
         return False  # the corpus says what is wrong
     keys = set(record) if isinstance(record, dict) else set()
     return bool(keys & {"prompt", "turns", "prompt_ids"}) and not keys & {*CONVERSATIONS, "text"}
 
 
 def _numbers(flag: str, form: str) -> tuple[int, int] | None:
-    found = re.fullmatch(form, flag, re.ASCII)
+    found = re.fullmatch(form.replace("N", r"(\d{1,9})"), flag, re.ASCII)
     return None if found is None else (int(found[1]), int(found[2]))
 
 
@@ -266,9 +273,17 @@ def _numbers(flag: str, form: str) -> tuple[int, int] | None:
 
 
 def settings(options: DistillOptions) -> dict[str, Any]:
-    """The options that records depend on."""
+    """What records depend on: the options, and the contents of the data's files."""
     chosen = {name: value for name, value in vars(options).items() if name not in _FREE}
-    return chosen | {"dtype": options.precision}
+    files = [path for path in map(Path, options.data) if path.is_file()]
+    contents = {str(path): fingerprint(path) for path in files}
+    return chosen | {"dtype": options.precision, "contents": contents}
+
+
+def fingerprint(path: Path) -> str:
+    """A name for the content of a file, such as "sha256:2cf24dba5fb0a30e"; reads 1 GB a second."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def resume(output: Path, now: dict[str, Any]) -> int:
@@ -284,23 +299,35 @@ def resume(output: Path, now: dict[str, Any]) -> int:
         json_files.write(beside, now)
         return 0
     try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{output} is there, but {beside} cannot be read: not continued") from None
+        before = json_files.read_object(beside)
+    except InputError as error:
+        raise InputError(f"{output} is there, but {error}: not continued") from None
+    # What an earlier release did not write was as it is by default, or is taken on trust.
+    defaults = vars(DistillOptions(data=[], output=""))
+    before = defaults | {"contents": now["contents"]} | before
     other = [
-        f"--{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        f"--{name} was {json_files.short(before.get(name))}, is {json_files.short(now[name])}"
+        for name in sorted(now.keys() - {"contents"})
+        if before.get(name) != now[name]
     ]
     if other:
         raise InputError(f"{output} was made with other settings: {'; '.join(other)}")
+    if before["contents"] != now["contents"]:
+        files = ", ".join(now["contents"])
+        raise InputError(f"{output} was made with other contents of {files}: not continued")
+    return _last_input(output) + 1
+
+
+def _last_input(output: Path) -> int:
+    """The number of the last input that was answered, or -1; cuts off half a line after it."""
     whole, last = 0, b'{"input": -1}'
-    with open(output, "rb+") as file:
+    with writing(output), open(output, "rb+") as file:
         for line in file:
             if line.endswith(b"\n"):
                 whole, last = whole + len(line), line
         file.truncate(whole)
     try:
-        return json.loads(last)["input"] + 1
-    except (ValueError, LookupError, TypeError):
+        record = json_files.parse(last.decode("utf-8"), str(output))
+        return json_files.Fields(record, str(output)).integer("input", least=-1)
+    except (ValueError, AttributeError):
         raise InputError(f"{output}: its last line is no record of distillation") from None

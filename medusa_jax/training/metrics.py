@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from medusa_jax.data.prompts import write_record
+from medusa_jax.data.prompts import record_line
 from medusa_jax.progress import progress, say
 from medusa_jax.training.workdir import is_address
 
@@ -38,7 +38,8 @@ class Metrics:
         """A line of `metrics.jsonl`, and the same to TensorBoard, lists as name/1, name/2, ..."""
         if not self._active:
             return
-        write_record(self._lines, {"step": step, **values})
+        self._lines.write(record_line({"step": step, **values}) + "\n")
+        self._lines.flush()
         if isinstance(self._lines, io.StringIO):  # an object of a bucket is only written whole
             self._file.write_text(self._lines.getvalue(), encoding="utf-8")
         if self._events is not None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.data.prompts import read_requests
+from medusa_jax.data.text_files import check_readable
 from medusa_jax.decoding.acceptance import Typical
 from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.state import Output
@@ -82,6 +83,8 @@ def tune(options: TuneOptions) -> None:
     acceptance_of(options)
     if min(options.sizes) < 1:
         raise InputError(f"--sizes: a tree has at least one token, got {min(options.sizes)}")
+    for path in options.prompts or ():  # loading takes long
+        check_readable(path, "--prompts")
     generator = load_generator(options)
     prompts = read_prompts(options.prompts, options.max_prompts, generator)
     if len(prompts) < options.batch_size:

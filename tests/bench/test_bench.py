@@ -224,7 +224,7 @@ def test_bad_output(tmp_path, capsys):
     error = _refused(capsys, "--output", tmp_path / "no/out")
     assert "its directory does not exist" in error
     (tmp_path / "file").touch()
-    assert "is no directory" in _refused(capsys, "--output", tmp_path / "file")
+    assert "expected a directory, not a file" in _refused(capsys, "--output", tmp_path / "file")
     assert "required: --output" in _refused(capsys, "--repeats", 1)
 
 

@@ -120,7 +120,7 @@ def test_hub_datasets(monkeypatch, source, split):
     monkeypatch.setattr(datasets, "load_dataset", load)
     corpus = Corpus([source], max_documents=2)
     assert _bodies(corpus) == EXPECTED[:2]
-    assert asked == [(source.partition(":")[0], {"split": split})]
+    assert asked == [(source.partition(":")[0], {"split": split, "trust_remote_code": False})]
     assert next(iter(corpus)).origin == f"{source}, record 1"
 
 
@@ -135,15 +135,15 @@ def test_a_hub_dataset_that_cannot_be_had(monkeypatch):
 
 USER, ASSISTANT = ({"from": who, "value": "a"} for who in ("human", "gpt"))
 BAD = [
-    ({"conversations": [{"value": "a"}, {"value": "b"}]}, r"conversations\[0\] needs the strings"),
-    ({"conversations": []}, "'conversations' must be a non-empty list of dict"),
-    ({"conversations": "a"}, "'conversations' must be a non-empty list of dict"),
-    ({"conversations": [USER, {"from": "cat", "value": "m"}]}, r"\[1\]: unknown from 'cat'"),
+    ({"conversations": [{"value": "a"}, {"value": "b"}]}, r"conversations\[0\] needs a speaker"),
+    ({"conversations": []}, "'conversations' must be a non-empty list of turns"),
+    ({"conversations": "a"}, "'conversations' must be a non-empty list of turns"),
+    ({"conversations": [USER, {"from": "cat", "value": "m"}]}, r"\[1\]: unknown speaker 'cat'"),
     ({"conversations": [USER]}, "no assistant turn"),
     ({"conversations": [ASSISTANT]}, "no assistant turn"),
     ({"conversations": [ASSISTANT, USER]}, "no assistant turn"),
-    ({"conversations": [{"from": "human", "value": 3}, ASSISTANT]}, "needs the strings"),
-    ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "needs the strings"),
+    ({"conversations": [{"from": "human", "value": 3}, ASSISTANT]}, "needs a text"),
+    ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "needs a text"),
     ({"text": 3}, "expected one of the keys .*; got text"),
     ({"text": " \n"}, "'text' is empty"),
     ({"prompt": "a", "text": None}, "expected one of the keys .*; got prompt"),
@@ -224,9 +224,38 @@ def test_other_shapes_of_json(write):
 def test_files_that_hold_no_records(write, name, content, message):
     file = write(name, content)
     with pytest.raises(InputError, match=message) as raised:
-        list(Corpus([file]))
+        list(Corpus([file], on_bad="refuse"))
     assert str(raised.value).startswith(file + message[:2])
     assert "\n" not in str(raised.value)
+
+
+DEEP, LONG = "[" * 100_000, '{"text": "a", "id": ' + "9" * 5000 + "}"
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut o', DEEP, LONG, '{"text": "a"}}'])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_a_line_that_cannot_be_read_costs_nothing_but_itself(write, name, line):
+    file = write(name, f'{{"text": "a"}}\n{{"text": "b"}}\n{line}\n{{"text": "c"}}\n')
+    corpus = Corpus([file])
+    assert [d.origin[-8:] for d in corpus] == ["record 1", "record 2", "record 4"]
+    (skipped,) = corpus.skipped
+    assert skipped.startswith(f"{file}, line 3: ")
+    with pytest.raises(InputError) as raised:
+        list(Corpus([file], on_bad="refuse"))
+    assert str(raised.value) == skipped
+
+
+@pytest.mark.parametrize("content", [DEEP, f"[{LONG}]"])
+def test_an_array_that_cannot_be_read(write, content):
+    file = write("a.json", content)
+    with pytest.raises(InputError, match=rf"^{file}: (JSON is nested|not JSON)"):
+        list(Corpus([file]))
+
+
+def test_halves_of_characters_are_no_end(write):
+    """As scraped conversations hold them; so every tokenizer takes the text."""
+    file = write("a.jsonl", '{"text": "a\\ud83d"}\n{"text": "\\ude00b", "id": "\\ud800"}\n')
+    assert [(d.text, d.id) for d in Corpus([file])] == [("a\ufffd", None), ("\ufffdb", "\ufffd")]
 
 
 def test_unreadable_files(tmp_path):

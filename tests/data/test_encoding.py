@@ -2,24 +2,17 @@
 
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from helpers.talks import CHATML, runs, talk
 
 from medusa_jax.data.corpus import Corpus
-from medusa_jax.data.encoding import Encoded, encode
+from medusa_jax.data.encoding import encode
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.errors import InputError
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
@@ -54,75 +47,12 @@ MEASURING = CHATML.replace("m.content", "m.content ~ m.content | length")
 FORGETFUL = CHATML.replace("m.content", "(m.content if m.role == 'user' else 'yes')")
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer as Llama 3's and Qwen's, of a few hundred tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([f"{CHATML} Hello there. Good morning.\n\n"] * 9, trainer)
-    directory = tmp_path_factory.mktemp("bytes")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def make(directory: Path):
-    """A tokenizer with a template: a built-in name, the template itself, or none."""
-
-    def text(template: str | None) -> ChatTokenizer:
-        if template is None or "{" not in template:
-            return ChatTokenizer(directory, template=template)
-        file = directory / "own.jinja"
-        file.write_text(template)
-        return ChatTokenizer(directory, template=str(file))
-
-    return text
-
-
-@pytest.fixture
-def corpus(tmp_path: Path):
-    def of(*records: dict[str, Any], **how: str) -> Corpus:
-        file = tmp_path / "a.jsonl"
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return Corpus([str(file)], **how)
-
-    return of
-
-
-def _talk(*contents: str, system: str = "", **rest: Any) -> dict[str, Any]:
-    """A record of user and assistant in turn."""
-    messages = [
-        {"role": ("user", "assistant")[i % 2], "content": content}
-        for i, content in enumerate(contents)
-    ]
-    opening = [{"role": "system", "content": system}] if system else []
-    return {"messages": opening + messages, **rest}
-
-
-def _runs(text: ChatTokenizer, document: Encoded) -> list[str]:
-    """The text of every unbroken run of learnt tokens."""
-    edges = np.flatnonzero(np.diff(document.learnt, prepend=False, append=False))
-    runs = [document.ids[a:b] for a, b in list(pairwise(edges))[::2]]
-    return [text.tokenizer.decode(run) for run in runs]
-
-
 ANSWERS = ("Hello there.", "月😀é — ok? ", "I\n\nsee</think>", "e")
 TALKS = [
-    _talk("Hi", ANSWERS[0]),
-    _talk("Hi", ANSWERS[0], "Hello there.", ANSWERS[1], "月", ANSWERS[3], system="Be <brief>."),
-    _talk("Hi", ANSWERS[1], "Bye"),
-    _talk("a", "a", "a", "a", "a", "a"),
+    talk("Hi", ANSWERS[0]),
+    talk("Hi", ANSWERS[0], "Hello there.", ANSWERS[1], "月", ANSWERS[3], system="Be <brief>."),
+    talk("Hi", ANSWERS[1], "Bye"),
+    talk("a", "a", "a", "a", "a", "a"),
 ]
 
 
@@ -149,7 +79,7 @@ def test_answers_and_their_ends_are_learnt_and_nothing_else(make, corpus, templa
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         if template == LLAMA3:
             answers = [answer.strip() for answer in answers]
-        assert _runs(text, document) == [f"{opening}{answer}{end}" for answer in answers]
+        assert runs(text, document) == [f"{opening}{answer}{end}" for answer in answers]
 
 
 @pytest.mark.parametrize("template", ["vicuna", "zephyr", CHATML, LLAMA3, LLAMA2, THINKING])
@@ -165,16 +95,16 @@ def test_learning_starts_where_decoding_would(make, corpus, template):
 
 
 def test_templates_that_write_the_last_answer_otherwise(make, corpus):
-    record = _talk("Hi", "Hello", "So?", "<think>w</think>Bye", "Why", ANSWERS[2] + "end")
-    runs = {}
+    record = talk("Hi", "Hello", "So?", "<think>w</think>Bye", "Why", ANSWERS[2] + "end")
+    written = {}
     templates = {"llama2": LLAMA2, "thinking": THINKING, "spaced": SPACED}
     for name, template in templates.items():
         text = make(template)
         (document,) = encode(corpus(record, on_bad="refuse"), text)
-        runs[name] = _runs(text, document)
-    assert runs["llama2"][0] == " Hello" and runs["llama2"][2] == " I\n\nsee</think>end"
-    assert runs["spaced"][0] == " Hello" and runs["spaced"][2].endswith("</think>end</s>")
-    assert runs["thinking"] == [
+        written[name] = runs(text, document)
+    assert written["llama2"][0] == " Hello" and written["llama2"][2] == " I\n\nsee</think>end"
+    assert written["spaced"][0] == " Hello" and written["spaced"][2].endswith("</think>end</s>")
+    assert written["thinking"] == [
         "Hello<|im_end|>",
         "Bye<|im_end|>",
         "<think>\n\n</think>\n\nend<|im_end|>",
@@ -185,21 +115,21 @@ def test_templates_that_write_the_last_answer_otherwise(make, corpus):
 @pytest.mark.parametrize("cut", ["Good mor", "e", " Good mor", "Good\n"])
 def test_a_truncated_answer_ends_in_its_last_word(make, corpus, template, cut):
     text = make(template)
-    record = _talk("e", "Hello", "e e", cut, truncated=True)
+    record = talk("e", "Hello", "e e", cut, truncated=True)
     (document,) = encode(corpus(record, on_bad="refuse"), text)
     assert document.learnt[-1]
-    runs, (whole,) = _runs(text, document), [text.tokenizer.decode(document.ids)]
-    assert runs[1].strip() == ("<think>\n\n</think>\n\n" * (template == THINKING) + cut).strip()
-    assert whole.endswith(runs[1])
-    (full,) = encode(corpus(_talk("e", "Hello", "e e", cut), on_bad="refuse"), text)
-    assert _runs(text, full)[0] == runs[0]
+    parts, (whole,) = runs(text, document), [text.tokenizer.decode(document.ids)]
+    assert parts[1].strip() == ("<think>\n\n</think>\n\n" * (template == THINKING) + cut).strip()
+    assert whole.endswith(parts[1])
+    (full,) = encode(corpus(talk("e", "Hello", "e e", cut), on_bad="refuse"), text)
+    assert runs(text, full)[0] == parts[0]
 
 
 def test_truncated_before_a_last_question(make, corpus):
     """The mark is about a last answer; here the last turn is a question."""
     text = make("zephyr")
-    (document,) = encode(corpus(_talk("a", "Hello", "b", truncated=True)), text)
-    assert _runs(text, document) == ["Hello</s>"]
+    (document,) = encode(corpus(talk("a", "Hello", "b", truncated=True)), text)
+    assert runs(text, document) == ["Hello</s>"]
 
 
 def test_plain_text(make, corpus):
@@ -218,12 +148,12 @@ def test_plain_text(make, corpus):
 def test_a_base_model_continues_prompts(make, corpus):
     text = make(None)
     docs = corpus(
-        _talk("Hello", " there."), _talk("a", "b", "c", "d"), _talk("a", " b", truncated=True)
+        talk("Hello", " there."), talk("a", "b", "c", "d"), talk("a", " b", truncated=True)
     )
     whole, cut = encode(docs, text, end="</s>")
     assert text.tokenizer.decode(whole.ids) == "<s>Hello there.</s>"
-    assert _runs(text, whole) == [" there.</s>"]
-    assert _runs(text, cut) == [" b"]
+    assert runs(text, whole) == [" there.</s>"]
+    assert runs(text, cut) == [" b"]
     prompt = text.encode([{"role": "user", "content": "Hello"}])
     assert whole.ids[: len(prompt)].tolist() == prompt
     (skipped,) = docs.skipped
@@ -234,11 +164,11 @@ def test_a_base_model_continues_prompts(make, corpus):
 @pytest.mark.parametrize(
     ("template", "record", "message"),
     [
-        (COUNTING, _talk("a", "b", "c", "d"), "the chat template rewrites earlier turns"),
-        (MEASURING, _talk("a", "b"), "answers cannot be found in it"),
-        (FORGETFUL, _talk("a", "b"), "answers cannot be found in it"),
-        (ALTERNATING, _talk("a", "b", system="s"), "refuses this .*: roles must alternate"),
-        ("{{ undefined.content }}", _talk("a", "b"), "the chat template refuses"),
+        (COUNTING, talk("a", "b", "c", "d"), "the chat template rewrites earlier turns"),
+        (MEASURING, talk("a", "b"), "answers cannot be found in it"),
+        (FORGETFUL, talk("a", "b"), "answers cannot be found in it"),
+        (ALTERNATING, talk("a", "b", system="s"), "refuses this .*: roles must alternate"),
+        ("{{ undefined.content }}", talk("a", "b"), "the chat template refuses"),
     ],
 )
 def test_what_a_template_refuses_is_a_bad_record(make, corpus, template, record, message):
@@ -278,7 +208,7 @@ def test_sentencepiece_answers(shared, tmp_path, corpus, template):
         template = str(tmp_path / "spaced.jinja")
         Path(template).write_text(SPACED)
     text = ChatTokenizer(shared / "models/stories260K", template=template)
-    (document,) = encode(corpus(_talk("Tom", "Once 月😀.")), text)
+    (document,) = encode(corpus(talk("Tom", "Once 月😀.")), text)
     tokens = np.array(text.tokenizer.convert_ids_to_tokens(document.ids))
     data = b"".join(
         bytes([int(token[3:5], 16)]) if token.startswith("<0x") else token.encode()
@@ -297,12 +227,12 @@ def test_a_text_is_tokenized_as_a_prompt_is(shared, tmp_path, corpus, legacy):
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": legacy}))
     text = ChatTokenizer(directory)
-    plain, talk = encode(corpus({"text": "Once upon"}, _talk("Once", " upon")), text, end="</s>")
+    plain, chat = encode(corpus({"text": "Once upon"}, talk("Once", " upon")), text, end="</s>")
     expected = [*text.encode([{"role": "user", "content": "Once upon"}]), text.stop_ids[0]]
-    assert plain.ids.tolist() == talk.ids.tolist() == expected
+    assert plain.ids.tolist() == chat.ids.tolist() == expected
     assert plain.learnt.tolist() == [False] + [True] * (len(expected) - 1)
     prompt = len(text.encode([{"role": "user", "content": "Once"}]))
-    assert talk.learnt.tolist() == [False] * prompt + [True] * (len(expected) - prompt)
+    assert chat.learnt.tolist() == [False] * prompt + [True] * (len(expected) - prompt)
 
 
 @pytest.mark.slow
@@ -316,4 +246,4 @@ def test_real_dialogues(shared, template):
         documents, encode(Corpus([source], max_documents=40, on_bad="refuse"), text), strict=True
     ):
         answers = [m["content"] for m in document.messages if m["role"] == "assistant"]
-        assert [run.strip() for run in _runs(text, encoded)] == [a + "</s>" for a in answers]
+        assert [run.strip() for run in runs(text, encoded)] == [a + "</s>" for a in answers]

@@ -1,12 +1,11 @@
 """Prompt files: every form of record, and every way to get one wrong."""
 
 import gzip
-import io
 import json
 
 import pytest
 
-from medusa_jax.data.prompts import Request, read_requests, write_record
+from medusa_jax.data.prompts import Request, read_requests, record_line
 from medusa_jax.errors import InputError
 
 
@@ -72,8 +71,8 @@ def test_published_prompt_sets(shared, name):
         ('{"prompt": 3}', "'prompt' must be a string"),
         ('{"turns": []}', "'turns' must be a non-empty list of str"),
         ('{"prompt_ids": [1, true]}', "'prompt_ids' must be a non-empty list of int"),
-        ('{"messages": [{"role": "user"}]}', r"messages\[0\] needs the strings"),
-        ('{"conversations": [{"from": "cat", "value": ""}]}', "unknown from 'cat'"),
+        ('{"messages": [{"role": "user"}]}', r"messages\[0\] needs a text"),
+        ('{"conversations": [{"from": "cat", "value": ""}]}', "unknown speaker 'cat'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
     ],
 )
@@ -99,6 +98,4 @@ def test_unreadable_files(tmp_path):
 
 
 def test_a_record_is_one_line():
-    stream = io.StringIO()
-    write_record(stream, {"text": "a\nb月"})
-    assert stream.getvalue() == '{"text": "a\\nb月"}\n'
+    assert record_line({"text": "a\nb月"}) == '{"text": "a\\nb月"}'

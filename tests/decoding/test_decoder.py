@@ -109,7 +109,9 @@ def _hugging_face(directory: Path, prompts, new_tokens, **settings):
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)  # more only wait for each other at these sizes
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False
+    )
     texts = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -132,7 +134,7 @@ def test_greedy_text_equals_hugging_face(shared, name):
     from transformers import AutoTokenizer
 
     directory = shared / "models" / name
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     prompts = [
         [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
         for text in TEXTS[name]

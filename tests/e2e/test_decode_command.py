@@ -149,6 +149,39 @@ def test_chat_keeps_the_conversation(run, stories_flags):
     assert code == 2 and "no chat template" in err
 
 
+def test_prompts_of_a_pipe_and_bytes_that_are_no_text(run, stories_flags, tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, b'{"prompt": "Tom"}\n{"prompt": "a\\ud83d", "id": "\\ud800"}\n')
+    os.close(writer)
+    out_file = tmp_path / "out.jsonl"
+    flags = [*stories_flags, "--max_new_tokens", 4, "--output", out_file]
+    code, _, _ = run(*flags, "--prompts", f"/dev/fd/{reader}")
+    os.close(reader)
+    assert code == 0
+    assert [(r["prompt"], r.get("id")) for r in _records(out_file)] == [
+        ("Tom", None),
+        ("a\ufffd", "\ufffd"),
+    ]
+    code, _, _ = run(*flags, "--prompt", "caf\udce9")  # as Python reads the byte E9
+    assert code == 0 and [record["prompt"] for record in _records(out_file)] == ["caf\ufffd"]
+
+
+def test_an_earlier_output_stays_until_the_new_one_is_whole(run, stories_flags, tmp_path):
+    prompts, out_file = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "Tom"}\n{"prompt": "Lily"}\nno JSON\n')
+    out_file.write_text("earlier\n")
+    flags = [*stories_flags, "--prompts", prompts, "--output", out_file, "--max_new_tokens", 4]
+    code, _, err = run(*flags)
+    partial = tmp_path / "out.jsonl.partial"
+    assert code == 2 and f"2 records were written to {partial}" in err
+    assert out_file.read_text() == "earlier\n"
+    assert [record["prompt"] for record in _records(partial)] == ["Tom", "Lily"]
+    prompts.write_text('{"prompt": "Ben"}\n')
+    assert run(*flags)[0] == 0
+    assert [record["prompt"] for record in _records(out_file)] == ["Ben"]
+    assert not partial.exists()
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 
@@ -194,7 +227,9 @@ def test_a_prompt_that_does_not_fit_keeps_what_came_before(
         (["--prompt", "a", "--max_length", "513"], "max_length 513 must lie in 2..512"),
         (["--prompt", "a", "--max_new_tokens", "0"], "at least 1, got 0"),
         (["--prompt", "a", "--num_samples", "0"], "--num_samples must be at least 1"),
-        (["--prompts", "none.jsonl"], "none.jsonl"),
+        (["--prompts", "none.jsonl"], "none.jsonl does not exist"),
+        (["--prompts", ""], "expected a file, not a directory"),
+        (["--prompts", "/dev"], "expected a file, not a directory"),
         (["--prompt", "a", "--output", "no/dir/out.jsonl"], "its directory does not exist"),
         (["--prompt", "a", "--suppress_tokens", "512"], "suppress"),
         (["--prompt", "a", "--top_k", "many"], "invalid int value"),
@@ -206,6 +241,19 @@ def test_wrong_flags_exit_with_2_and_one_message(run, stories_flags, flags, mess
     code, out, err = run(*stories_flags, *flags)
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize("form", ["same", "symlink", "hardlink"])
+def test_the_prompts_are_not_the_output(run, tmp_path, form):
+    """Found before a model is loaded: there is none here."""
+    prompts = output = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    if form != "same":
+        output = tmp_path / "link.jsonl"
+        getattr(output, f"{form}_to")(prompts)
+    code, _, err = run("--model", "none", "--prompts", prompts, "--output", output)
+    assert code == 2 and "which is read: give another file" in err
+    assert prompts.read_text() == '{"prompt": "a"}\n'
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_hugging_face_writes_the_same_text(shipped: Model):
         [{"role": "user", "content": "One day, a dog"}]
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        shipped.directory, dtype=torch.float32
+        shipped.directory, dtype=torch.float32, trust_remote_code=False
     )
     expected = theirs.generate(
         torch.tensor([prompt]),

@@ -28,6 +28,13 @@ def request(*turns: str, origin: str = "here") -> Request:
     return Request(turns, origin=origin)
 
 
+def test_a_prompt_of_messages_in_any_form():
+    parts = [{"type": "text", "text": "T"}, {"type": "text", "text": "om"}]
+    made = Conversation.of([{"from": "GPT", "value": "Hi"}, {"role": "human", "content": parts}])
+    assert made.request.turns == ("Tom",)
+    assert made.messages == [{"role": "assistant", "content": "Hi"}]
+
+
 def test_turns_hear_the_answers_before_them(generator: Generator):
     conversation = Conversation(request("Tom", "Then"))
     updates = [one for one in generator.converse([conversation]) if one.completion]

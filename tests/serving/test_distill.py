@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from medusa_jax.errors import InputError
-from medusa_jax.serving.distillation import word_range
+from medusa_jax.files import locked
+from medusa_jax.serving.distillation import (
+    DistillOptions,
+    Skipped,
+    read,
+    resume,
+    settings,
+    word_range,
+)
 from medusa_jax.serving.generator import Generator
 
 FULL_STOP = 426  # the token "." of stories260K
@@ -210,8 +218,62 @@ def test_other_settings_do_not_continue_an_output(run, model, tales, tmp_path):
     assert "made with other settings: --seed was 0, is 1; --temperature was 0.3, is 0.5" in err
     (tmp_path / "out.jsonl.settings.json").unlink()
     code, err = run(*flags, "--max_documents", 2)
-    assert code == 2 and "out.jsonl.settings.json cannot be read" in err
+    assert code == 2 and "out.jsonl.settings.json does not exist: not continued" in err
     assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "beside", ["{", "[" * 100_000, "[1]", '{"seed": "a", "contents": 5}', None]
+)
+def test_an_output_is_continued_only_with_its_own_settings(run, tales, tmp_path, beside):
+    """Found before a model is loaded. With no settings at all, something else made the output."""
+    output = tmp_path / "out.jsonl"
+    output.write_text("half a li")
+    if beside:
+        (tmp_path / "out.jsonl.settings.json").write_text(beside)
+    code, err = run("--model", "none", "--data", tales, "--words", 3, "--output", output)
+    assert code == 2 and err.count("error:") == 1 and "out.jsonl" in err
+    assert output.read_text() == "half a li"
+
+
+def test_other_data_of_the_same_name_does_not_continue_an_output(tales, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = DistillOptions(data=[str(tales)], output=str(output), words="3")
+    assert resume(output, settings(options)) == 0
+    output.write_text('{"input": 4}\n{"inp')
+    before = settings(options)
+    assert resume(output, before) == 5 and output.read_text() == '{"input": 4}\n'
+    tales.write_text(tales.read_text().replace("Tom", "Tim"))  # as long as before
+    with pytest.raises(InputError, match=rf"made with other contents of {tales}"):
+        resume(output, settings(options))
+    beside = tmp_path / "out.jsonl.settings.json"
+    older = {key: value for key, value in before.items() if key not in ("contents", "mesh")}
+    beside.write_text(json.dumps(older))  # an earlier release wrote less
+    assert resume(output, settings(options)) == 5
+    for last in ("[1]", "{}", '{"input": true}', '{"input": "4"}', "[" * 100_000):
+        output.write_text(last + "\n")
+        with pytest.raises(InputError, match="its last line is no record of distillation"):
+            resume(output, settings(options))
+
+
+def test_an_output_is_written_by_a_single_process(run, tales, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with locked(tmp_path / "out.jsonl.lock", "the output"):
+        code, err = run("--model", "none", "--data", tales, "--words", 3, "--output", output)
+    assert code == 2 and "out.jsonl is written by process" in err
+    assert not output.exists() and list(tmp_path.iterdir()) == [tales]
+
+
+@pytest.mark.parametrize("form", ["same", "link"])
+def test_the_data_is_not_the_output(run, tales, tmp_path, form):
+    output = tales
+    if form == "link":
+        output = tmp_path / "link.txt"
+        output.hardlink_to(tales)
+    before = tales.read_bytes()
+    code, err = run("--model", "none", "--data", tales, "--words", 3, "--output", output)
+    assert code == 2 and f"--output {output} is {tales}, which is read" in err
+    assert tales.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -224,6 +286,8 @@ def test_other_settings_do_not_continue_an_output(run, model, tales, tmp_path):
         (["--data", "none.jsonl"], "none.jsonl does not exist"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--output", "no/dir/out.jsonl"], "its directory does not exist"),
+        (["--output", ""], "expected a file, not a directory"),
+        (["--words", "1-" + "9" * 5000], "--words 1-999"),
     ],
 )
 def test_wrong_flags_exit_with_2_and_one_message(run, tales, tmp_path, flags, message):
@@ -232,6 +296,23 @@ def test_wrong_flags_exit_with_2_and_one_message(run, tales, tmp_path, flags, me
     code, err = run("--model", "none", "--data", tales, "--output", tmp_path / "o", *words, *flags)
     assert code == 2 and message in err and err.count("error:") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_what_is_asked_of_conversations(tmp_path):
+    """The user's turns after the system's; a tool's answer is to what this model has not asked."""
+    talks, prompts = tmp_path / "talks.jsonl", tmp_path / "prompts.jsonl"
+    turns = [("Human", "When?"), ("function_call", "now()"), ("tool", "12"), ("GPT", "Noon.")]
+    turns += [("prompter", "Sure?"), ("bard", "Yes.")]
+    said = [{"from": speaker, "value": value} for speaker, value in turns]
+    talks.write_text(json.dumps({"system": "Be brief.", "conversation": said}) + "\nno JSON\n")
+    prompts.write_text('{"turns": ["Tom"]}\nno JSON\n{"prompt": "a\\ud800"}\n')
+    options = DistillOptions(data=[str(talks), str(prompts)], output="o")
+    skipped = Skipped("skip")
+    first, *others = read(options, skipped)
+    assert first.turns == ("When?", "Sure?")
+    assert first.history == ({"role": "system", "content": "Be brief."},)
+    assert [other.turns for other in others] == [("Tom",), ("a\ufffd",)]
+    assert skipped.count == 2 and f"{talks}, line 2: not JSON" in str(skipped)
 
 
 def test_word_ranges():

@@ -80,6 +80,9 @@ def test_wrong_options_are_named(options: dict, message: str):
         ("", "the prompt is empty"),
         ("word " * 600, "exceed the model's context"),
         ([{"role": "assistant", "content": "Hi"}], "the last message must be the user's"),
+        ([{"role": "root", "content": "Hi"}], r"prompt 0: messages\[0\]: unknown speaker 'root'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"messages\[0\] needs a text"),
+        ([], "prompt 0: 'messages' must be a non-empty list"),
     ],
 )
 def test_wrong_prompts_are_refused(generator: Generator, prompt: object, message: str):

@@ -102,6 +102,23 @@ def test_bad_flags(shared: Path, home: Path, capsys: pytest.CaptureFixture[str])
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["", "none.jsonl", "directory", "output"])
+def test_prompts_are_looked_at_before_a_model(
+    home: Path, capsys: pytest.CaptureFixture[str], place: str
+):
+    """There is no model here; the output of an earlier run is no input, either."""
+    path, expected = place and str(home / place), "--prompts"
+    if place == "directory":
+        path = str(home)
+    if place == "output":
+        (home / place).write_text('{"prompt": "a"}\n')
+        expected = "which is read: give another file"
+    flags = ["--model", "none", "--prompts", path, "--output", str(home / "output")]
+    assert tune(flags) == 2
+    assert expected in capsys.readouterr().err
+    assert place != "output" or (home / place).read_text() == '{"prompt": "a"}\n'
+
+
 def test_nearest_acceptance_then_batch_is_found(stories: Model, home: Path):
     path = tree_store.cache_file(stories, "float32")
     for tree, scheme, batch in (
