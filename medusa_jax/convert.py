@@ -1,7 +1,7 @@
 """Converts Medusa heads, alone or merged with their backbone, from one dialect to another.
 
-Tensors are only renamed: each keeps its numbers and its type. They are read one
-at a time, and compared with what was written before it takes its place.
+Tensors are renamed: each keeps its numbers and its type. They are read one at a time, and
+compared with what was written before it takes its place. `--to hf` writes a backbone alone.
 """
 
 import dataclasses
@@ -23,11 +23,14 @@ class Options:
 
     input: str = option(help="directory, file or hub id of heads, or of a merged model")
     from_: str = option("", choices=tuple(DIALECTS), help="default: recognized", name="from")
-    to: str = option(choices=tuple(WRITABLE), help="the dialect to write")
+    to: str = option(choices=tuple(WRITABLE), help="the dialect to write; hf: the backbone alone, "
+        "as a plain Hugging Face directory")  # fmt: skip
     output: str = option(help="directory to write; must not exist")
     base: str = option("", help="directory or hub id of the backbone, where it is needed")
     dtype: str = option("", choices=("float32", "bfloat16", "float16"), help="round to this type "
         "(default: each tensor keeps its own)")  # fmt: skip
+    as_is: bool = option(False, help="keep projections truncated or shared, and blocks different, "
+        "where the dialect's own readers get that wrong")  # fmt: skip
 
 
 def run(options: Options) -> None:
@@ -39,6 +42,7 @@ def run(options: Options) -> None:
         dialect=options.from_,
         base=options.base,
         dtype=options.dtype,
+        as_is=options.as_is,
     )
 
 

@@ -33,7 +33,7 @@ class Options:
     data: list[str] = option(action="append", metavar="SOURCE", help="a file .json, .jsonl, "
         ".parquet or .txt, or a hub dataset owner/name[:split]; may be given again")  # fmt: skip
     output: str = option(metavar="DIR", help="the directory of the heads, where decoding looks for "
-        "bigrams.safetensors")  # fmt: skip
+        "medusa/bigrams.safetensors")  # fmt: skip
     tokens: int = option(1024, help="how many of the most frequent are listed")
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
         "tokenizer's)")  # fmt: skip

@@ -11,6 +11,7 @@ from medusa_jax import json_files
 from medusa_jax.cli import runner
 from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
+from medusa_jax.files import check_new_directory
 from medusa_jax.options import option
 from medusa_jax.training import export, settings
 from medusa_jax.training.checkpoints import Checkpoints
@@ -18,7 +19,7 @@ from medusa_jax.training.mesh import make_mesh
 from medusa_jax.training.optimizer import optimizer
 from medusa_jax.training.setup import starting_state
 from medusa_jax.training.weights import load
-from medusa_jax.training.workdir import CONFIG, DATA, local_copy, open_workdir
+from medusa_jax.training.workdir import CONFIG, DATA, is_address, local_copy, open_workdir
 
 EXAMPLE = "python -m medusa_jax.export --workdir runs/vicuna7b_medusa1 --step 400 --output exported"
 
@@ -39,6 +40,12 @@ def run(options: Options) -> None:
     config = settings.from_dict(json_files.read_object(workdir / CONFIG))
     config.run.export_dtype = options.dtype or config.run.export_dtype
     settings.check(config)
+    target = open_workdir(options.output or workdir)
+    made = export.destination(config, target)
+    if options.output and not is_address(target):
+        check_new_directory(made)
+    elif options.output and made.exists():
+        raise InputError(f"{made} exists already; give another --output")
     start_processes()
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest if options.step is None else options.step
@@ -47,10 +54,6 @@ def run(options: Options) -> None:
     if step not in checkpoints.steps:
         kept = ", ".join(map(str, checkpoints.steps)) or "none"
         raise InputError(f"{workdir} has no checkpoint of step {step}; it has {kept}")
-    target = open_workdir(options.output or workdir)
-    made = export.destination(config, target)
-    if options.output and made.exists():
-        raise InputError(f"{made} exists already; give another --output")
     mesh = make_mesh(settings.Mesh())
     token_map = json_files.read_object(workdir / DATA).get("token_map", ())
     weights = load(config, mesh, token_map, with_learnt=False, with_frozen=config.mode != "medusa1")

@@ -78,6 +78,24 @@ def check_directory(path: str | Path, *, flag: str = "--output") -> None:
         raise InputError(f"{flag} {path} cannot be written: permission denied")
 
 
+def check_new_directory(path: str | Path, *, flag: str = "--output") -> None:
+    """Checks, before anything takes long, that a directory can be made at `path`.
+
+    Directories above it that are missing will be made too.
+
+    Raises:
+      InputError: something is there already, or nothing can be made there.
+    """
+    place = Path(path).absolute()
+    if place.exists() or place.is_symlink():
+        raise InputError(f"{path} exists already; give another {flag}")
+    above = next(parent for parent in place.parents if parent.exists())
+    if not above.is_dir():
+        raise InputError(f"{flag} {path}: {above} is a file, not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path} cannot be written: permission denied")
+
+
 class Lines:
     """A file that is written line by line, and only ever holds whole lines.
 

@@ -134,6 +134,28 @@ def tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return wrapped
 
 
+def save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Writes it in the older form, which transformers 4 reads as well as 5.
+
+    There a merge is a string of two parts, and the class has its name of transformers 4.
+    """
+    tokenizer.save_pretrained(str(directory))
+    file = directory / "tokenizer.json"
+    whole = json_files.read_object(file)
+    whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"]]
+    file.write_text(json.dumps(whole, indent=2, ensure_ascii=False), encoding="utf-8")
+    settings = {
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "additional_special_tokens": list(SPECIAL[3:]),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": tokenizer.model_max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    json_files.write(directory / "tokenizer_config.json", settings)
+
+
 def write_lines(path: Path, records: Iterable[Any]) -> None:
     """JSON Lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -168,7 +190,7 @@ def run(options: Options) -> None:
     held_talks, talks = talks[: 2 * HELD_OUT], talks[2 * HELD_OUT :][: options.dialogues]
     said = ["\n".join(message["content"] for message in talk) for talk in talks]
     vocabulary = tokenizer(train + said, options.vocab_size)
-    vocabulary.save_pretrained(str(out / "base"))
+    save(vocabulary, out / "base")
     json_files.write(out / "base" / "config.json", SHAPE | {"vocab_size": len(vocabulary)})
 
     (out / "stories.txt").write_text(f"\n{END}\n".join(train), encoding="utf-8")

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from medusa_jax.errors import InputError
-from medusa_jax.files import Lines, OutputError, check_directory, check_output, locked, writing
+from medusa_jax.files import (
+    Lines,
+    OutputError,
+    check_directory,
+    check_new_directory,
+    check_output,
+    locked,
+    writing,
+)
 
 
 def test_lines_keep_an_earlier_file_until_they_are_complete(tmp_path):
@@ -90,6 +98,18 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
     check_output("/dev/null")
     check_directory(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_new_directory_is_new_and_below_directories(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name, reason in ((".", "exists already"), ("", "exists already"), ("file", "exists"),
+                         ("nowhere", "exists"), ("file/out", "is a file, not a directory"),
+                         ("file/a/b", "is a file, not a directory")):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            check_new_directory(tmp_path / name if name else "")
+    check_new_directory(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
 
 
 def _hold(path: Path, held, release) -> None:

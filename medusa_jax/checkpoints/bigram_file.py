@@ -1,7 +1,9 @@
-"""The bigram table beside a file of heads, `bigrams.safetensors`:
+"""The bigram table of heads, `medusa/bigrams.safetensors` in their directory or their model's:
 
 tokens  [L]     int32    ids of the most frequent tokens
 scores  [L, L]  float16  what the second token gains after the first
+
+It has a folder of its own, since other programs load each `.safetensors` beside a model.
 """
 
 import math
@@ -9,19 +11,30 @@ from pathlib import Path
 
 import numpy as np
 
+from medusa_jax.checkpoints.dialects import folder
 from medusa_jax.checkpoints.tensors import StoredTensor, open_file, write_model
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.errors import InputError
+from medusa_jax.files import writing
+
+
+def place(directory: Path) -> Path:
+    """Where the table of a directory of heads, or of their model, is."""
+    return folder(directory) / f"{NAME}.safetensors"
 
 
 def beside(heads: Path) -> Path | None:
-    """The file that lies with heads, in their directory, where there is one."""
-    file = (heads if heads.is_dir() else heads.parent) / f"{NAME}.safetensors"
+    """The table of a file or a directory of heads, or of their model, where there is one."""
+    file = place(heads if heads.is_dir() else heads.parent)
     return file if file.is_file() else None
 
 
 def save(directory: Path, tokens: np.ndarray, scores: np.ndarray) -> Path:
-    """Writes the file into a directory of heads, whole or not at all; returns its path."""
+    """Writes the table of a directory, whole or not at all; returns its path.
+
+    Raises:
+      OutputError: it could not be written.
+    """
     arrays = {"tokens": tokens.astype(np.int32), "scores": scores.astype(np.float16)}
     tensors = {
         name: StoredTensor(
@@ -29,9 +42,15 @@ def save(directory: Path, tokens: np.ndarray, scores: np.ndarray) -> Path:
         )
         for name, array in arrays.items()
     }
-    write_model(directory, f"{NAME}.tmp", tensors)
-    path = directory / f"{NAME}.safetensors"
-    (directory / f"{NAME}.tmp.safetensors").replace(path)
+    path = place(directory)
+    new = path.with_name(f"{NAME}.tmp.safetensors")
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        try:
+            write_model(path.parent, f"{NAME}.tmp", tensors)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     return path
 
 

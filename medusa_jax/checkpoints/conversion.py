@@ -1,117 +1,134 @@
 """Medusa heads, alone or merged with their backbone, from one dialect to another.
 
-Tensors are only renamed: each keeps its numbers and its type. They are read one at a time, and
+Tensors are renamed: each keeps its numbers and its type. They are read one at a time, and
 compared with what was written before the output takes its place.
 """
 
 import dataclasses
+import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
-from medusa_jax.checkpoints.atomic import Replacing, copy_beside
-from medusa_jax.checkpoints.backbone import EMBEDDING, PROJECTION, open_backbone
-from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
-from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, check_fit, open_heads
+from medusa_jax.checkpoints.atomic import Replacing, copy_beside, copy_file
+from medusa_jax.checkpoints.dialects import DIALECTS, FOLDER, backbone_settings, head_settings
+from medusa_jax.checkpoints.fitting import (
+    Base,
+    check,
+    fitted,
+    open_base,
+    own_backbone,
+    rounded,
+    same,
+    why_backbone,
+)
+from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, open_heads
 from medusa_jax.checkpoints.hub import resolve
-from medusa_jax.checkpoints.names import ORIGINAL, head_places
+from medusa_jax.checkpoints.names import ORIGINAL, backbone_places, head_places
 from medusa_jax.checkpoints.tensors import (
     SHARD_BYTES,
-    StoredTensor,
     Tensors,
     open_file,
     open_model,
     write_model,
     write_pickle,
 )
-from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
-from medusa_jax.model.config import ModelConfig
+from medusa_jax.files import check_new_directory
 
-WRITABLE = [name for name, dialect in DIALECTS.items() if dialect.writable]
-# What merged models' configs say of heads.
-_HEAD_KEYS = ("medusa_num_heads", "medusa_num_layers", "version", "medusa")
+HF = "hf"  # a backbone alone
+WRITABLE = [*(name for name, dialect in DIALECTS.items() if dialect.writable), HF]
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
-    """A backbone in files, not read yet.
+class _Files:
+    """What is to be written.
 
     Attributes:
-      directory: where it lies.
-      settings: its `config.json`.
-      config: the same, understood.
-      tensors: under their own names, without heads that lie among them.
-      unembedding: its projection to the vocabulary [V, D].
+      target: a dialect, or `HF`.
+      stem: of the file of tensors.
+      tensors: under the names that they have there.
+      settings: `config.json`.
+      model: the directory whose tokenizer and generation settings go with them.
+      bigrams: the table that goes with them.
+      pickled: a `.pt` too, for the original.
     """
 
-    directory: Path
-    settings: dict[str, Any]
-    config: ModelConfig
+    target: str
+    stem: str
     tensors: Tensors
-    unembedding: StoredTensor
+    settings: dict[str, Any]
+    model: Path | None = None
+    bigrams: Path | None = None
+    pickled: bool = False
 
 
 def convert(
-    source: str, target: str, output: Path, *, dialect: str = "", base: str = "", dtype: str = ""
+    source: str,
+    target: str,
+    output: Path,
+    *,
+    dialect: str = "",
+    base: str = "",
+    dtype: str = "",
+    as_is: bool = False,
 ) -> None:
     """Writes heads in another dialect, and compares all that was written with what was read.
 
     Args:
-      source: directory, file or hub id of heads in any dialect.
-      target: the dialect to write.
+      source: directory, file or hub id of heads in any dialect; for "hf", of a model.
+      target: the dialect to write; "hf": the backbone alone.
       output: the directory to write, which must not exist.
       dialect: of the source; default: what its files say.
-      base: directory or hub id of the backbone; default: the one merged with the source.
+      base: directory or hub id of the backbone; default: the one stored with the source.
       dtype: to round to; default: each tensor keeps its own.
+      as_is: keep projections truncated or shared, and blocks different, where the dialect's
+        own readers get that wrong (medusa_jax does not).
 
     Raises:
       InputError: the source cannot be read, or the target cannot hold it.
+      OutputError: a file could not be written.
     """
-    if output.exists():
-        raise InputError(f"{output} exists already; give another --output")
+    check_new_directory(output)
     local = resolve(source)
-    heads = open_heads(local, dialect or None)
-    print(_found(heads))
-    _refuse(heads, target)
-    reason = _why_backbone(heads, target)
-    backbone = _open_base(heads, base, reason) if reason else None
-    config, by_path = _with_projection(heads, target, backbone)
-    kind = DIALECTS[target]
-    places = head_places(config, kind.names, with_shared="vocab" in by_path)
-    tensors = {name: by_path["/".join(place.path)] for name, place in places.items()}
-    settings = head_settings(target, config)
-    if kind.merged and backbone:
-        tensors = backbone.tensors | tensors
-        rest = {key: value for key, value in backbone.settings.items() if key not in _HEAD_KEYS}
-        settings = rest | settings
-    elif kind.names is ORIGINAL:
-        settings["base_model_name_or_path"] = _base_name(heads, source, base, target)
-    if dtype:
-        tensors = {name: _rounded(tensor, dtype) for name, tensor in tensors.items()}
-        if kind.merged:
-            settings.pop("dtype", None)  # transformers 5's name of the same
-            settings["torch_dtype"] = dtype
-    with Replacing(output) as directory:
-        # No reader of the original's heads knows of shards.
-        shard_bytes = math.inf if kind.names is ORIGINAL else SHARD_BYTES
-        write_model(directory, kind.stem, tensors, shard_bytes=shard_bytes)
-        if target == "v0.1":
-            write_pickle(directory / f"{kind.stem}.safetensors")
-        if kind.merged and backbone:
-            copy_beside(backbone.directory, directory)
-        if table := bigram_file.beside(local):
-            shutil.copyfile(table, directory / table.name)
-        json_files.write(directory / "config.json", settings)
-        _verify(directory, target, tensors)
-    size = sum(math.prod(one.shape) * jnp.dtype(one.dtype).itemsize for one in tensors.values())
-    print(f"wrote {target} to {output}: {len(tensors)} tensors, {size / 1e6:.1f} MB, all compared")
+    if target == HF:
+        files = _backbone_alone(local, base, dtype)
+    else:
+        heads = open_heads(local, dialect or None)
+        print(_found(heads))
+        check(heads, target, as_is=as_is)
+        backbone = _open_base(heads, base, why_backbone(heads, target, as_is=as_is))
+        config, by_path = fitted(heads, target, backbone, as_is=as_is)
+        places = head_places(config, DIALECTS[target].names, with_shared="vocab" in by_path)
+        tensors = {name: by_path["/".join(place.path)] for name, place in places.items()}
+        settings = head_settings(target, config)
+        if DIALECTS[target].merged and backbone:
+            tensors = _named(backbone) | tensors
+            settings = backbone_settings(backbone.settings, dtype) | settings
+        elif DIALECTS[target].names is ORIGINAL:
+            settings["base_model_name_or_path"] = _base_name(heads, source, base, target, output)
+        model = backbone.directory if DIALECTS[target].merged and backbone else None
+        files = _Files(
+            target,
+            DIALECTS[target].stem,
+            rounded(tensors, dtype),
+            settings,
+            model=model,
+            bigrams=bigram_file.beside(local),
+            pickled=target in ("v0.1", "v2") and not as_is,
+        )
+    _write(files, output)
+    size = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in files.tensors.values())
+    print(
+        f"wrote {target} to {output}: {len(files.tensors)} tensors, {size / 1e6:.1f} MB, "
+        "all compared"
+    )
 
 
 def _found(heads: StoredHeads) -> str:
@@ -129,125 +146,85 @@ def _found(heads: StoredHeads) -> str:
     )
 
 
-def _refuse(heads: StoredHeads, target: str) -> None:
-    """Raises InputError where the target has no place for something."""
-    config, kind = heads.config, DIALECTS[target]
-    # v1.0 holds a map for us; its other readers, who do not see it, guess among all tokens.
-    held = kind.truncated or (target == "v1.0" and config.shared)
-    if config.truncated and not held:
-        raise InputError(
-            f"--to {target}: its readers know no token_map, and these heads guess only "
-            f"{config.truncated} of the tokens; vllm can hold them"
-        )
-    if config.shared and not kind.shared:
-        can = ", ".join(name for name in WRITABLE if DIALECTS[name].shared)
-        raise InputError(
-            f"--to {target}: there each head has its own projection, and these heads share one; "
-            f"{can} can hold them"
-        )
-    if not config.shared and not kind.own:
-        raise InputError(
-            f"--to {target}: there heads share the backbone's projection, and these heads have "
-            "their own; v0.1 is the same with them"
-        )
-    if target == "tgi" and config.shared and config.num_layers != 1:
-        raise InputError(
-            f"--to tgi: TGI reads shared heads of one block only, these have {config.num_layers}"
-        )
+def _backbone_alone(local: Path, base: str, dtype: str) -> _Files:
+    """A model without its heads, as a plain Hugging Face directory."""
+    directory = resolve(base) if base else local
+    config = directory / "config.json"
+    family = json_files.read_object(config).get("model_type") if config.is_file() else None
+    if family in (None, "medusa"):
+        raise InputError(f"--to hf writes a backbone, and {directory} holds none: give --base")
+    backbone = open_base(directory)
+    tensors, settings = _named(backbone), backbone_settings(backbone.settings, dtype)
+    settings["tie_word_embeddings"] = "lm_head" not in backbone.tensors
+    # Merged models name the class of their own program here.
+    settings["architectures"] = [f"{str(family).capitalize()}ForCausalLM"]
+    return _Files(HF, "model", rounded(tensors, dtype), settings, backbone.directory)
 
 
-def _why_backbone(heads: StoredHeads, target: str) -> str:
-    """What the backbone's weights are needed for; empty: nothing."""
-    lies = "vocab" in heads.tensors
-    if DIALECTS[target].merged:
-        return f"--to {target} holds the backbone too"
-    if heads.config.shared and lies != (target == "vllm"):
-        if lies:
-            return f"--to {target} has no projection, so that of these heads must be the backbone's"
-        return "--to vllm stores the projection that these heads share"
-    if heads.config.truncated and "vocab_size" not in heads.settings:
-        return "--to vllm says the size of the vocabulary, and these heads are truncated"
-    return ""
+def _named(backbone: Base) -> Tensors:
+    """A backbone's tensors under Hugging Face's names."""
+    paths = {n: "/".join(place.path) for n, place in backbone_places(backbone.config).items()}
+    return {name: backbone.tensors[path] for name, path in paths.items()}
 
 
-def _open_base(heads: StoredHeads, base: str, reason: str) -> Base:
-    """The backbone that was given, or else the one that lies with the heads."""
-    if not base and not heads.with_backbone:
+def _open_base(heads: StoredHeads, base: str, reason: str) -> Base | None:
+    """The backbone that was given, or else the one stored with the heads; None without reason."""
+    if not reason:
+        return None
+    directory = base or own_backbone(heads)
+    if not directory:
         raise InputError(f"{reason}: give the backbone with --base")
-    directory = resolve(base) if base else heads.source
-    files = open_backbone(directory)
-    settings, config, tensors = files.settings, files.config, files.tensors
-    check_fit(heads, config)
-    name = EMBEDDING if config.tied else PROJECTION
-    if name not in tensors:
-        raise InputError(f"{directory} has no {name}")
-    return Base(directory, settings, config, tensors, tensors[name])
+    return open_base(directory)
 
 
-def _with_projection(
-    heads: StoredHeads, target: str, backbone: Base | None
-) -> tuple[HeadsConfig, Tensors]:
-    """The heads and V, the projection that they share put in or left out as the target wants."""
-    config, tensors = heads.config, dict(heads.tensors)
-    if backbone:
-        config = dataclasses.replace(config, vocab_size=backbone.config.vocab_size)
-    elif config.truncated:
-        config = dataclasses.replace(config, vocab_size=heads.settings["vocab_size"])
-    if not (config.shared and backbone):
-        return config, tensors
-    if target == "vllm" and "vocab" not in tensors:
-        whole = backbone.unembedding
-        tensors["vocab"] = whole.rows(tensors["token_map"].read()) if config.truncated else whole
-    elif target != "vllm" and "vocab" in tensors:
-        own, whole = tensors.pop("vocab"), backbone.unembedding
-        if config.truncated:
-            whole = whole.rows(tensors["token_map"].read())
-        if not _same(own, whole.cast(own.dtype)):
-            raise InputError(
-                f"--to {target}: the projection that these heads share is not that of "
-                f"{backbone.directory}; vllm can hold it"
-            )
-    return config, tensors
-
-
-def _base_name(heads: StoredHeads, source: str, base: str, target: str) -> str:
+def _base_name(heads: StoredHeads, source: str, base: str, target: str, output: Path) -> str:
     """What `config.json` is to say of the backbone: a hub id, or an absolute path."""
-    name = base or (source if heads.with_backbone else "")
+    if output.name == FOLDER:
+        return "."  # below its backbone, wherever that goes
+    beside = own_backbone(heads)
+    name = base or (source if heads.with_backbone else str(beside) if beside else "")
     if not name:
         name = heads.settings.get("base_model_name_or_path")
         if not name:
             raise InputError(
                 f"--to {target} names the backbone, and {heads.source} does not: give --base"
             )
-        neighbour = Path(source).resolve().parent / name
-        name = str(neighbour) if neighbour.is_dir() else name
+        neighbor = Path(source).resolve().parent / name
+        name = str(neighbor) if neighbor.is_dir() else name
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def _rounded(tensor: StoredTensor, dtype: str) -> StoredTensor:
-    return tensor.cast(dtype) if "float" in tensor.dtype else tensor
+def _write(files: _Files, output: Path) -> None:
+    """Writes all into a new directory, which takes its place once it was compared."""
+    original = files.stem == DIALECTS["v0.1"].stem
+    with Replacing(output) as directory:
+        # No reader of the original's heads knows of shards.
+        shard_bytes = math.inf if original else SHARD_BYTES
+        write_model(directory, files.stem, files.tensors, shard_bytes=shard_bytes)
+        if files.pickled and not write_pickle(directory / f"{files.stem}.safetensors"):
+            log.warning("no %s.pt, which alone the original reads: torch is missing", files.stem)
+        if files.model:
+            copy_beside(files.model, directory)
+        if files.bigrams:
+            table = bigram_file.place(output).relative_to(output)
+            copy_file(files.bigrams, directory / table)
+        json_files.write(directory / "config.json", files.settings)
+        _verify(directory, files)
 
 
-def _verify(directory: Path, target: str, tensors: Tensors) -> None:
+def _verify(directory: Path, files: _Files) -> None:
     """Reads all back. Raises RuntimeError where anything differs from what was to be written."""
-    open_heads(directory, target)
-    if DIALECTS[target].names is ORIGINAL:
-        files = (directory / name for name in HEAD_FILES)
-        written = {file: open_file(file) for file in files if file.is_file()}
+    if files.target != HF:
+        open_heads(directory, files.target)
+    if files.stem == DIALECTS["v0.1"].stem:
+        paths = (directory / name for name in HEAD_FILES)
+        written = {file: open_file(file) for file in paths if file.is_file()}
     else:
         written = {directory: open_model(directory)}
     for place, found in written.items():
-        if found.keys() != tensors.keys():
-            raise RuntimeError(f"{place}: {sorted(found.keys() ^ tensors.keys())} went wrong")
-    for name, tensor in tensors.items():
+        if found.keys() != files.tensors.keys():
+            raise RuntimeError(f"{place}: {sorted(found.keys() ^ files.tensors.keys())} went wrong")
+    for name, tensor in files.tensors.items():
         for place, found in written.items():
-            if not _same(found[name], tensor):
+            if not same(found[name], tensor):
                 raise RuntimeError(f"{place}: {name} is not what was to be written")
-
-
-def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors have the same type, shape and bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    ours, theirs = (np.ascontiguousarray(x.read()).reshape(-1).view(np.uint8) for x in (one, other))
-    return np.array_equal(ours, theirs)

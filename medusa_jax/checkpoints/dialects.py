@@ -5,6 +5,8 @@ and reads them, `conversion.py` writes them, and `names.head_places` serves both
 """
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from medusa_jax.checkpoints.names import ORIGINAL, HeadNames
@@ -18,9 +20,16 @@ VLLM = HeadNames("blocks.{h}.layers.{l}", "lm_heads.{h}.weight", "lm_head.weight
 TRTLLM = HeadNames("medusa_heads.{h}.medusa_layers.{l}.linear", "medusa_heads.{h}.lm_head.weight")
 
 
+# In a model's directory, what is read by medusa_jax alone: heads, and their table of bigrams.
+# Other programs load each `.safetensors` of a directory, but look into no folder of it.
+FOLDER = "medusa"
+# What configs of merged models say of heads.
+HEAD_KEYS = ("medusa_num_heads", "medusa_num_layers", "version", "medusa")
+
+
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """One layout of heads.
+    """A layout of heads.
 
     Attributes:
       names: of its tensors.
@@ -28,7 +37,7 @@ class Dialect:
       merged: the same directory holds the backbone.
       own, shared: whether its readers know heads with their own projections, and
         heads that share the backbone's.
-      truncated: whether they know projections to the tokens of a map.
+      repeated: its reader builds the blocks of a head as a single module, repeated.
       writable: whether `convert` writes it; off for formats without living readers.
     """
 
@@ -37,20 +46,50 @@ class Dialect:
     merged: bool = False
     own: bool = True
     shared: bool = False
-    truncated: bool = False
+    repeated: bool = False
     writable: bool = True
 
 
 DIALECTS = {
-    "v0.1": Dialect(ORIGINAL, "medusa_lm_head"),
-    "v2": Dialect(ORIGINAL, "medusa_lm_head", own=False, shared=True),
-    "v1.0": Dialect(MERGED, "model", merged=True, shared=True),
+    "v0.1": Dialect(ORIGINAL, "medusa_lm_head", repeated=True),
+    "v2": Dialect(ORIGINAL, "medusa_lm_head", own=False, shared=True, repeated=True),
+    "v1.0": Dialect(MERGED, "model", merged=True, repeated=True),
     "tgi": Dialect(ORIGINAL, "medusa_lm_head", shared=True),
-    "vllm": Dialect(VLLM, "model", shared=True, truncated=True),
+    "vllm": Dialect(VLLM, "model", shared=True),
     "mlc": Dialect(MERGED, "model"),
     "modelopt": Dialect(MODELOPT, "model", merged=True),
     "trtllm": Dialect(TRTLLM, "rank", merged=True, writable=False),
 }
+
+
+def folder(directory: Path) -> Path:
+    """The `FOLDER` of a directory of a model or of heads; of one with that name, itself."""
+    return directory if directory.name == FOLDER else directory / FOLDER
+
+
+def shares(dialect: str, heads: HeadsConfig) -> bool:
+    """Whether a dialect's readers know that such heads share a projection."""
+    known = DIALECTS[dialect].shared
+    return known and not (dialect == "tgi" and heads.num_layers > 1)  # TGI then knows one block
+
+
+def misread(dialect: str, heads: HeadsConfig) -> str:
+    """What a dialect's readers would get wrong of such heads; empty: nothing.
+
+    Args:
+      heads: their shape; blocks that are all equal count as a single layer.
+    """
+    reasons = []
+    if DIALECTS[dialect].repeated and heads.num_layers > 1:
+        reasons.append(
+            "the original builds a head of a single block, repeated, and these heads have "
+            f"{heads.num_layers} different blocks"
+        )
+    if heads.shared and not shares(dialect, heads):
+        reasons.append("its readers know no shared projection, and take random numbers for it")
+    if heads.truncated:
+        reasons.append("no other program loads the token_map of truncated heads")
+    return "; ".join(reasons)
 
 
 def head_settings(dialect: str, heads: HeadsConfig) -> dict[str, Any]:
@@ -78,3 +117,25 @@ def head_settings(dialect: str, heads: HeadsConfig) -> dict[str, Any]:
         return {"medusa": numbers}
     # TGI tells shared heads from others by their tensors alone.
     return counted | ({"version": "2"} if heads.shared and dialect != "tgi" else {})
+
+
+def backbone_settings(settings: Mapping[str, Any], dtype: str = "") -> dict[str, Any]:
+    """A backbone's `config.json` without what it says of heads, for readers of any age.
+
+    transformers 5 writes `rope_parameters` and `dtype`, which transformers 4 does not know: it
+    would take the default for another `rope_theta`.
+
+    Args:
+      dtype: of the tensors, where it is to change.
+    """
+    plain = {key: value for key, value in settings.items() if key not in HEAD_KEYS}
+    stored = plain.pop("dtype", None)
+    if dtype or stored:
+        plain["torch_dtype"] = dtype or stored
+    rope = plain.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        plain.setdefault("rope_theta", rope["rope_theta"])
+        if scaling.get("rope_type", "default") != "default":
+            plain.setdefault("rope_scaling", scaling)
+    return plain

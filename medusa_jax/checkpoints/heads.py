@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from medusa_jax import json_files
-from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, VLLM
+from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, VLLM, folder
 from medusa_jax.checkpoints.names import ORIGINAL, HeadNames, head_places, matched
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_file, open_model
 from medusa_jax.drafting.medusa_heads import HeadsConfig
@@ -49,8 +49,8 @@ class StoredHeads:
 
 
 def head_file(directory: Path) -> Path | None:
-    """The original's file of heads, where there is one."""
-    files = (directory / name for name in HEAD_FILES)
+    """The original's file of heads, in a directory or its `medusa/`, where there is one."""
+    files = (place / name for place in (directory, folder(directory)) for name in HEAD_FILES)
     return next((file for file in files if file.is_file()), None)
 
 

@@ -6,6 +6,7 @@ memory, so a model is never held twice.
 
 import dataclasses
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 
 from medusa_jax import json_files
 from medusa_jax.errors import InputError, listed
+from medusa_jax.files import writing
 
 SHARD_BYTES = 5 * 10**9
 # A name in an index: no separators, and nothing that begins like a parent directory.
@@ -263,6 +265,7 @@ def write_model(
 
     Raises:
       InputError: a tensor of a type that is not written.
+      OutputError: a file could not be written; names it.
     """
     strange = [f"{name} ({t.dtype})" for name, t in tensors.items() if not _known(t.dtype)]
     if strange:
@@ -288,8 +291,9 @@ def write_model(
                 total += held[name].nbytes
         if write:
             file = directory / f"{stem}{suffix}.safetensors"
-            save_file(held, file, {"format": "pt"})
-            file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
+            with writing(file):
+                _save(held, file)
+                file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
     if write and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         json_files.write(directory / f"{stem}.safetensors.index.json", index)
@@ -299,11 +303,30 @@ def _known(dtype: str) -> bool:
     return dtype in _DTYPES.values()
 
 
-def write_pickle(file: Path) -> None:
-    """The same tensors as a `.pt` beside a safetensors file; nothing where torch is missing."""
+def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as error:  # whose text has the system's number of what went wrong
+        number = re.search(r"os error (\d+)", str(error))
+        reason = (int(number[1]), os.strerror(int(number[1]))) if number else (str(error),)
+        raise OSError(*reason) from error
+
+
+def write_pickle(file: Path) -> Path | None:
+    """The same tensors as a `.pt` beside a safetensors file; None where torch is missing.
+
+    Raises:
+      OutputError: it could not be written; names it.
+    """
     try:
         import torch
         from safetensors.torch import load_file
     except ImportError:
-        return
-    torch.save(load_file(file), file.with_suffix(".pt"))
+        return None
+    pickled, tensors = file.with_suffix(".pt"), load_file(file)
+    with writing(pickled), pickled.open("wb") as sink:
+        try:
+            torch.save(tensors, sink)
+        except RuntimeError as error:  # torch hides what the system said
+            raise error.__context__ or error from None
+    return pickled

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +14,27 @@ from jax.experimental import multihost_utils
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
-from medusa_jax.checkpoints.dialects import DIALECTS, head_settings
+from medusa_jax.checkpoints.dialects import (
+    DIALECTS,
+    backbone_settings,
+    head_settings,
+    misread,
+)
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, head_places
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, write_model, write_pickle
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.files import writing
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import flat, joined
 from medusa_jax.training import lora, scanned_backbone
 from medusa_jax.training.settings import Config
 from medusa_jax.training.weights import Weights
+
+log = logging.getLogger(__name__)
 
 
 def export(config: Config, weights: Weights, target: Path, *, write: bool = True) -> Path:
@@ -70,6 +79,7 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
     named = {"base_model_name_or_path": str(base.resolve() if base.exists() else base)}
     dialect = "v2" if weights.heads.shared else "v0.1"
     tensors = _head_tensors(dialect, weights.heads, params, dtype)
+    _warn(dialect, weights.heads, write)
     with Replacing(target, write) as directory:
         # One file, however large: no reader of heads knows of shards.
         write_model(directory, DIALECTS[dialect].stem, tensors, write, math.inf)
@@ -83,10 +93,10 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
 def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
     params = joined(weights.trainable, weights.frozen)
     source = resolve(config.model.path)
-    settings = json_files.read_object(source / "config.json") | {"torch_dtype": dtype}
-    settings.pop("dtype", None)
+    settings = backbone_settings(json_files.read_object(source / "config.json"), dtype)
     if weights.heads.num_heads:
         settings |= head_settings("v1.0", weights.heads)
+        _warn("v1.0", weights.heads, write)
     if config.adapted:
         scale = config.lora.alpha / config.lora.rank
         params["backbone"] = lora.attached(params["backbone"], params["adapters"], scale)
@@ -100,8 +110,16 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
             copy_beside(source, directory)
             if config.data.template:  # training used another template than the tokenizer's
                 template = ChatTokenizer(source, template=config.data.template).template
-                (directory / "chat_template.jinja").write_text(template or "", encoding="utf-8")
+                file = directory / "chat_template.jinja"
+                with writing(file):
+                    file.write_text(template or "", encoding="utf-8")
             json_files.write(directory / "config.json", settings)
+
+
+def _warn(dialect: str, heads: HeadsConfig, write: bool) -> None:
+    """Says what the readers of the other programs would get wrong."""
+    if write and (wrong := misread(dialect, heads)):
+        log.warning("written for medusa_jax: %s; `convert` writes other dialects", wrong)
 
 
 def _head_tensors(dialect: str, heads: HeadsConfig, params: dict[str, Any], dtype: str) -> Tensors:

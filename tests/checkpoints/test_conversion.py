@@ -43,9 +43,9 @@ def test_own_projections_through_every_pair_of_dialects(
     tensors = typed(random_heads(3, layers), kind)
     first = original(tmp_path / "first", tensors)
     for one in OWN:
-        place = go(first, one)
+        place = go(first, one, as_is=layers > 1)
         for other in OWN:
-            back = go(go(place, other), "v0.1")
+            back = go(go(place, other, as_is=layers > 1), "v0.1", as_is=layers > 1)
             assert_same(load_file(back / "medusa_lm_head.safetensors"), tensors)
 
 
@@ -53,11 +53,10 @@ def test_own_projections_through_every_pair_of_dialects(
 def test_shared_heads_through_every_pair_of_dialects(go: Any, tmp_path: Path, layers: int):
     tensors = typed(random_heads(3, layers, vocab=None), np.float16)
     first = original(tmp_path / "first", tensors)
-    dialects = [name for name in SHARED if name != "tgi" or layers == 1]
-    for one in dialects:
-        place = go(first, one)
-        for other in dialects:
-            back = go(go(place, other), "v2")
+    for one in SHARED:
+        place = go(first, one, as_is=True)
+        for other in SHARED:
+            back = go(go(place, other, as_is=True), "v2", as_is=True)
             assert_same(load_file(back / "medusa_lm_head.safetensors"), tensors)
 
 
@@ -69,39 +68,29 @@ def test_truncated_heads(go: Any, tmp_path: Path, shared: bool):
         theirs["lm_head.weight"] = random_heads(1, vocab=len(MAP))["0.1.weight"]
     theirs = {n: t if n == "token_map" else t.astype(np.float16) for n, t in theirs.items()}
     first = heads_directory(tmp_path / "first", theirs, vocab_size=VOCAB)
-    again = go(first, "vllm")
+    again = go(first, "vllm", as_is=True)
     assert_same(load_file(again / "model.safetensors"), theirs)
     settings = json.loads((again / "config.json").read_text())
     assert (settings["vocab_size"], settings["truncated_vocab_size"]) == (VOCAB, len(MAP))
-    halves = load_file(go(again, "vllm", dtype="bfloat16") / "model.safetensors")
+    halves = load_file(go(again, "vllm", dtype="bfloat16", as_is=True) / "model.safetensors")
     assert halves.pop("token_map").tolist() == MAP.tolist()
     assert {str(tensor.dtype) for tensor in halves.values()} == {"bfloat16"}
 
 
-def test_a_truncated_projection_that_is_the_backbones_is_written_out(
-    go: Any, saved: Path, tmp_path: Path
-):
-    theirs = renamed(random_heads(2, vocab=None), "vllm", 2, 1) | {"token_map": MAP}
-    written = go(heads_directory(tmp_path / "first", theirs, vocab_size=VOCAB), "vllm")
-    expected = load_file(saved / "model.safetensors")["lm_head.weight"][MAP]
-    np.testing.assert_array_equal(
-        load_file(written / "model.safetensors")["lm_head.weight"], expected
-    )
-
-
 @pytest.mark.parametrize("shared", [True, False])
-def test_truncated_heads_of_our_trainer_go_to_vllm(
-    go: Any, saved: Path, tmp_path: Path, shared: bool
+@pytest.mark.parametrize("target", ["vllm", "v1.0", "v0.1"])
+def test_truncated_heads_of_our_trainer_stay_as_they_are_on_request(
+    go: Any, saved: Path, tmp_path: Path, shared: bool, target: str
 ):
     tensors = random_heads(2, vocab=None if shared else len(MAP)) | {"token_map": MAP}
     first = original(tmp_path / "first", tensors)
-    place = go(first, "vllm")
+    place = go(first, target, as_is=True)
     settings = json.loads((place / "config.json").read_text())
-    assert (settings["vocab_size"], settings["truncated_vocab_size"]) == (VOCAB, len(MAP))
-    chex.assert_trees_all_equal(load_model(saved, place).params, load_model(saved, first).params)
-    if shared:  # the map lies with the backbone too, for us alone
-        merged = go(place, "v1.0")
-        chex.assert_trees_all_equal(load_model(merged).params, load_model(saved, first).params)
+    if target == "vllm":
+        assert (settings["vocab_size"], settings["truncated_vocab_size"]) == (VOCAB, len(MAP))
+    again = go(place, "v1.0", as_is=True)
+    for model in (load_model(saved, place), load_model(again)):
+        chex.assert_trees_all_equal(model.params, load_model(saved, first).params)
 
 
 def test_tensorrt_llm_to_the_original(go: Any, tmp_path: Path):

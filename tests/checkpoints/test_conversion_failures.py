@@ -1,6 +1,7 @@
 """What a dialect cannot hold is refused; failures leave nothing; little is held at once."""
 
-import errno
+import re
+import resource
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.numpy import load_file
 
 from medusa_jax import convert
 from medusa_jax.checkpoints import conversion, heads, tensors
+from medusa_jax.checkpoints.heads import open_heads
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.tensors import (
     StoredTensor,
@@ -34,6 +36,7 @@ from medusa_jax.checkpoints.tensors import (
     write_pickle,
 )
 from medusa_jax.errors import InputError
+from medusa_jax.files import OutputError
 
 MAP = np.array([5, 3, 20, 0, 11])
 
@@ -51,16 +54,10 @@ def refusal(*arguments: Any, **options: Any) -> str:
         (
             random_heads(2, vocab=None),
             "v0.1",
-            "--to v0.1: there each head has its own projection, and these heads share one; "
-            "v2, v1.0, tgi, vllm can hold them",
+            "--to v0.1 stores the projection that these heads share: give the backbone with --base",
         ),
-        (random_heads(2, vocab=None), "mlc", "--to mlc: there each head has its own projection"),
-        (random_heads(2, vocab=None), "modelopt", "--to modelopt: there each head has its own"),
-        (
-            random_heads(2, 2, vocab=None),
-            "tgi",
-            "--to tgi: TGI reads shared heads of one block only, these have 2",
-        ),
+        (random_heads(2, vocab=None), "mlc", "--to mlc stores the projection"),
+        (random_heads(2, 2, vocab=None), "tgi", "--to tgi stores the projection"),
         (
             random_heads(2, vocab=None),
             "vllm",
@@ -76,23 +73,38 @@ def test_refusals(tmp_path: Path, tensors: NPZ, target: str, message: str):
     assert [file.name for file in tmp_path.iterdir()] == ["first"]
 
 
-@pytest.mark.parametrize("target", ["v0.1", "v2", "v1.0", "tgi", "mlc", "modelopt"])
-def test_truncated_projections_go_to_vllm_only(tmp_path: Path, saved: Path, target: str):
+def test_truncated_heads_need_the_size_of_the_vocabulary(tmp_path: Path, saved: Path):
     theirs = renamed(random_heads(2, vocab=len(MAP)), "vllm", 2, 1) | {"token_map": MAP}
     first = heads_directory(tmp_path / "first", theirs)
+    for target in ("vllm", "v0.1"):
+        assert refusal(str(first), target, tmp_path / "out") == (
+            f"--to {target} needs the size of the vocabulary, and these heads are truncated: "
+            "give the backbone with --base"
+        )
+    message = refusal(str(first), "modelopt", tmp_path / "out", base=str(saved), as_is=True)
+    assert message == "--to modelopt --as_is: this dialect has no place for a token_map"
+
+
+@pytest.mark.parametrize("heads", [random_heads(2, 2), random_heads(2, 3, vocab=None)])
+@pytest.mark.parametrize("target", ["v0.1", "v1.0", "v2"])
+def test_blocks_that_the_original_would_repeat_are_refused(
+    go: Any, saved: Path, tmp_path: Path, caplog: Any, target: str, heads: NPZ
+):
+    """The original makes one block and puts it into the list again and again."""
+    if target == "v2":
+        heads = {name: tensor for name, tensor in heads.items() if "linear" in name}
+    first = original(tmp_path / "first", heads)
     message = refusal(str(first), target, tmp_path / "out", base=str(saved))
-    assert message == (
-        f"--to {target}: its readers know no token_map, and these heads guess only 5 of the "
-        "tokens; vllm can hold them"
-    )
-    message = refusal(str(first), "vllm", tmp_path / "out")
-    assert message == (
-        "--to vllm says the size of the vocabulary, and these heads are truncated: "
-        "give the backbone with --base"
-    )
+    assert "the original builds a head of a single block, repeated, and these heads have" in message
+    assert message.endswith("; --as_is writes them for medusa_jax")
+    assert not (tmp_path / "out").exists()
+    go(first, target, as_is=True)
+    assert "the original builds a head of a single block, repeated" in caplog.text
+    tied = {name: heads[re.sub(r"\.[12]\.linear", ".0.linear", name)] for name in heads}
+    go(original(tmp_path / "tied", tied), target)
 
 
-@pytest.mark.parametrize("target", ["v2", "tgi", "v1.0"])
+@pytest.mark.parametrize("target", ["v2", "tgi"])
 def test_a_projection_of_all_heads_must_be_the_backbones(
     go: Any, copy: Path, tmp_path: Path, target: str
 ):
@@ -124,7 +136,7 @@ def test_backbones_that_do_not_fit(tmp_path: Path, saved: Path, copy: Path):
         lambda old: {name: one for name, one in old.items() if name != "lm_head.weight"},
     )
     message = refusal(str(good), "v1.0", tmp_path / "out", base=str(copy))
-    assert message == f"{copy} has no lm_head.weight"
+    assert "missing lm_head.weight [24, 16]" in message
     edit_config(copy, tie_word_embeddings=True)
     conversion.convert(str(good), "v1.0", tmp_path / "out", base=str(copy))
 
@@ -179,12 +191,13 @@ def test_what_was_written_wrongly_is_removed(
                                                   "2.0.linear.bias": old["0.0.linear.bias"],
                                                   "2.1.weight": old["0.1.weight"]})  # fmt: skip
 
-    def spoilt_pickle(file: Path) -> None:
-        pickle(file)
+    def spoilt_pickle(file: Path) -> Path | None:
+        written = pickle(file)
         if spoil == "pickle":
             state = torch.load(file.with_suffix(".pt"))
             state["1.1.weight"][3, 4] += 1
             torch.save(state, file.with_suffix(".pt"))
+        return written
 
     monkeypatch.setattr(conversion, "write_model", spoilt)
     monkeypatch.setattr(conversion, "write_pickle", spoilt_pickle)
@@ -193,17 +206,56 @@ def test_what_was_written_wrongly_is_removed(
     assert [file.name for file in tmp_path.iterdir()] == ["first"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    first = original(tmp_path / "first", random_heads(2))
+@pytest.mark.parametrize(
+    ("target", "limit", "file"),
+    [
+        ("mlc", 2000, "model.safetensors"),
+        ("v0.1", 6000, "medusa_lm_head.pt"),
+        ("hf", 20_000, "model.safetensors"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_and_is_said(
+    go: Any, tmp_path: Path, saved: Path, target: str, limit: int, file: str
+):
+    """A limit on the size of files stands for the disk."""
+    first = original(tmp_path / "first", random_heads(2), base_model_name_or_path="a/b")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OutputError, match="file too large") as error:
+            go(saved if target == "hf" else first, target, base="")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value).endswith(f"-{target}.tmp/{file} could not be written: file too large")
+    assert [place.name for place in tmp_path.iterdir()] == ["first"]
 
-    def full(_: Any, file: Path, *__: Any) -> None:
-        file.write_bytes(b"begun")
-        raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    monkeypatch.setattr(tensors, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        conversion.convert(str(first), "mlc", tmp_path / "out")
-    assert [file.name for file in tmp_path.iterdir()] == ["first"]
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (".", ". exists already; give another --output"),
+        ("", "exists already"),
+        ("{first}", "{first} exists already; give another --output"),
+        ("{first}/config.json/out", "{first}/config.json is a file, not a directory"),
+        ("/proc/nothing/out", "/proc/nothing/out could not be written: "),
+    ],
+)
+def test_outputs_are_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, output: str, message: str
+):
+    first = original(tmp_path / "first", random_heads(1), base_model_name_or_path="a/b")
+    output = output.replace("{first}", str(first))
+    opened = []
+    monkeypatch.setattr(conversion, "open_heads", lambda *a: opened.append(a) or open_heads(*a))
+    with pytest.raises(SystemExit) as done:
+        convert.main(["--input", str(first), "--to", "mlc", "--output", output])
+    said = capsys.readouterr().err
+    assert message.replace("{first}", str(first)) in said
+    assert said.count("\n") == 1
+    if output.startswith("/proc"):  # which only the system knows to refuse
+        assert done.value.code == 1
+    else:
+        assert (done.value.code, opened) == (2, [])
 
 
 @pytest.fixture

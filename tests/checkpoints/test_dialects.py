@@ -192,7 +192,9 @@ def test_our_own_truncated_heads(copy: Path, tmp_path: Path, prefix: str, shared
     assert vocab["vocab"].shape == (len(MAP), WIDTH)
 
 
-def test_a_run_exports_truncated_heads_with_their_map(tmp_path: Path):
+def test_a_run_exports_truncated_heads_with_their_map(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     tensors = random_heads(1, vocab=len(MAP))
     linear = {kind: tensors[f"0.0.linear.{kind}"] for kind in ("weight", "bias")}
     trained = {"head_0": {"block_0": linear, "vocab": tensors["0.1.weight"]}}
@@ -211,6 +213,7 @@ def test_a_run_exports_truncated_heads_with_their_map(tmp_path: Path):
         "head_0/vocab": "bfloat16",
     }
     assert found.tensors["token_map"].read().tolist() == MAP.tolist()
+    assert "no other program loads the token_map of truncated heads" in caplog.text
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 1], [-1, 2, 1], [0, 1, VOCAB]])

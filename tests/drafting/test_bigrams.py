@@ -88,8 +88,9 @@ def test_the_file_beside_heads_is_loaded_and_goes_with_them(saved: Path, tmp_pat
     before = load_model(saved, heads)
     scores = np.arange(9.0).reshape(3, 3)
     path = bigram_file.save(heads.parent, np.array([5, 0, 23]), scores)
-    assert [file.name for file in sorted(heads.parent.iterdir())] == [path.name, heads.name]
-    for source in (heads, heads.parent, go(heads, "vllm")):
+    # Other programs load each safetensors file beside the heads, but none of a folder.
+    assert path == heads.parent / "medusa" / "bigrams.safetensors"
+    for source in (heads, heads.parent, go(heads, "vllm"), go(heads, "mlc")):
         model = load_model(saved, source)
         table = model.params["bigrams"]
         assert model.fingerprint != before.fingerprint  # other trees are tuned for it
@@ -139,9 +140,9 @@ def test_the_command_counts_what_the_assistant_says(count: Any, tmp_path: Path):
     text = ChatTokenizer(shipped_file(""))
     answer = text.tokenizer.encode(" dog cat dog</s>", add_special_tokens=False)
     assert f"{len(answer)} tokens read, 1 records left out; wrote pairs of" in said
-    found = load_file(tmp_path / "bigrams.safetensors")
+    found = load_file(tmp_path / "medusa" / "bigrams.safetensors")
     assert set(found["tokens"].tolist()) == set(answer)
-    table = bigram_file.load(tmp_path / "bigrams.safetensors", 4096)
+    table = bigram_file.load(tmp_path / "medusa" / "bigrams.safetensors", 4096)
     dog, cat = (int(table["rows"][answer[i]]) for i in (0, 1))
     assert table["scores"][dog, cat] > 0 > table["scores"][dog, dog]
 
@@ -163,11 +164,11 @@ def test_wrong_flags_exit_with_2_and_one_message(
     code, said = count("--data", data, "--output", tmp_path, *flags)
     assert code == 2
     assert message in said.splitlines()[-1]
-    assert not (tmp_path / "bigrams.safetensors").exists()
+    assert not (tmp_path / "medusa" / "bigrams.safetensors").exists()
 
 
 def test_the_shipped_table_is_one_of_its_model():
-    stored = load_file(shipped_file("bigrams.safetensors"))
+    stored = load_file(shipped_file("medusa/bigrams.safetensors"))
     assert stored["scores"].shape == (len(stored["tokens"]),) * 2
     model = load_model(shipped_file(""))
     text = ChatTokenizer(model.directory).tokenizer

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 from medusa_jax.checkpoints.hub import shipped as shipped_file
 from medusa_jax.checkpoints.load import Model, load_model
@@ -33,7 +34,7 @@ def shipped() -> Model:
 
 
 def test_it_is_small_and_whole(shipped: Model):
-    files = list(shipped_file("").iterdir())
+    files = [file for file in shipped_file("").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 32e6
     assert {"README.md", "config.json", "tokenizer.json", tree_store.BESIDE} <= {
         f.name for f in files
@@ -100,4 +101,29 @@ def test_its_prompts_can_be_read():
 def test_its_config_is_a_plain_llamas():
     config = json.loads(shipped_file("config.json").read_text())
     assert config["model_type"] == "llama"
-    assert config["medusa_num_heads"] == 4
+    assert not [key for key in config if "medusa" in key]
+
+
+def test_other_programs_find_its_backbone_alone():
+    """vLLM loads each safetensors file of a directory, and refuses unknown tensors."""
+    (weights,) = shipped_file("").glob("*.safetensors")
+    assert {name.split(".")[0] for name in load_file(weights)} == {"model"}
+
+
+TEXT = "Once upon  a time,\n Ben's 12,345 cats... <|user|>Tell me!</s> hé 漢字 \t 🙂"
+IDS = [512, 525, 225, 263, 418, 16, 203, 662, 363, 225, 21, 22, 16, 23, 24, 25, 3875, 2317, 18, 225,
+       3, 2879, 387, 5, 2, 307, 132, 107, 225, 167, 125, 100, 166, 260, 250, 225, 202, 225, 177,
+       258, 252, 229]  # fmt: skip
+
+
+def test_its_tokenizer_is_written_for_transformers_4_too():
+    """There a merge is a string, and the class has another name; ids are those of before."""
+    settings = json.loads(shipped_file("tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert all(
+        isinstance(merge, str) and merge.count(" ") == 1
+        for merge in json.loads(shipped_file("tokenizer.json").read_text())["model"]["merges"]
+    )
+    tokenizer = ChatTokenizer(shipped_file("")).tokenizer
+    assert tokenizer.encode(TEXT, add_special_tokens=False) == IDS
+    assert tokenizer.all_special_tokens == ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"]
