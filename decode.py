@@ -1,6 +1,6 @@
 """Decodes prompts with Medusa; `python decode.py --help` lists the flags."""
 
-from medusa_jax.cli.decode_command import main
+from medusa_jax.cli.start import start
 
 if __name__ == "__main__":
-    main()
+    start("decode")

@@ -18,17 +18,21 @@ tokens pass through them:
 `shapes.py` lists the letters of array dimensions, docs/architecture.md who may import whom.
 """
 
-from medusa_jax.checkpoints.load import Model, load_model
-from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
-from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.decoding.state import Output, State, outputs
-from medusa_jax.drafting.drafter import NoDraft
-from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import MedusaDrafter
-from medusa_jax.drafting.tree import Tree
-from medusa_jax.errors import InputError
-from medusa_jax.model.config import ModelConfig
-from medusa_jax.serving.generator import Generator
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medusa_jax.checkpoints.load import Model, load_model
+    from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
+    from medusa_jax.decoding.decoder import Decoder
+    from medusa_jax.decoding.state import Output, State, outputs
+    from medusa_jax.drafting.drafter import NoDraft
+    from medusa_jax.drafting.dynamic_tree import DynamicTree
+    from medusa_jax.drafting.medusa_drafter import MedusaDrafter
+    from medusa_jax.drafting.tree import Tree
+    from medusa_jax.errors import InputError
+    from medusa_jax.model.config import ModelConfig
+    from medusa_jax.serving.generator import Generator
 
 __version__ = "0.2.0"
 
@@ -50,3 +54,32 @@ __all__ = [
     "load_model",
     "outputs",
 ]
+
+# Modules are imported when a name of theirs is asked for: they take seconds, and a command
+# listens for Ctrl-C before.
+_PLACES = {
+    "Model": "checkpoints.load",
+    "load_model": "checkpoints.load",
+    "Greedy": "decoding.acceptance",
+    "Lossless": "decoding.acceptance",
+    "Typical": "decoding.acceptance",
+    "Decoder": "decoding.decoder",
+    "Output": "decoding.state",
+    "State": "decoding.state",
+    "outputs": "decoding.state",
+    "NoDraft": "drafting.drafter",
+    "DynamicTree": "drafting.dynamic_tree",
+    "MedusaDrafter": "drafting.medusa_drafter",
+    "Tree": "drafting.tree",
+    "InputError": "errors",
+    "ModelConfig": "model.config",
+    "Generator": "serving.generator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -4,6 +4,11 @@ Tensors are renamed: each keeps its numbers and its type. They are read one at a
 compared with what was written before it takes its place. `--to hf` writes a backbone alone.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from medusa_jax.cli.start import start
+
+    start("convert")
+
 import dataclasses
 from pathlib import Path
 
@@ -49,7 +54,3 @@ def run(options: Options) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-convert`."""
     runner.command(run, Options, __doc__ or "", EXAMPLE, arguments)
-
-
-if __name__ == "__main__":
-    main()

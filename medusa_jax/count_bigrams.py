@@ -5,6 +5,11 @@ the assistant's tokens count, of plain texts all. 20,000 tokens already help, a 
 helps more. What is counted, and what for: `drafting/bigrams.py`.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from medusa_jax.cli.start import start
+
+    start("count_bigrams")
+
 import dataclasses
 import sys
 from pathlib import Path
@@ -62,7 +67,3 @@ def run(options: Options) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-count-bigrams`."""
     runner.command(run, Options, __doc__ or "", EXAMPLE, arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,10 @@
 """Self-distillation data: the model itself answers the prompts of a dataset."""
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from medusa_jax.cli.start import start
+
+    start("distill")
+
 from medusa_jax.cli import runner
 from medusa_jax.serving.distillation import DistillOptions, distill
 
@@ -12,7 +17,3 @@ EXAMPLE = """python -m medusa_jax.distill --model DIR --heads DIR --data chats.j
 def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-distill`."""
     runner.command(distill, DistillOptions, __doc__ or "", EXAMPLE, arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,23 +3,34 @@
 A run writes its last weights by itself; this is for any checkpoint it still has.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from medusa_jax.cli.start import start
+
+    start("export")
+
 import dataclasses
 
 import jax
 
-from medusa_jax import json_files
 from medusa_jax.cli import runner
 from medusa_jax.distributed.rules import start_processes
 from medusa_jax.errors import InputError
-from medusa_jax.files import check_new_directory
+from medusa_jax.files import check_new_directory, writing
 from medusa_jax.options import option
+from medusa_jax.progress import say
 from medusa_jax.training import export, settings
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.mesh import make_mesh
 from medusa_jax.training.optimizer import optimizer
 from medusa_jax.training.setup import starting_state
 from medusa_jax.training.weights import load
-from medusa_jax.training.workdir import CONFIG, DATA, is_address, local_copy, open_workdir
+from medusa_jax.training.workdir import (
+    is_address,
+    local_copy,
+    open_workdir,
+    read_data,
+    read_settings,
+)
 
 EXAMPLE = "python -m medusa_jax.export --workdir runs/vicuna7b_medusa1 --step 400 --output exported"
 
@@ -37,7 +48,7 @@ class Options:
 def run(options: Options) -> None:
     """Restores the checkpoint and writes it."""
     workdir = open_workdir(options.workdir)
-    config = settings.from_dict(json_files.read_object(workdir / CONFIG))
+    config = read_settings(workdir)
     config.run.export_dtype = options.dtype or config.run.export_dtype
     settings.check(config)
     target = open_workdir(options.output or workdir)
@@ -55,12 +66,13 @@ def run(options: Options) -> None:
         kept = ", ".join(map(str, checkpoints.steps)) or "none"
         raise InputError(f"{workdir} has no checkpoint of step {step}; it has {kept}")
     mesh = make_mesh(settings.Mesh())
-    token_map = json_files.read_object(workdir / DATA).get("token_map", ())
+    token_map = read_data(workdir).integers("token_map")
     weights = load(config, mesh, token_map, with_learnt=False, with_frozen=config.mode != "medusa1")
     state, _ = starting_state(weights, optimizer(config, 1), mesh, donate=False)
+    say(f"exporting step {step}")
     trained = checkpoints.restore(state, step).trainable
     first = jax.process_index() == 0
-    with local_copy(target, write=first) as directory:
+    with local_copy(target, write=first) as directory, writing(made):
         export.export(config, weights.with_trained(trained), directory, write=first)
     print(made)
 
@@ -68,7 +80,3 @@ def run(options: Options) -> None:
 def main() -> None:
     """The command `medusa-export`."""
     runner.command(run, Options, __doc__ or "", EXAMPLE)
-
-
-if __name__ == "__main__":
-    main()

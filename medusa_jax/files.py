@@ -4,7 +4,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -18,14 +20,42 @@ class OutputError(RuntimeError):
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Around writes to `path`: an OSError becomes an `OutputError` that names it."""
+    """Around writes to `path`: an error of the system becomes an `OutputError` that names it."""
     try:
         yield
     except BrokenPipeError:  # the reader of a pipe has gone, which commands end at without a word
         raise
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except Exception as error:
+        if (reason := _system_error(error)) is None:
+            raise
         raise OutputError(f"{path} could not be written: {reason}") from error
+
+
+def _system_error(error: Exception) -> str | None:
+    """What the system said, in lower case; None for any other error.
+
+    Libraries in Rust, as safetensors, have errors of their own: "I/O error: ... (os error 28)".
+    """
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])).lower() if number else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+      OutputError: it could not be written; names `path`.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    with writing(path):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def check_output(
@@ -137,27 +167,32 @@ class Lines:
                     self._stream.seek(whole)
                 raise
 
+    def close(self, *, complete: bool = True) -> None:
+        """Ends the file; if it is not complete, an earlier file keeps its place."""
+        with writing(self.path):
+            self._stream.close()
+            if self._target is not None and complete:
+                self.file.replace(self._target)
+
     def __enter__(self) -> "Lines":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with writing(self.path):
-            self._stream.close()
-            if self._target is not None and kind is None:
-                self.file.replace(self._target)
+        self.close(complete=kind is None)
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
     """Holds a lock file while a single process may write `what`; a dead process holds none.
 
     Args:
       path: the lock file, which is removed at the end.
+      wait: seconds in which another process may give it back.
 
     Raises:
       InputError: another process holds it; names its id and its host.
     """
-    handle = _held(path, what)
+    handle = _held(path, what, time.monotonic() + wait)
     try:
         with writing(path):
             os.ftruncate(handle, 0)
@@ -168,7 +203,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _held(path: Path, what: str) -> int:
+def _held(path: Path, what: str, deadline: float) -> int:
     """The lock file's handle, locked."""
     while True:
         with writing(path):
@@ -181,6 +216,9 @@ def _held(path: Path, what: str) -> int:
         except BlockingIOError:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
             os.close(handle)
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise InputError(f"{what} is written by {owner}: wait for it, or stop it") from None
         except OSError as error:  # a file system without locks is used as it is
             if error.errno in (errno.ENOLCK, errno.ENOTSUP):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax.errors import InputError
-from medusa_jax.files import writing
+from medusa_jax.files import write_whole
 
 MOST_BYTES = 2**28  # of a JSON file that is read whole
 _REQUIRED: Any = object()
@@ -54,9 +54,11 @@ def read(path: Path) -> Any:
             raise InputError(f"{path} does not exist")
         if not path.is_file():
             raise InputError(f"{path} is no file")
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise InputError(f"{path}: {size:,} bytes are too many for JSON settings")
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{path}: more than {MOST_BYTES:,} bytes are too many for settings")
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None
     return parse(text, str(path))
@@ -80,14 +82,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
       OutputError: it could not be written; names `path`.
     """
-    beside = path.with_name(f"{path.name}.tmp")
-    with writing(path):
-        try:
-            beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +157,13 @@ class Fields:
         if all(type(item) is int and least <= item <= most for item in values):
             return tuple(values)
         raise self._wrong(key, f"an integer from {least} to {most}, or a list of them", value)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings; absent, none."""
+        value = self._get(key, [])
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise self._wrong(key, "a list of strings", value)
 
     def inner(self, key: str) -> "Fields":
         """An object inside; absent, an empty one."""

@@ -4,6 +4,7 @@ A library caller fills in the dataclass; `cli/flags.py` makes the same fields fl
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ def check(options: Any, prefix: str = "--") -> None:
                 )
             if not isinstance(item, int | float):
                 continue
+            if isinstance(item, float) and not math.isfinite(item):
+                raise InputError(f"{prefix}{field.name} must be a finite number, got {item}")
             if least is not None and item < least:
                 raise InputError(f"{prefix}{field.name} must be at least {least}, got {item}")
             if most is not None and item > most:

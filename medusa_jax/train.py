@@ -1,7 +1,13 @@
 """Trains Medusa heads, alone or with their backbone: `configs/` has the recipes."""
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from medusa_jax.cli.start import start
+
+    start("train")
+
 import argparse
 
+from medusa_jax import interrupts
 from medusa_jax.cli import flags, runner
 from medusa_jax.errors import needs
 
@@ -30,20 +36,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(namespace: argparse.Namespace) -> None:
     """Trains, or only compiles."""
-    with needs("train"):
-        from medusa_jax.training import aot, config_file, trainer
+    with interrupts.at_once():  # what a run must save or remove it looks after itself
+        with needs("train"):
+            from medusa_jax.training import aot, config_file, trainer
 
-    config = config_file.read_config(namespace.config, namespace.overrides)
-    if namespace.compile_only:
-        aot.compile_step(config, namespace.compile_only)
-    else:
-        trainer.train(config, namespace.workdir)
+        config = config_file.read_config(namespace.config, namespace.overrides)
+        if namespace.compile_only:
+            aot.compile_step(config, namespace.compile_only)
+        else:
+            trainer.train(config, namespace.workdir)
 
 
 def main() -> None:
     """The command `medusa-train`, which train.py runs too."""
     runner.run(run, parse())
-
-
-if __name__ == "__main__":
-    main()

@@ -21,6 +21,7 @@ import transformers
 from helpers.head_files import random_llama
 from helpers.models import TINY, TinyModel, random_model
 from helpers.paths import SCRIPT, SHARED
+from helpers.runs import finished, place  # noqa: F401 (fixtures)
 
 from medusa_jax.checkpoints import conversion
 from medusa_jax.checkpoints.load import Model, load_model

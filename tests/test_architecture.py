@@ -14,10 +14,12 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "files", "json_files", "shapes", "param_paths", "options", "progress", "reports"}
+BASE = {"errors", "files", "interrupts", "json_files", "options", "param_paths"}
+BASE |= {"progress", "reports", "shapes"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "interrupts": set(),
     "json_files": {"errors", "files"},
     "shapes": set(),
     "param_paths": set(),
@@ -121,3 +123,17 @@ def test_decoding_does_not_import_the_training_stack():
     code = f"import medusa_jax.decode, sys; print([m for m in {TRAINING} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.e2e
+def test_a_command_listens_for_signals_before_anything_large_is_imported():
+    code = "import medusa_jax.cli.start, sys; print({'jax', 'numpy'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    assert sorted(medusa_jax.__all__) == sorted(medusa_jax._PLACES)
+    assert all(getattr(medusa_jax, name).__name__ == name for name in medusa_jax.__all__)
+    with pytest.raises(AttributeError, match="'Nothing'"):
+        _ = medusa_jax.Nothing

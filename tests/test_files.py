@@ -133,3 +133,23 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     with locked(path, "the run"):
         assert path.read_text().startswith(f"process {os.getpid()} on ")
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "no space left on device"),
+        (OSError("odd"), "odd"),
+        (RuntimeError("I/O error: No space (os error 28)"), "no space left on device"),
+        (ValueError("serializing: (os error 13)"), "permission denied"),
+    ],
+)
+def test_errors_of_the_system_name_the_file_whichever_library_raises_them(error, reason):
+    with pytest.raises(OutputError, match=f"^x could not be written: {reason}$"), writing("x"):
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    for error in (ValueError("28"), BrokenPipeError()):
+        with pytest.raises(type(error)), writing("x"):
+            raise error

@@ -106,3 +106,12 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
         json_files.write(file, {"a": object()})
     assert json_files.read(file) == {"a": [1]}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_lists_of_strings():
+    fields = Fields({"several": ["a", "b"], "none": [], "mixed": ["a", 1], "text": "a"}, "x.json")
+    assert fields.texts("several") == ("a", "b")
+    assert fields.texts("none") == fields.texts("absent") == ()
+    for key in ("mixed", "text"):
+        with pytest.raises(InputError, match=f"x.json: '{key}' must be a list of strings"):
+            fields.texts(key)

@@ -5,6 +5,11 @@ Without a word the program is `prompts`. Flags of older command lines choose the
 `memory --model NAME`.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from medusa_jax.cli.start import start
+
+    start("bench")
+
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +42,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command `medusa-bench`."""
     program, own = choose(sys.argv[1:] if arguments is None else arguments)
     PROGRAMS[program](own)
-
-
-if __name__ == "__main__":
-    main()

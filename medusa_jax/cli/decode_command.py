@@ -84,7 +84,3 @@ def decode(options: Options) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command `medusa-decode`, which decode.py runs too."""
     runner.command(decode, Options, __doc__ or "", EXAMPLE, arguments)
-
-
-if __name__ == "__main__":
-    main()

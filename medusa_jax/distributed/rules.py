@@ -17,6 +17,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from medusa_jax.distributed import partners
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.linear import Weight
@@ -61,12 +62,12 @@ def start_processes() -> None:
     given = {name: os.environ[name] for name in names if name in os.environ}
     if len(given) == len(names):
         address, count, number = given.values()
-        jax.distributed.initialize(address, int(count), int(number))
+        partners.join(address, int(count), int(number))
         return
     if given:
         raise InputError(f"{', '.join(given)} is set, but of {', '.join(names)} all are needed")
     try:
-        jax.distributed.initialize()
+        partners.join()
     except ValueError:  # no cluster: this process is alone
         return
     except RuntimeError as error:

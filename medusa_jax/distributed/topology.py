@@ -10,6 +10,14 @@ from medusa_jax.errors import InputError
 
 # Memory of one chip in GiB (Google Cloud's documentation of each generation).
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+# What libtpu asks of a machine with TPUs, and complains of without. No device is opened, so
+# several processes may load it, and the type of this machine does not matter.
+COMPILER_ONLY = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
 
 
 def devices(name: str) -> list[Any]:
@@ -30,7 +38,8 @@ def devices(name: str) -> list[Any]:
     if match[1]:
         jax.config.update("jax_num_cpu_devices", int(match[2]))
         return jax.devices()
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    for variable, value in COMPILER_ONLY.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     try:

@@ -23,10 +23,12 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import MOST_TOKENS
 from medusa_jax.errors import InputError
+from medusa_jax.files import locked, writing
 
 log = logging.getLogger(__name__)
 
 BESIDE = "medusa_trees.json"
+LOCK_SECONDS = 10.0  # in which another process adds its tuning
 
 
 def cache_file(model: Model, dtype: str) -> Path:
@@ -50,13 +52,15 @@ def save(path: Path, tuning: dict[str, Any]) -> None:
       InputError: the file holds something else.
       OutputError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def same(other: dict[str, Any]) -> bool:
         return all(other.get(key) == tuning[key] for key in ("acceptance", "batch_size"))
 
-    kept = [other for other in read(path) if not same(other)]
-    json_files.write(path, {"tunings": [*kept, tuning]})
+    with locked(path.with_name(f"{path.name}.lock"), str(path), wait=LOCK_SECONDS):
+        kept = [other for other in read(path) if not same(other)]
+        json_files.write(path, {"tunings": [*kept, tuning]})
 
 
 def read(path: Path) -> list[dict[str, Any]]:

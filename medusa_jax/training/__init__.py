@@ -12,7 +12,9 @@ Modules, in the order in which a run passes through them:
     step                    what a step advances, and the compiled step
     setup                   state and step of a run, put together on its mesh
     loop, trainer           the run
+    divergence, clock       when it has gone wrong, and how fast it is
     checkpoints, metrics, export    what a run leaves behind
+    checksums, orbax_noise  how checkpoints are verified, and what orbax prints beside its errors
     aot                     the same step, compiled for devices that are not here
 
 Nothing that decodes imports this package.

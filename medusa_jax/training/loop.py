@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import signal
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,12 @@ from jax.experimental import multihost_utils
 
 from medusa_jax.data.loader import Batches, global_arrays, in_order
 from medusa_jax.data.packing import Rows
+from medusa_jax.distributed import partners
+from medusa_jax.files import OutputError
+from medusa_jax.interrupts import Stop
 from medusa_jax.training.checkpoints import CheckpointError, Checkpoints
+from medusa_jax.training.clock import Clock
+from medusa_jax.training.divergence import Diverged, Divergence
 from medusa_jax.training.metrics import Metrics
 from medusa_jax.training.objective import Params, Terms, report
 from medusa_jax.training.optimizer import learning_rate
@@ -22,12 +26,8 @@ from medusa_jax.training.setup import Program
 from medusa_jax.training.step import StepResult, TrainState
 
 
-class Diverged(RuntimeError):
-    """The loss or its gradient is no number any more."""
-
-
 class Interrupted(RuntimeError):
-    """The run was asked to stop (SIGTERM), saved, and can be resumed."""
+    """The run was asked to stop by SIGTERM; what is saved can be resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Loop:
       batches, eval_rows: what is learnt from, and what is not.
       total: steps of the whole run.
       checkpoints, metrics: where it writes.
+      divergence: what ends it before its last step.
     """
 
     config: Config
@@ -51,20 +52,24 @@ class Loop:
     total: int
     checkpoints: Checkpoints
     metrics: Metrics
+    divergence: Divergence
 
     def run(self, state: TrainState) -> TrainState:
         """Steps from where the state stands to the last.
 
         Raises:
-          Diverged, Interrupted, CheckpointError: the message says where the run stands.
-          RuntimeError: a file could not be written, for example on a full disk.
+          KeyboardInterrupt: SIGINT; the message says what is saved.
+          Diverged, Interrupted, CheckpointError, OutputError: the same.
         """
+        partners.advise(lambda: f"the last good checkpoint: {self.checkpoints.last_good}")
         try:
-            return self._steps(state)
-        except OSError as error:
-            raise RuntimeError(
-                f"{self.checkpoints.directory.parent}: {error}; the last good checkpoint: "
-                f"{self.checkpoints.last_good}"
+            with partners.ending_if_lost():
+                return self._steps(state)
+        except (Diverged, OutputError) as error:
+            with contextlib.suppress(CheckpointError):
+                self.checkpoints.wait()
+            raise type(error)(
+                f"{error}; stopped. The last good checkpoint: {self.checkpoints.last_good}"
             ) from error
 
     def _steps(self, state: TrainState) -> TrainState:
@@ -74,55 +79,63 @@ class Loop:
         builds the next batch while the device computes.
         """
         run = self.config.run
-        stop = _Stop()
         behind: tuple[int, StepResult] | None = None
-        clock = _Clock(self.config.optim.batch_size * self.config.data.sequence_length)
+        clock = Clock(self.config.optim.batch_size * self.config.data.sequence_length)
         if int(state.step) == 0:
-            self._evaluate(0, state)
-        for number in range(int(state.step) + 1, self.total + 1):
-            batch = self.batches(number - 1)
-            state, result = self.program.step(state, self.frozen, batch)
-            if behind is not None:
-                self._report(*behind, clock)
-            behind = number, result
-            last, stopping = number == self.total, stop(number)
-            if last or stopping or _due(number, run.save_every) or _due(number, run.eval_every):
-                self._report(*behind, clock)  # also makes sure that what is saved is sound
-                behind = None
-                with clock.paused():
-                    if last or _due(number, run.eval_every):
-                        self._evaluate(number, state)
-                    if last or stopping or _due(number, run.save_every):
-                        self.checkpoints.save(state)
-            if stopping and not last:
-                self.checkpoints.wait()
-                raise Interrupted(f"stopped by a signal; step {number} is saved and can be resumed")
-        self.checkpoints.save(state)
+            self.divergence.began(self._evaluate(0, state))
+        with contextlib.ExitStack() as stack:
+            stop: Stop | None = None
+            for number in range(int(state.step) + 1, self.total + 1):
+                batch = self.batches(number - 1)
+                if behind is not None:
+                    clock.look(behind[1].grad_norm)
+                state, result = self.program.step(state, self.frozen, batch)
+                # Until the step is compiled there is nothing to save.
+                stop = stop or stack.enter_context(Stop(hand_on=jax.process_count() > 1))
+                if behind is not None:
+                    self._report(*behind, clock)
+                behind = number, result
+                last, stopping = number == self.total, _asked(stop, number)
+                evaluates = last or _due(number, run.eval_every)
+                saves = last or stopping or _due(number, run.save_every)
+                if evaluates or saves:
+                    self._report(*behind, clock)  # also makes sure that what is saved is sound
+                    behind = None
+                    with clock.paused():
+                        loss = self._evaluate(number, state) if evaluates else None
+                        if saves and not self.divergence.above:
+                            self.checkpoints.save(state, loss)
+                if stopping and not last:
+                    self._interrupt(stop)
         self.checkpoints.wait()
         return state
 
-    def _report(self, number: int, result: StepResult, clock: "_Clock") -> None:
+    def _interrupt(self, stop: Stop) -> None:
+        self.checkpoints.wait()
+        step = self.checkpoints.latest
+        saved = "nothing is saved" if step is None else f"step {step} is saved and can be resumed"
+        if stop.number == signal.SIGINT:
+            raise KeyboardInterrupt(saved)
+        raise Interrupted(f"stopped by a signal; {saved}")
+
+    def _report(self, number: int, result: StepResult, clock: Clock) -> None:
         heads_weight, norm = float(result.heads_weight), float(result.grad_norm)
         values = report(result.terms, heads_weight, self.program.objective)
         rate = clock.tick()
-        if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
-            with contextlib.suppress(CheckpointError):
-                self.checkpoints.wait()
-            raise Diverged(
-                f"step {number}: loss {values['loss']}, gradient norm {norm}; stopped. "
-                f"The last good checkpoint: {self.checkpoints.last_good}"
-            )
+        last = number == self.total
         self.metrics.advance(rate, values["loss"])
-        if number == self.total or number == 1 or _due(number, self.config.run.log_every):
+        if last or number == 1 or _due(number, self.config.run.log_every):
             rate_at: Any = learning_rate(self.config.optim, self.total)
-            values |= {"grad_norm": norm, "learning_rate": float(rate_at(number - 1))}
+            logged = values | {"grad_norm": norm, "learning_rate": float(rate_at(number - 1))}
             if self.config.mode == "medusa2":
-                values["heads_weight"] = heads_weight
-            values["epoch"] = number / self.batches.steps_per_epoch
-            self.metrics.write(number, values | {"tokens_per_second": rate})
+                logged["heads_weight"] = heads_weight
+            logged["epoch"] = number / self.batches.steps_per_epoch
+            self.metrics.write(number, logged | {"tokens_per_second": rate})
             clock.restart()
+        self.divergence.check(number, values["loss"], norm, last=last)
 
-    def _evaluate(self, number: int, state: TrainState) -> None:
+    def _evaluate(self, number: int, state: TrainState) -> float:
+        """The held-out loss, which is also reported."""
         every = [
             self.program.evaluate(state.trainable, self.frozen, batch)
             for batch in self._eval_batches()
@@ -136,6 +149,9 @@ class Loop:
             f"step {number}: held-out loss {values['loss']:.4f}, perplexity "
             f"{values['perplexity']:.4f}" + (f", heads' top-1 {tops}" if tops else "")
         )
+        if not math.isfinite(values["loss"]):
+            raise Diverged(f"step {number}: held-out loss {values['loss']}")
+        return values["loss"]
 
     def _eval_batches(self) -> Iterator[dict[str, jax.Array]]:
         size = self.config.optim.batch_size // self.config.optim.accumulation
@@ -144,49 +160,15 @@ class Loop:
             yield global_arrays(self.eval_rows, numbers, place)
 
 
-class _Clock:
-    """Tokens per second, padding included, since the last logged line; pauses do not count."""
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins a new average."""
-        self._start, self._steps, self._paused = time.perf_counter(), 0, 0.0
-
-    def tick(self) -> float:
-        """One more step is done; the average so far."""
-        self._steps += 1
-        return self._tokens * self._steps / (time.perf_counter() - self._start - self._paused)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time within does not count."""
-        begun = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - begun
-
-
 def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
 
 
-class _Stop:
-    """Whether SIGTERM has asked the run to stop; all processes agree after which step.
+def _asked(stop: Stop, number: int) -> bool:
+    """Whether the run is to stop after this step; all processes agree on the step.
 
-    With several processes JAX itself listens for the signal, and settles the step.
+    With several processes JAX itself listens for SIGTERM, and settles the step.
     """
-
-    def __init__(self) -> None:
-        self._asked = False
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-
-    def __call__(self, number: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(number)
-        return self._asked
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(number)
+    return bool(stop.number)

@@ -1,12 +1,16 @@
 """What a run reports: a progress bar, `metrics.jsonl`, TensorBoard events."""
 
+import contextlib
 import importlib
-import io
-import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from medusa_jax import json_files
 from medusa_jax.data.prompts import record_line
+from medusa_jax.errors import InputError
+from medusa_jax.files import Lines, OutputError, write_whole, writing
 from medusa_jax.progress import progress, say
 from medusa_jax.training.workdir import is_address
 
@@ -14,17 +18,53 @@ NAME = "metrics.jsonl"
 _CLIENTS = {"gs": "google.cloud.storage", "s3": "boto3"}  # of tensorboardX
 
 
+def read_lines(workdir: Path, last_step: int) -> list[dict[str, Any]]:
+    """The records of a run up to a step; those of later steps are written anew.
+
+    From step 0 on, nothing is kept. A last line that a killed process has left half is none.
+
+    Raises:
+      InputError: a line is no record with a step; names the file and the line.
+    """
+    file = workdir / NAME
+    if not last_step or not file.is_file():
+        return []
+    try:
+        *lines, _ = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {error}; move it away, or give another --workdir") from None
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        record = json_files.parse(line, f"{file}, line {number}")
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise InputError(f"{file}, line {number}: expected an object with a 'step'")
+        if record["step"] <= last_step:
+            kept.append(record)
+    return kept
+
+
 class Metrics:
-    """Writes the lines of one run; with `active` off (all processes but the first), nothing."""
+    """Writes the lines of one run; with `active` off (all processes but the first), nothing.
+
+    Args:
+      records: lines of an earlier process to begin with.
+      first_step: where this process goes on.
+    """
 
     def __init__(
-        self, workdir: Path, first_step: int, total_steps: int, *, tensorboard: bool, active: bool
+        self,
+        workdir: Path,
+        records: Sequence[dict[str, Any]],
+        first_step: int,
+        total_steps: int,
+        tensorboard: bool,
+        *,
+        active: bool,
     ) -> None:
-        """Continues at `first_step`; later lines of an earlier process are dropped."""
         self._active, self._file = active, workdir / NAME
         self._events: Any = None
         if active:
-            self._lines = _lines(self._file, first_step)
+            self._lines = _lines(self._file, records)
             if tensorboard:
                 self._events = _events(workdir, first_step)
         self._bar = progress(total=total_steps, done=first_step, unit="steps", shown=active)
@@ -38,53 +78,72 @@ class Metrics:
         """A line of `metrics.jsonl`, and the same to TensorBoard, lists as name/1, name/2, ..."""
         if not self._active:
             return
-        self._lines.write(record_line({"step": step, **values}) + "\n")
-        self._lines.flush()
-        if isinstance(self._lines, io.StringIO):  # an object of a bucket is only written whole
-            self._file.write_text(self._lines.getvalue(), encoding="utf-8")
+        self._lines.write(_line({"step": step, **values}))
         if self._events is not None:
-            for name, value in values.items():
-                several = isinstance(value, list)
-                for i, scalar in enumerate(value if several else [value], start=1):
-                    self._events.add_scalar(f"{name}/{i}" if several else name, scalar, step)
-            self._events.flush()
+            with writing(self._file.parent):
+                for name, value in values.items():
+                    self._plot(name, value, step)
+                self._events.flush()
+
+    def _plot(self, name: str, value: Any, step: int) -> None:
+        if isinstance(value, list):
+            for i, item in enumerate(value, start=1):
+                self._plot(f"{name}/{i}", item, step)
+        elif value is not None:
+            self._events.add_scalar(name, value, step)
 
     def say(self, message: str) -> None:
         """A line on stderr, above the bar."""
         if self._active:
             say(message)
 
-    def close(self) -> None:
-        """Ends bar and files."""
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Ends bar and files; after a failure, what they have to say is no news."""
         self._bar.close()
         if self._active:
-            self._lines.close()
-            if self._events is not None:
-                self._events.close()
+            with contextlib.suppress(OutputError) if kind else contextlib.nullcontext():
+                self._lines.close()
+                if self._events is not None:
+                    with writing(self._file.parent):
+                        self._events.close()
 
 
-def _lines(file: Path, last_step: int) -> IO[str]:
-    """The stream to append to, without lines of later steps and without a half-written line.
+class _Object:
+    """An object of a bucket, which can only be written whole."""
 
-    Those steps run again and write their lines again. From step 0 on, nothing is kept.
-    """
-    kept = []
-    if last_step and file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError):
-                continue
-            if step <= last_step:
-                kept.append(line + "\n")
+    def __init__(self, file: Path, text: str) -> None:
+        self._file, self._text = file, text
+
+    def write(self, line: str) -> None:
+        """Adds a line."""
+        self._text += line + "\n"
+        self._file.write_text(self._text, encoding="utf-8")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _lines(file: Path, records: Sequence[dict[str, Any]]) -> "Lines | _Object":
+    """What lines are appended to, after those of the records."""
+    text = "".join(_line(record) + "\n" for record in records)
     if is_address(file):
-        stream = io.StringIO("".join(kept))
-        stream.seek(0, io.SEEK_END)
-        return stream
-    whole = file.with_suffix(".tmp")
-    whole.write_text("".join(kept), encoding="utf-8")
-    whole.replace(file)
-    return open(file, "a", encoding="utf-8")
+        return _Object(file, text)
+    write_whole(file, text)
+    return Lines(file, append=True)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return record_line({name: _finite(value) for name, value in record.items()})
+
+
+def _finite(value: Any) -> Any:
+    """A number or a list of them as JSON knows them: what is not finite is null."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _events(workdir: Path, first_step: int) -> Any:

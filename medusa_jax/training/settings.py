@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from medusa_jax import options
 from medusa_jax.errors import InputError
+from medusa_jax.json_files import Fields
 from medusa_jax.options import option
 
 
@@ -178,7 +179,9 @@ class Run:
 
     Attributes:
       log_every, eval_every, save_every: 0 only at the end (and, of the first two, at the start).
-      keep: checkpoints kept.
+      keep: newest checkpoints kept; the best evaluated one stays beside them.
+      patience: steps in a row that the loss may be above three times its first held-out value
+        (or that of a uniform guess, if larger) before the run stops; 0 never stops it.
       tensorboard: write TensorBoard events.
       export_dtype: of the exported weights; empty: the backbone's dtype.
     """
@@ -187,6 +190,7 @@ class Run:
     eval_every: int = option(200, least=0)
     save_every: int = option(200, least=0)
     keep: int = option(3, least=1)
+    patience: int = option(50, least=0)
     tensorboard: bool = True
     export_dtype: str = option("", choices=("", "float32", "bfloat16", "float16"))
 
@@ -196,7 +200,7 @@ class Config:
     """A run. `mode`: medusa1 (heads alone), medusa2 (with the backbone), pretrain (no heads)."""
 
     mode: str = option("medusa1", choices=("medusa1", "medusa2", "pretrain"))
-    seed: int = 0
+    seed: int = option(0, least=0, most=2**32 - 1)
     model: Backbone = dataclasses.field(default_factory=Backbone)
     heads: Heads = dataclasses.field(default_factory=Heads)
     lora: Lora = dataclasses.field(default_factory=Lora)
@@ -256,25 +260,34 @@ def check(config: Config) -> None:
         )
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: dict[str, Any], origin: str = "the settings") -> Config:
     """The configuration that `dataclasses.asdict` turned into `values` (a run's config.json).
 
     Raises:
-      InputError: a field that does not exist.
+      InputError: a field that does not exist, or a value of another type; begins with `origin`.
     """
+    return _filled(Config(), Fields(values, origin))
 
-    def fill(made: Any, values: dict[str, Any]) -> Any:
-        for name, value in values.items():
-            if not hasattr(made, name):
-                raise InputError(f"config.json: unknown setting {name!r}")
-            old = getattr(made, name)
-            if dataclasses.is_dataclass(old):
-                fill(old, value)
-            else:
-                setattr(made, name, tuple(value) if isinstance(old, tuple) else value)
-        return made
 
-    return fill(Config(), values)
+def _filled(made: Any, fields: Fields) -> Any:
+    """A dataclass whose fields take the values of a JSON object."""
+    for name in fields.content:
+        old = getattr(made, name, None)
+        if dataclasses.is_dataclass(old):
+            _filled(old, fields.inner(name))
+        elif isinstance(old, bool):
+            setattr(made, name, fields.flag(name))
+        elif isinstance(old, int):
+            setattr(made, name, fields.integer(name, least=-(2**53), most=2**53))
+        elif isinstance(old, float):
+            setattr(made, name, fields.number(name))
+        elif isinstance(old, str):
+            setattr(made, name, fields.text(name))
+        elif isinstance(old, tuple):
+            setattr(made, name, fields.texts(name))
+        else:
+            raise InputError(f"{fields.origin}: unknown setting {name!r}")
+    return made
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

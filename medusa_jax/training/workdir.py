@@ -21,11 +21,14 @@ from jax.experimental import multihost_utils
 from medusa_jax import json_files
 from medusa_jax.data.packing import Rows
 from medusa_jax.errors import InputError
+from medusa_jax.files import OutputError, locked, writing
+from medusa_jax.json_files import Fields
 from medusa_jax.training import settings
 from medusa_jax.training.settings import Config
 
 # The settings as they are run, and which data they were run on.
 CONFIG, DATA = "config.json", "data.json"
+LOCK = ".lock"  # of the process that writes
 
 
 def is_address(path: Any) -> bool:
@@ -72,6 +75,33 @@ def local_copy(target: Path, *, write: bool) -> Iterator[Path]:
                     shutil.copyfileobj(source, sink, 2**24)
 
 
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Holds a working directory, which is made, for one run; an address is not held.
+
+    Raises:
+      InputError: in every process: it is no directory, cannot be written, or another run
+        writes there; names that one's process and host.
+    """
+    problem = ""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0 and not is_address(workdir):
+            try:
+                if workdir.exists() and not workdir.is_dir():
+                    raise InputError(f"--workdir {workdir}: expected a directory, not a file")
+                with writing(workdir):
+                    workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(workdir / LOCK, f"--workdir {workdir}"))
+            except (InputError, OutputError) as error:
+                problem = str(error)
+        if jax.process_count() > 1:
+            failed = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
+            problem = problem or ("process 0 cannot use its --workdir" if failed else "")
+        if problem:
+            raise InputError(problem)
+        yield
+
+
 def check_shared(workdir: Path) -> None:
     """Raises InputError, in every process, unless they all see one working directory."""
     if jax.process_count() == 1:
@@ -79,7 +109,6 @@ def check_shared(workdir: Path) -> None:
     now = np.array(time.time_ns() % 2**31, np.int32)
     mark = workdir / f".shared-{multihost_utils.broadcast_one_to_all(now)}"
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
         mark.touch()
     multihost_utils.sync_global_devices("marked")
     seen = multihost_utils.process_allgather(np.array(mark.is_file()))
@@ -90,6 +119,16 @@ def check_shared(workdir: Path) -> None:
             f"--workdir {workdir}: processes {np.flatnonzero(~seen).tolist()} of {len(seen)} do "
             "not see what process 0 writes there; give a directory that all machines share"
         )
+
+
+def read_settings(workdir: Path) -> Config:
+    """The settings of the run in a working directory.
+
+    Raises:
+      InputError: there are none, or they are of no such run; names the file and the setting.
+    """
+    file = workdir / CONFIG
+    return settings.from_dict(json_files.read_object(file), str(file))
 
 
 def check_settings(workdir: Path, config: Config) -> None:
@@ -105,7 +144,7 @@ def check_settings(workdir: Path, config: Config) -> None:
         if any((workdir / "checkpoints").glob("*")):
             raise InputError(f"{workdir} holds checkpoints, but no {CONFIG} to say of which run")
         return
-    theirs = dataclasses.asdict(settings.from_dict(json_files.read_object(file)))
+    theirs = dataclasses.asdict(read_settings(workdir))
     lines = [
         line
         for line in settings.difference(theirs, dataclasses.asdict(config))
@@ -118,9 +157,21 @@ def check_settings(workdir: Path, config: Config) -> None:
         )
 
 
+def read_data(workdir: Path) -> Fields:
+    """What a run has written of its data.
+
+    Raises:
+      InputError: it is not there, or is no such file.
+    """
+    file = workdir / DATA
+    fields = Fields(json_files.read_object(file), str(file))
+    fields.integer("fingerprint", least=0, most=2**32 - 1)
+    return fields
+
+
 def check_data(workdir: Path, rows: Rows) -> None:
     """Raises InputError unless the rows are those that the run in `workdir` began with."""
-    if json_files.read_object(workdir / DATA).get("fingerprint") != rows.fingerprint():
+    if read_data(workdir).content["fingerprint"] != rows.fingerprint():
         raise InputError(
             f"{workdir}: the training data has changed since this run began, so it cannot be "
             "resumed exactly; restore the data, or give another --workdir"

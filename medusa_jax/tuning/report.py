@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from medusa_jax.files import writing
 from medusa_jax.reports import pyplot, spread_cell, table
 
 
@@ -58,5 +59,6 @@ def plot(rows: list[dict[str, Any]], best: dict[str, Any], path: Path) -> None:
         axis.axvline(best["nodes"], color="grey", linewidth=0.8)
         axis.set(xlabel="tokens in the tree", ylabel=label, ylim=(0, None))
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
     library.close(figure)

@@ -16,8 +16,9 @@ from medusa_jax.serving.generator import Generator
 PLAIN = "1"  # name of the root alone
 EQUAL = 0.02  # so near the fastest in the end, a tree is as fast
 
-# Of a tree: "tree" (its name), "nodes", "step_over_plain", "plain_seconds", "prefill_seconds",
-# "step_seconds_spread"; later "mean_accepted_length", "step_seconds", "tokens_per_second".
+# Of a tree: "tree" (its name), "nodes", "step_over_plain", "step_over_plain_spread",
+# "plain_seconds", "prefill_seconds"; later "mean_accepted_length", "step_seconds",
+# "step_seconds_spread", "tokens_per_second".
 Row = dict[str, Any]
 
 
@@ -50,19 +51,31 @@ def time_trees(
             prefills.append(spent.seconds - spent.decode_seconds)
             bar.update()
     bar.close()
-    logs = np.log([steps[name] for name in trees])
-    relative = dict(zip(trees, np.median(logs - logs.mean(axis=0), axis=1), strict=True))
+    relative = over_plain(steps)
     return {
         name: {
             "tree": name,
             "nodes": tree.size,
-            "step_over_plain": float(np.exp(relative[name] - relative[PLAIN])),
+            "step_over_plain": relative[name][0],
+            "step_over_plain_spread": relative[name][1:],
             "plain_seconds": statistics.median(steps[PLAIN]),
-            "step_seconds_spread": [min(steps[name]), max(steps[name])],
             "prefill_seconds": statistics.median(prefills),
         }
         for name, tree in trees.items()
     }
+
+
+def over_plain(steps: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of each tree's seconds by round: median, least and most, as multiples of a plain step.
+
+    Each is compared with the mean of its round first. So in a second round at half the speed,
+    {"1": [1.0, 2.0], "4": [2.0, 4.0]} -> {"1": [1, 1, 1], "4": [2, 2, 2]}.
+    """
+    logs = np.log(list(steps.values()))
+    logs -= logs.mean(axis=0)
+    found = np.stack([np.median(logs, axis=1), logs.min(axis=1), logs.max(axis=1)], axis=1)
+    found = np.exp(found - found[list(steps).index(PLAIN), 0])
+    return dict(zip(steps, found.tolist(), strict=True))
 
 
 def predict(rows: dict[str, Row], batch_size: int, new_tokens: int) -> None:
@@ -72,7 +85,9 @@ def predict(rows: dict[str, Row], batch_size: int, new_tokens: int) -> None:
     """
     plain = rows[PLAIN]
     for row in rows.values():
-        row["step_seconds"] = row["step_over_plain"] * plain["plain_seconds"]
+        second = plain["plain_seconds"]
+        row["step_seconds"] = row["step_over_plain"] * second
+        row["step_seconds_spread"] = [over * second for over in row["step_over_plain_spread"]]
         steps = new_tokens / row["mean_accepted_length"]
         seconds = plain["prefill_seconds"] + steps * row["step_seconds"]
         row["tokens_per_second"] = batch_size * new_tokens / seconds

@@ -35,6 +35,7 @@ from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.files import check_output, writing
 from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.serving import tree_store
@@ -86,6 +87,7 @@ def tune(options: TuneOptions) -> None:
     for path in options.prompts or ():  # loading takes long
         check_readable(path, "--prompts")
     generator = load_generator(options)
+    path = destination(options, generator)
     prompts = read_prompts(options.prompts, options.max_prompts, generator)
     if len(prompts) < options.batch_size:
         raise InputError(f"{len(prompts)} prompts do not fill a batch of {options.batch_size}")
@@ -98,7 +100,26 @@ def tune(options: TuneOptions) -> None:
     final |= less_deep(final, ranks, usable_ranks(generator.model))
     bench.measure(final, FINAL_ROUNDS * options.repeats)
     best = choose(bench.rows.values())
-    save(options, generator, (trees | final)[best["tree"]], best, list(bench.rows.values()), ranks)
+    rows = list(bench.rows.values())
+    print(report.markdown(rows, best))
+    save(path, options, generator, (trees | final)[best["tree"]], best, rows, ranks)
+    print(f"\nwrote {path}", file=sys.stderr)
+    report.plot(rows, best, Path(options.plot) if options.plot else path.with_suffix(".png"))
+
+
+def destination(options: TuneOptions, generator: Generator) -> Path:
+    """The file that takes the tuning; its directory is made.
+
+    Raises:
+      InputError, OutputError: it cannot be written.
+    """
+    kept = tree_store.cache_file(generator.model, options.precision)
+    path = Path(options.output) if options.output else kept
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
+    check_output(options.plot, flag="--plot")
+    return path
 
 
 def candidates(
@@ -217,6 +238,7 @@ def read_prompts(files: Sequence[str] | None, most: int, generator: Generator) -
 
 
 def save(
+    path: Path,
     options: TuneOptions,
     generator: Generator,
     tree: Tree | DynamicTree,
@@ -224,7 +246,7 @@ def save(
     rows: list[Row],
     ranks: list[head_ranks.Ranks],
 ) -> None:
-    """Keeps the tuning where `--tree auto` looks, and shows its table and plot."""
+    """Adds the tuning to a file, where `--tree auto` looks."""
     top_k = usable_ranks(generator.model)
     nodes = [list(node) for node in tree.nodes] if isinstance(tree, Tree) else vars(tree)
     tuning = {
@@ -240,9 +262,4 @@ def save(
         "table": rows,
         "accuracy": head_ranks.accuracy(ranks, top_k).round(5).tolist(),
     }
-    kept = tree_store.cache_file(generator.model, options.precision)
-    path = Path(options.output) if options.output else kept
     tree_store.save(path, tuning)
-    print(report.markdown(rows, best))
-    print(f"\nwrote {path}", file=sys.stderr)
-    report.plot(rows, best, Path(options.plot) if options.plot else path.with_suffix(".png"))

@@ -15,10 +15,12 @@ from helpers.head_files import (
     VOCAB,
     WIDTH,
     edit_config,
+    edit_weights,
     heads_directory,
     original,
     random_heads,
     renamed,
+    without_projection,
 )
 from safetensors.numpy import load_file
 
@@ -90,6 +92,8 @@ def test_shared_heads_get_the_backbones_projection(
     go: Any, copy: Path, tmp_path: Path, target: str, truncated: bool, tied: bool
 ):
     edit_config(copy, tie_word_embeddings=tied)
+    if tied:
+        edit_weights(copy / "model.safetensors", without_projection)
     heads = random_heads(2, vocab=None) | ({"token_map": MAP} if truncated else {})
     place = go(original(tmp_path / "first", heads), target, base=str(copy))
     stored = load_file(place / f"{DIALECTS[target].stem}.safetensors")
@@ -127,7 +131,7 @@ def test_a_shared_projection_of_their_own_stays_and_becomes_whole(go: Any, tmp_p
     [
         (20, "token_map has ids beyond a vocabulary of 20"),
         (10**9, "'vocab_size' must be an integer from 1 to 10000000, got 1000000000"),
-        ("24", "'vocab_size' must be an integer from 1 to 10000000, got '24'"),
+        ("24", "'vocab_size' must be an integer"),
     ],
 )
 def test_a_stated_size_that_cannot_be_is_refused(go: Any, tmp_path: Path, size: Any, message: str):

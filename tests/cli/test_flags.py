@@ -79,6 +79,8 @@ def test_argparse_exits_with_2(
         ({"count": 10}, "--count must be at most 9, got 10"),
         ({"sizes": [4, 0]}, "--sizes must be at least 1, got 0"),
         ({"color": "green"}, "--color is 'green'; expected red, blue"),
+        ({"rate": float("nan")}, "--rate must be a finite number, got nan"),
+        ({"rate": float("-inf")}, "--rate must be a finite number, got -inf"),
     ],
 )
 def test_bounds_hold_for_the_library_too(values: dict, message: str):

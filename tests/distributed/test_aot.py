@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import pytest
 from helpers.models import TINY
 from helpers.paths import TESTS
+from jax.experimental import topologies
 
+from medusa_jax.distributed import topology
 from medusa_jax.distributed.aot import DoesNotFit, compile_for
 from medusa_jax.model.kv_cache import init_cache
 
@@ -91,3 +93,25 @@ def test_bench_needs_a_shape_to_compile(capsys):
         main(["--compile_only", "v5e:2x2"])
     assert done.value.code == 2
     assert "the following arguments are required: --model" in capsys.readouterr().err
+
+
+def test_several_processes_may_ask_the_compiler_of_an_absent_tpu(monkeypatch):
+    """And it does not complain of a machine without one; what the machine has set stays."""
+    asked: list[dict[str, str | None]] = []
+
+    class Described:
+        devices = ("one", "two")
+
+    def described(*_: object) -> Described:
+        asked.append({name: os.environ.get(name) for name in topology.COMPILER_ONLY})
+        return Described()
+
+    for name in topology.COMPILER_ONLY:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(topologies, "get_topology_desc", described)
+    assert topology.devices("v5e:1x2") == ["one", "two"]
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host")
+    topology.devices("v5p:2x1x1")
+    assert asked[0]["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
+    assert asked[1] == asked[0] | {"TPU_WORKER_HOSTNAMES": "host"}

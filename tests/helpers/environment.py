@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -22,6 +23,9 @@ def prepare() -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
         atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ.setdefault("XLA_FLAGS", LESS_OPTIMIZED)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Jobs in a shell's background ignore Ctrl-C, and so would the processes that tests start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Scripts that tests start import this checkout's package and the helpers.
     paths = [str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)

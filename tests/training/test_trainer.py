@@ -1,127 +1,32 @@
-"""Whole runs: what they leave behind, how they stop, and that a resumed one is the same one."""
+"""Whole runs: what they leave behind, and what they refuse."""
 
-import contextlib
-import io
 import json
-import os
-import re
-import runpy
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import chex
-import fsspec
 import jax
 import numpy as np
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from helpers.head_files import stored
 from helpers.paths import ROOT
-from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers.runs import WORDS, lines, train
+from safetensors.numpy import load_file
 
 from medusa_jax import Decoder, Greedy, Tree, export, load_model, outputs
-from medusa_jax.checkpoints.names import backbone_places
 from medusa_jax.convert import convert
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
-from medusa_jax.model.config import from_hf
 from medusa_jax.param_paths import joined
-from medusa_jax.training import checkpoints, lora, scanned_backbone, settings, workdir
+from medusa_jax.training import lora, scanned_backbone, settings
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.config_file import read_config
 from medusa_jax.training.mesh import make_mesh
 from medusa_jax.training.weights import heads_shape, load, model_shape, plan
-
-WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(40))]
-CONFIG = """
-from medusa_jax.training.settings import *
-
-def get_config():
-    return Config(
-        mode="medusa1",
-        model=Backbone(path={model!r}, dtype="float32"),
-        heads=Heads(number=2),
-        lora=Lora(rank=2, dropout=0.1),
-        data=Data(train=({data!r},), end="</s>", sequence_length=16, eval_fraction=0.1,
-                  eval_rows=8),
-        loss=Loss(chunk=8),
-        optim=Optim(batch_size=4, steps=24, warmup_steps=2, learning_rate=3e-3),
-        mesh=Mesh(fsdp=1),
-        run=Run(log_every=1, eval_every=8, save_every=4, tensorboard=False),
-    )
-"""
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a tokenizer of words, some text to learn, and a config file."""
-    directory = tmp_path_factory.mktemp("trainer")
-    model = directory / "model"
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(model)
-    config = {
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "head_dim": 4,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": len(WORDS), "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "eos_token_id": 1, "architectures": ["LlamaForCausalLM"],
-    }  # fmt: skip
-    (model / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(0)
-    places = backbone_places(from_hf(config)).items()
-    tensors = {name: rng.normal(0, 0.2, one.shape).astype(np.float32) for name, one in places}
-    tensors |= {name: 1 + 0 * t for name, t in tensors.items() if t.ndim == 1}
-    save_file(tensors, model / "model.safetensors")
-    # Text with a pattern, so that there is something to learn: every word is followed by the next.
-    starts = rng.integers(0, 40, 200)
-    stories = [" ".join(f"w{(s + i) % 40}" for i in range(rng.integers(8, 40))) for s in starts]
-    (directory / "stories.txt").write_text("<|endoftext|>".join(stories))
-    text = CONFIG.format(model=str(model), data=str(directory / "stories.txt"))
-    (directory / "config.py").write_text(text)
-    return directory
-
-
-def train(place: Path, workdir: Path | str, *flags: str) -> tuple[int, str]:
-    """Runs train.py in this process: (exit code, stderr)."""
-    old, err = sys.argv, io.StringIO()
-    sys.argv = ["train.py", "--config", str(place / "config.py"), "--workdir", str(workdir), *flags]
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as done:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    finally:
-        sys.argv = old
-        signal.signal(signal.SIGTERM, before)
-    assert "Traceback" not in err.getvalue()
-    return int(done.value.code or 0), err.getvalue()
-
-
-def lines(workdir: Path) -> list[dict[str, Any]]:
-    """Logged metrics, but for the speed, which no two runs share."""
-    every = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in every]
-
-
-@pytest.fixture(scope="session")
-def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory of a run that was never stopped."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    code, err = train(place, workdir)
-    assert code == 0, err
-    return workdir
 
 
 @pytest.mark.e2e
@@ -173,200 +78,6 @@ def test_heads_are_exported_in_the_originals_layout_and_read_back(place: Path, f
         assert np.abs(trained[head]["block_0"]["bias"]).max() > 0  # biases learn too
 
 
-def wait_for_checkpoint(workdir: Path, step: int, process: subprocess.Popen) -> None:
-    """Returns once a checkpoint of that step or a later one is complete."""
-    deadline = time.monotonic() + 200
-    while not any(int(d.name) >= step for d in workdir.glob("checkpoints/*") if d.name.isdigit()):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.002)
-
-
-def launch(
-    place: Path, workdir: Path, *flags: str, before: Sequence[str] = (), **env: str
-) -> subprocess.Popen:
-    command = [sys.executable, "train.py", "--config", place / "config.py", "--workdir", workdir]
-    return subprocess.Popen(
-        [*before, *command, *flags],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
-    )
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bits(place: Path, finished: Path, tmp_path: Path):
-    """SIGKILL in the middle, a half-written line of metrics, then on to the end."""
-    workdir = tmp_path / "run"
-    process = launch(place, workdir)
-    wait_for_checkpoint(workdir, 8, process)
-    process.kill()
-    process.communicate()
-    reached = Checkpoints(workdir).latest or 0
-    assert 0 < reached < 24
-    with open(workdir / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')
-    code, err = train(place, workdir)
-    assert code == 0, err
-    assert f"resuming at step {reached} of 24" in err
-    assert lines(workdir) == lines(finished)
-    name = "heads/medusa_lm_head.safetensors"
-    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
-
-
-JOINT = ["--config.mode=medusa2", "--config.optim.accumulation=2", "--config.lora.dropout=0.2"]
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_sigterm_saves_and_a_restart_goes_on_to_the_same_bits(place: Path, tmp_path: Path):
-    """Medusa-2 with dropout and accumulation: all that random numbers and order decide."""
-    code, err = train(place, tmp_path / "whole", *JOINT)
-    assert code == 0, err
-    workdir = tmp_path / "run"
-    process = launch(place, workdir, *JOINT)
-    wait_for_checkpoint(workdir, 4, process)
-    process.terminate()
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1, err
-    assert "is saved and can be resumed" in err
-    code, err = train(place, workdir, *JOINT)
-    assert code == 0, err
-    assert "resuming at step" in err
-    assert lines(workdir) == lines(tmp_path / "whole")
-    name = "model/model.safetensors"
-    assert (workdir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_changed_data_is_noticed_before_a_run_goes_on(place: Path, finished: Path, tmp_path: Path):
-    data = place / "stories.txt"
-    before = data.read_text()
-    data.write_text(before + "<|endoftext|>w1 w2 w3")
-    try:
-        code, err = train(place, finished)
-    finally:
-        data.write_text(before)
-    assert code == 2
-    assert "the training data has changed since this run began" in err
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_checkpoints_of_nobody_knows_which_run_are_refused(
-    place: Path, finished: Path, tmp_path: Path
-):
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run/config.json").unlink()
-    code, err = train(place, tmp_path / "run")
-    assert code == 2
-    assert "holds checkpoints, but no config.json" in err
-
-
-def pair(place: Path, *workdirs: Path, flags: Sequence[str] = ()) -> list[subprocess.Popen]:
-    """One run split over two processes, with one working directory or, wrongly, two."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [
-        launch(place, workdir, "--config.mesh.fsdp=2", *flags, JAX_PROCESS_ID=str(i), **names)
-        for i, workdir in enumerate((*workdirs, *workdirs)[:2])
-    ]
-
-
-def ended(processes: list[subprocess.Popen], code: int) -> list[str]:
-    """What both said on stderr, once both have ended with that exit code."""
-    errors = [process.communicate(timeout=250)[1] for process in processes]
-    assert [process.returncode for process in processes] == [code, code], errors
-    return errors
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_two_processes_train_as_one(place: Path, finished: Path, tmp_path: Path):
-    """A run split over two processes, stopped by a SIGTERM to one of them, and resumed.
-
-    Both stop after the same step, nothing is lost, and the whole is what one process gives.
-    """
-    stopped = tmp_path / "stopped"
-    processes = pair(place, stopped, flags=["--config.run.save_every=0"])  # only a signal saves
-    deadline = time.monotonic() + 200
-    while not (stopped / "config.json").is_file():  # then the step is compiled
-        assert processes[0].poll() is None, processes[0].communicate()[1]
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.002)
-    processes[1].terminate()
-    found = [re.search(r"step (\d+) is saved and can be", e) for e in ended(processes, code=1)]
-    (step,) = {int(match[1]) if match else None for match in found}
-    assert step and Checkpoints(stopped).steps == [step]
-    assert lines(stopped)[-1]["step"] == step < 24  # reported up to the checkpoint
-    assert f"resuming at step {step} of 24" in ended(pair(place, stopped), code=0)[0]
-    for ours, theirs in zip(lines(stopped), lines(finished), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
-    name = "heads/medusa_lm_head.safetensors"
-    ours, theirs = load_file(stopped / name), load_file(finished / name)
-    for key in theirs:
-        np.testing.assert_allclose(ours[key], theirs[key], atol=1e-3)
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_processes_that_do_not_share_their_directory(place: Path, tmp_path: Path):
-    for said in ended(pair(place, tmp_path / "a", tmp_path / "b"), code=2):
-        assert "processes [1] of 2 do not see what process 0 writes there" in said
-    assert list(tmp_path.iterdir()) == [tmp_path / "a"] and not list((tmp_path / "a").iterdir())
-
-
-class Bucket(MemoryFileSystem):
-    """An object store in memory, in place of Google's."""
-
-    protocol, store, pseudo_dirs = ("gcs", "gs"), {}, [""]
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """gs://bucket/run, but for its checkpoints, which tensorstore would send to Google."""
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    monkeypatch.setattr(checkpoints, "open_workdir", lambda _: tmp_path)
-    return workdir.open_workdir("gs://bucket/run")
-
-
-@pytest.mark.slow
-def test_a_run_in_a_bucket(place: Path, finished: Path, bucket: Path):
-    flags = ["--config.run.tensorboard=true"]
-    code, err = train(place, bucket, *flags)
-    assert code == 0, err
-    assert "wrote gs://bucket/run/heads" in err
-    assert "no TensorBoard events: they need google.cloud.storage" in err
-    assert lines(bucket) == lines(finished)
-    names = ["heads/medusa_lm_head.safetensors", "heads/medusa_lm_head.pt", "data.json"]
-    for name in names:
-        assert (bucket / name).read_bytes() == (finished / name).read_bytes()
-    code, err = train(place, bucket, *flags)
-    assert code == 0, err
-    assert "resuming at step 24 of 24" in err
-    assert lines(bucket) == lines(finished)
-    code, err = train(place, bucket, "--config.seed=3")
-    assert code == 2
-    assert "seed: 0 -> 3" in err
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("az://bucket/run", "cannot be reached: "), ("ftp://host/run", "expected a directory, or gs")],
-)
-def test_addresses_that_cannot_be_reached(place: Path, name: str, message: str):
-    code, err = train(place, name)
-    assert code == 2
-    assert f"--workdir {name}" in err and message in err
-
-
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_another_config_in_the_same_directory_is_refused(place: Path, finished: Path):
@@ -378,42 +89,6 @@ def test_another_config_in_the_same_directory_is_refused(place: Path, finished: 
     code, err = train(place, finished, "--config.run.log_every=3")  # how, not what
     assert code == 0, err
     assert lines(finished) == before
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_nan_stops_the_run_and_names_the_last_good_checkpoint(place: Path, tmp_path: Path):
-    code, err = train(
-        place, tmp_path / "run", "--config.optim.learning_rate=1e30", "--config.optim.clip=0"
-    )
-    assert code == 1
-    message = err.strip().splitlines()[-1]
-    assert "Diverged: step " in message
-    assert "gradient norm" in message
-    saved = Checkpoints(tmp_path / "run").latest
-    assert (f"checkpoints/{saved}" if saved else "there is none yet") in message
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_a_full_disk_keeps_the_last_good_checkpoint(place: Path, tmp_path: Path):
-    """Files may grow to 12 KB only, which fails writes as a full disk does."""
-    workdir, flags = tmp_path / "run", ["--config.heads.number=6", "--config.run.log_every=8"]
-    code, err = train(place, workdir, *flags)
-    assert code == 0, err
-    whole = lines(workdir)
-    for step in (20, 24):
-        shutil.rmtree(workdir / f"checkpoints/{step}")
-    limit = ["bash", "-c", 'ulimit -f 12; trap "" XFSZ; "$@"', "-"]
-    process = launch(place, workdir, *flags, before=limit)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 1, err
-    assert "error: CheckpointError: a checkpoint could not be written" in err
-    assert f"the last good one: {workdir / 'checkpoints/16'}" in err
-    code, err = train(place, workdir, *flags)  # with room again, it goes on from there
-    assert code == 0, err
-    assert "resuming at step 16 of 24" in err
-    assert lines(workdir) == whole
 
 
 @pytest.mark.e2e
@@ -479,7 +154,7 @@ def test_truncated_heads_through_both_stages_to_vllm(place: Path, tmp_path: Path
     # Shared rows are those of the lm_head as it was trained.
     rows = merged.params["backbone"]["lm_head"].rows(np.array(ids))
     chex.assert_trees_all_equal(merged.params["heads"]["vocab"], rows)
-    convert(str(tmp_path / "two/model"), "vllm", tmp_path / "vllm")
+    convert(str(tmp_path / "two/model"), "vllm", tmp_path / "vllm", as_is=True)
     served = load_model(tmp_path / "two/model", tmp_path / "vllm")
     chex.assert_trees_all_equal(served.params["heads"], merged.params["heads"])
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,16 @@ def test_a_second_tuning_replaces_the_first(stories: Model, home: Path):
     tree_store.save(path, tuning([[0]], batch_size=4))
     tree_store.save(path, tuning([[1]]))
     assert [one["tree"] for one in tree_store.read(path)] == [[[0]], [[1]]]
+
+
+def test_tunings_that_end_at_once_are_all_kept(home: Path):
+    """Each reads the file, adds its own and writes it back."""
+    path = home / "trees.json"
+    sizes = range(1, 9)
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        list(pool.map(lambda size: tree_store.save(path, tuning([[0]], batch_size=size)), sizes))
+    assert sorted(one["batch_size"] for one in tree_store.read(path)) == list(sizes)
+    assert [file.name for file in home.iterdir()] == ["trees.json"]
 
 
 def test_trees_that_come_with_a_model_serve_its_kind_of_device(stories: Model, home: Path):

@@ -1,0 +1,114 @@
+"""Processes that compute together: what is left of them says so when another dies.
+
+In Python the others learn of it by an error of a sum over processes. In C++ JAX learns of it
+too, and aborts. Both end here: one message, exit code 1.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+_LOST = re.compile(
+    r"Gloo|NCCL|UNAVAILABLE|Socket closed|Connection (reset|closed|refused)|unhealthy|"
+    r"coordination service|Barrier timed out|heartbeat"
+)
+_HEARTBEAT = 30  # seconds without a sign of life, after which a process counts as gone
+_PATIENCE = 5.0  # seconds in which the others may leave, too
+
+
+@dataclasses.dataclass
+class _Run:
+    """What this process knows of the others.
+
+    Attributes:
+      handler: for C, which holds its address only; None where this process is alone.
+      advice: what the message says of saved work.
+      code: with which this process leaves.
+    """
+
+    handler: Any = None
+    advice: Callable[[], str] = str
+    code: int | None = None
+
+
+_run = _Run()
+
+
+def join(*address: Any) -> None:
+    """Joins the others; the arguments are those of `jax.distributed.initialize`.
+
+    Raises:
+      ValueError: there is no cluster, so this process is alone.
+    """
+    api: Any = distributed._jax
+    client = api.get_distributed_runtime_client
+    # JAX 0.10 cannot call a Python function here: it aborts without a stack trace instead.
+    api.get_distributed_runtime_client = functools.partial(client, missed_heartbeat_callback=_gone)
+    try:
+        jax.distributed.initialize(*address, heartbeat_timeout_seconds=_HEARTBEAT)
+    finally:
+        api.get_distributed_runtime_client = client
+    _run.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_gone)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _run.handler)
+
+
+def advise(advice: Callable[[], str]) -> None:
+    """Sets what the message says of saved work."""
+    _run.advice = advice
+
+
+def lost(error: Exception) -> str | None:
+    """The message where an error means that another process has died, else None."""
+    if _run.handler is None or not _LOST.search(str(error)):
+        return None
+    _run.code = 1
+    return _message()
+
+
+@contextlib.contextmanager
+def ending_if_lost() -> Iterator[None]:
+    """Around work whose end would wait for the others, for example for their checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        if message := lost(error):
+            _end(message)
+        raise
+
+
+def leave(code: int) -> None:
+    """Ends a process that has failed: with the others where all fail alike, else without them."""
+    if _run.handler is None:
+        return
+    if _run.code is None:
+        _run.code = code
+        goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        goodbye.start()
+        goodbye.join(_PATIENCE)
+    os._exit(code)
+
+
+def _message() -> str:
+    return "; ".join(filter(None, ["another process is gone", _run.advice(), "start all again"]))
+
+
+def _gone(*_: object) -> None:
+    """Called by the thread of C++ that heard of it."""
+    if _run.code is not None:  # this process is on its way out
+        os._exit(_run.code)
+    _end(_message())
+
+
+def _end(message: str) -> None:
+    os.write(2, f"\nerror: {message}\n".encode())
+    os._exit(1)
