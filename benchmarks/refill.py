@@ -34,8 +34,8 @@ from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.reports import table
 from medusa_jax.serving.conversations import Conversation
-from medusa_jax.serving.engine import Job
 from medusa_jax.serving.generator import Generator, load_generator
+from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions
 from medusa_jax.serving.programs import fitting
 

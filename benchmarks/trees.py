@@ -25,8 +25,8 @@ from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.reports import spread_cell, table
 from medusa_jax.serving import tree_store
-from medusa_jax.serving.engine import Job
 from medusa_jax.serving.generator import Generator, load_generator
+from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions, dynamic_tree
 from medusa_jax.tuning import tree_search
 from medusa_jax.tuning.head_ranks import Ranks

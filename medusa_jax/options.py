@@ -10,6 +10,8 @@ from typing import Any
 
 from medusa_jax.errors import InputError
 
+LARGEST = 2**31 - 1  # of an integer without bounds of its own
+
 
 def option(
     default: Any = dataclasses.MISSING,
@@ -56,6 +58,9 @@ def check(options: Any, prefix: str = "--") -> None:
                 continue
             if isinstance(item, float) and not math.isfinite(item):
                 raise InputError(f"{prefix}{field.name} must be a finite number, got {item}")
+            if isinstance(item, int):  # arrays of indices and lengths hold no more
+                least = -LARGEST if least is None else least
+                most = LARGEST if most is None else most
             if least is not None and item < least:
                 raise InputError(f"{prefix}{field.name} must be at least {least}, got {item}")
             if most is not None and item > most:

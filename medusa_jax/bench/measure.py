@@ -15,8 +15,8 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.progress import progress
 from medusa_jax.serving.conversations import Conversation
-from medusa_jax.serving.engine import Job
 from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.jobs import Job
 
 log = logging.getLogger(__name__)
 

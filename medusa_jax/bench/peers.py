@@ -34,13 +34,19 @@ class HuggingFace:
     """A model as transformers runs it, one prompt at a time."""
 
     def __init__(
-        self, directory: Path, dtype: str, stop_ids: tuple[int, ...], suppress: tuple[int, ...]
+        self,
+        directory: Path,
+        dtype: str,
+        stop_ids: tuple[int, ...],
+        suppress: tuple[int, ...],
+        repetition_penalty: float = 1.0,
     ) -> None:
         """Loads the model, onto a GPU where torch knows one.
 
         Args:
           stop_ids: tokens that end a text; empty to go on past end-of-sequence.
           suppress: tokens never to produce.
+          repetition_penalty: 1 for none.
 
         Raises:
           InputError: torch is missing, or transformers cannot load the model.
@@ -66,11 +72,12 @@ class HuggingFace:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"Hugging Face cannot load {directory}: {reason}") from None
-        # None of the model's own settings, such as penalties, which we do not have either.
+        # None of the model's own settings: those that we apply are given.
         self._model.generation_config = transformers.GenerationConfig()
         self._ends = {
             "eos_token_id": list(stop_ids) or None,
             "suppress_tokens": list(suppress) or None,
+            "repetition_penalty": float(repetition_penalty),
             "pad_token_id": 0,
         }
         self._torch, self._transformers = torch, transformers

@@ -137,7 +137,7 @@ def load_peer(
 ) -> HuggingFace:
     """Hugging Face's model, with as many threads as decode `prompt` fastest."""
     generator = next(iter(medusa.values()))
-    ends = generator.stop_ids, generator.suppress
+    ends = generator.stop_ids, generator.suppress, generator.repetition_penalty
     peer = HuggingFace(generator.model.directory, options.precision, *ends)
     peer.choose_threads(prompt)
     return peer

@@ -19,6 +19,7 @@ from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.backbone import open_backbone
 from medusa_jax.checkpoints.finite import watched
+from medusa_jax.checkpoints.generation_config import read_generation_config
 from medusa_jax.checkpoints.heads import (
     StoredHeads,
     check_fit,
@@ -50,8 +51,7 @@ class Model:
       config, heads: shapes; `NO_HEADS` where there are none.
       params: {"backbone": ..., "heads": ...} in the layout of decoding (`weight_layout.py`);
         also {"bigrams": ...} where a table of them is stored beside the heads.
-      stop_ids: end-of-sequence tokens from its generation settings.
-      suppress: tokens never to produce, from the same.
+      stop_ids, suppress, repetition_penalty: its `GenerationConfig`.
       directory: of the backbone and its tokenizer.
       fingerprint: a short name that other weights, shapes or heads would not have.
       mesh: the devices that the parameters are split over (`Decoder` wants to know them).
@@ -63,6 +63,7 @@ class Model:
     stop_ids: tuple[int, ...]
     suppress: tuple[int, ...]
     directory: Path
+    repetition_penalty: float = 1.0
     fingerprint: str = ""
     mesh: Mesh | None = None
 
@@ -90,6 +91,7 @@ def load_model(
     directory, settings, heads = _locate(model, heads)
     files = open_backbone(directory, settings)
     config, ruined = files.config, set[str]()
+    generation = read_generation_config(directory, settings, config.vocab_size)
     devices = decode_mesh(mesh, config) if mesh else None
     stored, source = _open_heads(directory, heads, files.heads)
     backbone = matched(backbone_places(config), watched(files.tensors, ruined), directory)
@@ -112,14 +114,13 @@ def load_model(
             len(ruined),
             listed(sorted(ruined)),
         )
-    generation = directory / "generation_config.json"
-    settings |= json_files.read_object(generation) if generation.is_file() else {}
     return Model(
         config=config,
         heads=heads_config,
         params=params,
-        stop_ids=_ids(settings.get("eos_token_id")),
-        suppress=_ids(settings.get("suppress_tokens")),
+        stop_ids=generation.stop_ids,
+        suppress=generation.suppress,
+        repetition_penalty=generation.repetition_penalty,
         directory=directory,
         fingerprint=digest.hexdigest()[:16],
         mesh=devices,
@@ -195,9 +196,3 @@ def _loaded(
         return jax.tree.map(lambda tensor: put(tensor.read, tensor.shape, None), tree)
     places = shardings(tree, mesh)
     return jax.tree.map(lambda tensor, place: put(tensor.read, tensor.shape, place), tree, places)
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)

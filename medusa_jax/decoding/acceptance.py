@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from medusa_jax.decoding.sampling import argmax, draw, warp
+from medusa_jax.decoding.sampling import argmax, draw, scaled, warp
 from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.shapes import typed
@@ -162,7 +162,7 @@ class Typical:
 
     def _threshold(self, logits: Array) -> tuple[Array, Array]:
         """log p [..., V] and the probability a token must exceed [..., 1]."""
-        log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / self.temperature)
+        log_p = jax.nn.log_softmax(scaled(logits, self.temperature))
         p = jnp.exp(log_p)
         entropy = -jnp.sum(p * jnp.log(p + 1e-5), axis=-1, keepdims=True)
         return log_p, jnp.minimum(self.epsilon, self.alpha * jnp.exp(-entropy))

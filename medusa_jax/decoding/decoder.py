@@ -20,14 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from medusa_jax.decoding.acceptance import Acceptance, Greedy
 from medusa_jax.decoding.network import Network
-from medusa_jax.decoding.prefill import bucket, prefill_rows, round_up
+from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket, prefill_rows, round_up
+from medusa_jax.decoding.repetition import penalties
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import RUNNING, Emitted, State, free, insert, resized
 from medusa_jax.decoding.step import advance
+from medusa_jax.distributed.hardware import memory_bytes
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Drafter, NoDraft, Params
 from medusa_jax.errors import InputError
@@ -85,6 +87,7 @@ class Decoder:
         *,
         max_new_tokens: int | Sequence[int],
         stop_ids: Sequence[int] = (),
+        repetition_penalty: float | Sequence[float] = 1.0,
         keys: Array | None = None,
     ) -> State:
         """Runs the prompts, padded to a common bucket, and chooses each row's first root.
@@ -93,22 +96,26 @@ class Decoder:
           prompts: token ids of each row, of unequal lengths.
           max_new_tokens: of all rows or of each; never a reason to recompile.
           stop_ids: end-of-sequence and other tokens that end a row.
+          repetition_penalty: of all rows or of each, as transformers applies it; 1 for none.
           keys: one PRNG key a row (`sampling.row_keys`); default: seed 0, row number.
 
         Raises:
-          InputError: a prompt is empty, holds ids beyond the vocabulary, or does
-            not fit the capacity with its new tokens; the message names the row.
+          InputError: a prompt is empty, holds ids beyond the vocabulary, or does not fit
+            the capacity with its new tokens (the message names the row); a penalty is not
+            positive; the cache exceeds the memory.
         """
+        check_memory(self, params, len(prompts))
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(prompts)
         for row, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
             check_prompt(self, prompt, new, f"prompt {row}")
         if keys is None:
             keys = row_keys(0, [(row, 0) for row in range(len(prompts))])
-        inputs = (*padded(self, prompts, max_new_tokens, stop_ids), keys)
+        penalty = penalties(repetition_penalty, len(prompts))
+        inputs = (*padded(self, prompts, max_new_tokens, stop_ids), keys, penalty)
         return self.run_prefill(params, *everywhere(inputs, self.mesh))
 
-    @functools.partial(jax.jit, static_argnames="self")
+    @functools.partial(jax.jit, static_argnames=("self", "block"))
     def run_prefill(
         self,
         params: Params,
@@ -117,10 +124,13 @@ class Decoder:
         limit: Int[Array, " B"],
         stop_ids: Int[Array, " Q"],
         keys: Array,
+        penalty: Float[Array, " B"] | None = None,
+        block: int = PREFILL_BLOCK,
     ) -> State:
-        """The compiled part of `prefill`, on arrays of `padded`."""
+        """The compiled part of `prefill`, on arrays of `padded`; see `prefill.prefill_rows`."""
         recipe = self.network, self.drafter, self.acceptance, self.cache_slots
-        return prefill_rows(*recipe, params, tokens, lengths, limit, stop_ids, keys)
+        inputs = tokens, lengths, limit, stop_ids, keys, penalty
+        return prefill_rows(*recipe, params, *inputs, block)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def step(self, params: Params, state: State) -> tuple[State, Emitted]:
@@ -130,14 +140,14 @@ class Decoder:
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def generate(self, params: Params, state: State) -> State:
         """Steps until every row has ended, without returning to the host."""
-        return self._loop(params, state, jnp.iinfo(jnp.int32).max, 1)[0]
+        return _loop(self, params, state, jnp.iinfo(jnp.int32).max, 1)[0]
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def run(
         self, params: Params, state: State, max_steps: Int[Array, ""], least: Int[Array, ""]
     ) -> tuple[State, Int[Array, ""]]:
         """Steps while `least` rows run, 1 or more, at most `max_steps` times; also the steps."""
-        return self._loop(params, state, max_steps, least)
+        return _loop(self, params, state, max_steps, least)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def insert(self, state: State, rows: State, row: Array, slot: Array) -> State:
@@ -171,20 +181,22 @@ class Decoder:
     def _advance(self, params: Params, state: State) -> tuple[State, Emitted]:
         return advance(self.network, self.drafter, self.acceptance, params, state)
 
-    def _loop(
-        self, params: Params, state: State, max_steps: Array | int, least: Array | int
-    ) -> tuple[State, Array]:
-        params = self.drafter.prepare(params)
 
-        def going(carry: tuple[State, Array]) -> Array:
-            state, steps = carry
-            return ((state.finish == RUNNING).sum() >= least) & (steps < max_steps)
+def _loop(
+    decoder: Decoder, params: Params, state: State, max_steps: Array | int, least: Array | int
+) -> tuple[State, Array]:
+    """Steps while `least` rows run, at most `max_steps` times; also how many steps."""
+    params = decoder.drafter.prepare(params)
 
-        def body(carry: tuple[State, Array]) -> tuple[State, Array]:
-            state, steps = carry
-            return self._advance(params, state)[0], steps + 1
+    def going(carry: tuple[State, Array]) -> Array:
+        state, steps = carry
+        return ((state.finish == RUNNING).sum() >= least) & (steps < max_steps)
 
-        return jax.lax.while_loop(going, body, (state, jnp.zeros((), jnp.int32)))
+    def body(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, steps = carry
+        return decoder._advance(params, state)[0], steps + 1
+
+    return jax.lax.while_loop(going, body, (state, jnp.zeros((), jnp.int32)))
 
 
 def _check(decoder: Decoder) -> None:
@@ -199,7 +211,30 @@ def _check(decoder: Decoder) -> None:
             f"suppress names token ids {list(decoder.suppress)}, but the vocabulary is "
             f"0..{config.vocab_size - 1}"
         )
+    if len(set(decoder.suppress)) >= config.vocab_size:
+        raise InputError(
+            f"suppress names all {config.vocab_size} tokens of the vocabulary: none could be chosen"
+        )
     decoder.drafter.check(config)
+
+
+def check_memory(decoder: Decoder, params: Params, rows: int) -> None:
+    """Raises InputError where the cache of so many rows exceeds the memory by itself."""
+    needed, memory = rows * row_bytes(decoder, params), memory_bytes()
+    if needed > memory:
+        raise InputError(
+            f"a cache of {rows} rows of {decoder.capacity} tokens needs {needed / 2**30:,.1f} GiB, "
+            f"but there are {memory / 2**30:,.1f} GiB: give a smaller batch or a smaller maximum "
+            "of tokens"
+        )
+
+
+def row_bytes(decoder: Decoder, params: Params) -> int:
+    """Bytes of each device for the keys and values of a row."""
+    config = decoder.config
+    itemsize = params["backbone"]["embed"]["embedding"].dtype.itemsize
+    heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
+    return 2 * config.num_layers * heads * config.head_dim * itemsize * decoder.cache_slots
 
 
 def padded_length(decoder: Decoder, length: int) -> int:
@@ -212,10 +247,16 @@ def padded(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: Sequence[int],
     stop_ids: Sequence[int],
+    width: int | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """Prompts as the arrays of `Decoder.run_prefill`: tokens, lengths, limits, stop ids."""
+    """Prompts as the arrays of `Decoder.run_prefill`: tokens, lengths, limits, stop ids.
+
+    Args:
+      width: length of all prompts with their padding; default: that of the longest's bucket.
+    """
     lengths = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((len(prompts), padded_length(decoder, max(lengths))), np.int32)
+    width = width or padded_length(decoder, max(lengths))
+    tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     limit = np.array(np.add(lengths, max_new_tokens), np.int32)

@@ -1,21 +1,24 @@
 """Prompts to the first state: run in padded blocks, the first root chosen, the first draft made."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from medusa_jax.decoding.acceptance import Acceptance, Context
 from medusa_jax.decoding.network import Network
-from medusa_jax.decoding.state import LENGTH, RUNNING, State
+from medusa_jax.decoding.repetition import Repetition
+from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, State
+from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params
 from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
 
 # Longer prompts run in blocks of this many tokens, which bounds the memory of attention.
 PREFILL_BLOCK = 512
+# Small blocks waste little on a short prompt, so that a single program may serve all lengths.
+SMALL_BLOCK = 64
 SMALLEST_BUCKET = 16
 
 
@@ -45,6 +48,8 @@ def prefill_rows(
     limit: Int[Array, " B"],
     stop_ids: Int[Array, " Q"],
     keys: Array,
+    penalty: Float[Array, " B"] | None,
+    block: int,
 ) -> State:
     """The state after the prompts, whose first roots are chosen.
 
@@ -52,10 +57,16 @@ def prefill_rows(
       tokens: prompts, padded on the right.
       lengths: tokens of each prompt.
       limit: length of prompt and text at which a row ends; a row without room ends at once.
+      penalty: repetition penalty of each row, or None.
+      block: most tokens of a pass.
     """
-    cache, last_hidden = _run_prompts(network, cache_slots, params, tokens, lengths)
-    logits = network.logits(params, last_hidden)
+    cache, last_hidden = _run_prompts(network, cache_slots, params, tokens, lengths, block)
+    logits, repetition = network.logits(params, last_hidden), None
     batch, padded = tokens.shape
+    if penalty is not None:
+        repetition = Repetition.of_prompts(penalty, tokens, lengths, logits.shape[-1])
+        logits = repetition.at_end(logits)
+    begun = jnp.where(finite(logits), RUNNING, FAILED)
     state = State(
         cache=dataclasses.replace(cache, length=lengths),
         sequence=jnp.zeros((batch, cache_slots), jnp.int32).at[:, :padded].set(tokens),
@@ -65,19 +76,20 @@ def prefill_rows(
         prompt_length=lengths,
         limit=limit,
         stop_ids=stop_ids,
-        finish=jnp.where(limit > lengths, RUNNING, LENGTH).astype(jnp.int32),
+        finish=jnp.where(limit > lengths, begun, LENGTH).astype(jnp.int32),
         steps=jnp.zeros(batch, jnp.int32),
         tokens_per_step=jnp.zeros((batch, cache_slots), jnp.int32),
+        repetition=repetition,
     )
     return network.placed(state)
 
 
 def _run_prompts(
-    network: Network, cache_slots: int, params: Params, tokens: Array, lengths: Array
+    network: Network, cache_slots: int, params: Params, tokens: Array, lengths: Array, block: int
 ) -> tuple[KVCache, Array]:
     """The cache of the prompts, and the hidden state of each prompt's last token [B, D]."""
     batch, padded = tokens.shape
-    size = min(padded, PREFILL_BLOCK)
+    size = min(padded, block)
     dtype = params["backbone"]["embed"]["embedding"].dtype
     cache = init_cache(network.config, batch, cache_slots, dtype)
     last_hidden = jnp.zeros((batch, network.config.hidden_size), dtype)
@@ -98,14 +110,15 @@ def _run_prompts(
     cache, last_hidden = run(cache, last_hidden, 0, None)
     if padded == size:
         return cache, last_hidden
-    # The last block is moved back to end with the padding; the tokens that it repeats are
-    # written again with the same values.
-    starts = jnp.minimum(jnp.arange(size, padded, size), padded - size)
 
-    def run_block(carry: tuple[KVCache, Array], start: Array) -> tuple[Any, None]:
+    def run_block(number: Array, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+        # The last block is moved back to end with the padding; the tokens that it repeats are
+        # written again with the same values.
+        start = jnp.minimum(number * size, padded - size)
         cache, last_hidden = carry
         past = dataclasses.replace(cache, length=jnp.full_like(lengths, start))
-        return run(cache, last_hidden, start, past), None
+        return run(cache, last_hidden, start, past)
 
-    (cache, last_hidden), _ = jax.lax.scan(run_block, (cache, last_hidden), starts)
-    return cache, last_hidden
+    # Blocks of padding alone are not run.
+    blocks = (lengths.max() + size - 1) // size
+    return jax.lax.fori_loop(1, blocks, run_block, (cache, last_hidden))

@@ -7,6 +7,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from medusa_jax.shapes import typed
 
+# Below the first temperature, logits count from the greatest, or rounding would be worth more than
+# their differences. The second gives all chance to the greatest; colder logits would overflow.
+COLD, COLDEST = 1e-3, 1e-30
+
 
 @typed
 def warp(
@@ -21,14 +25,14 @@ def warp(
     probabilities (.5, .3, .2), top_p .6 -> the first two stay.
 
     Args:
-      temperature: > 0.
+      temperature: > 0; the coldest give the likeliest token.
       top_k: tokens kept; 0 keeps all.
       top_p: probability mass kept; 1 keeps all.
 
     Returns:
       float32 logits with -inf for the tokens removed.
     """
-    logits = logits.astype(jnp.float32) / temperature
+    logits = scaled(logits, temperature)
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
@@ -39,6 +43,14 @@ def warp(
         kept = jnp.where(mass_before < top_p, descending, jnp.inf)
         logits = jnp.where(probabilities < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
     return logits
+
+
+def scaled(logits: Float[Array, "*dims V"], temperature: float) -> Float[Array, "*dims V"]:
+    """Logits / temperature in float32; with temperature 1e-40, (2, 1) -> (0, -1e30)."""
+    logits = logits.astype(jnp.float32)
+    if temperature < COLD:
+        logits -= logits.max(axis=-1, keepdims=True)
+    return logits / max(temperature, COLDEST)
 
 
 @typed
@@ -58,8 +70,19 @@ def row_keys(seed: int, rows: list[tuple[int, int]]) -> Array:
     """One key a row [B], from (prompt number, sample number).
 
     A row keeps its key whatever batch it is decoded in.
+
+    Args:
+      seed: from -2**63 to 2**64 - 1; each has streams of its own.
     """
-    return _row_keys(jax.random.key(seed), np.asarray(rows, np.uint32))
+    return _row_keys(_key(seed), np.asarray(rows, np.uint32))
+
+
+def _key(seed: int) -> Array:
+    """`jax.random.key(seed)`, which reads 32 bits of a seed only."""
+    words = jnp.asarray(np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32))
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    # A negative seed has the bits of a large seed.
+    return jax.random.fold_in(key, 1) if seed < 0 else key
 
 
 @jax.jit

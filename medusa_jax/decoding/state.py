@@ -1,19 +1,22 @@
 """What decoding carries from step to step, and what it leaves behind. Letters: see `shapes.py`."""
 
+import bisect
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from medusa_jax.decoding.repetition import Repetition
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache
 from medusa_jax.model.layers import rope_tables
 from medusa_jax.param_paths import map_with_path
 
-RUNNING, STOP, LENGTH = 0, 1, 2
-FINISH_REASONS = ("running", "stop", "length")
+RUNNING, STOP, LENGTH, FAILED = 0, 1, 2, 3
+FINISH_REASONS = ("running", "stop", "length", "failed")
 
 
 @jax.tree_util.register_dataclass
@@ -30,10 +33,11 @@ class State:
       prompt_length: tokens of the prompt [B].
       limit: length of `sequence` at which a row ends [B].
       stop_ids: tokens that end a row, kept as its last token [Q].
-      finish: RUNNING, STOP or LENGTH [B].
+      finish: RUNNING, STOP, LENGTH, or FAILED: the logits of its root were not finite [B].
       steps: steps taken while running [B].
       tokens_per_step: tokens accepted in each, root included, before any cut at
         a stop token or the limit [B, S].
+      repetition: penalties of the rows, or None where no row has any.
     """
 
     cache: KVCache
@@ -47,6 +51,7 @@ class State:
     finish: Array
     steps: Array
     tokens_per_step: Array
+    repetition: Repetition | None = None
 
 
 # Leaves of a state that all rows share.
@@ -113,13 +118,41 @@ class Output:
       prompt_ids, token_ids: the prompt and what follows it, up to and including
         a stop token.
       tokens_per_step: as the decoder made them, before the cut.
-      finish_reason: "stop" or "length".
+      finish_reason: "stop" or "length"; "running" or "failed" in the middle of a text.
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
     tokens_per_step: list[int]
     finish_reason: str
+
+    def stopped(self, count: int) -> "Output":
+        """The row as if its first `count` tokens had ended it; later steps are left out.
+
+        Tokens (5, 2, 9, 4) in steps of (3, 1): of 2 tokens, the first step is left.
+        """
+        ends = list(itertools.accumulate(self.tokens_per_step))
+        steps = bisect.bisect_left(ends, count) + 1
+        return dataclasses.replace(
+            self,
+            token_ids=self.token_ids[:count],
+            tokens_per_step=self.tokens_per_step[:steps],
+            finish_reason=FINISH_REASONS[STOP],
+        )
+
+    def check(self, name: str) -> None:
+        """Raises FloatingPointError if the row has failed; the message begins with `name`."""
+        if self.finish_reason == FINISH_REASONS[FAILED]:
+            raise FloatingPointError(
+                f"{name}: the model's logits are not finite after {len(self.token_ids)} new "
+                "tokens: its weights hold NaN or infinity, or its numbers overflowed; check the "
+                "weights, and decode with dtype float32 if this was bfloat16"
+            )
+
+    @property
+    def running(self) -> bool:
+        """Whether the row has not ended yet."""
+        return self.finish_reason == FINISH_REASONS[RUNNING]
 
     @property
     def mean_accepted_length(self) -> float:

@@ -5,11 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.decoding.acceptance import Acceptance, Context
 from medusa_jax.decoding.network import Network
-from medusa_jax.decoding.state import LENGTH, RUNNING, STOP, Emitted, State
+from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, Emitted, State
 from medusa_jax.drafting.drafter import Drafter, Params
 from medusa_jax.model.kv_cache import commit
 from medusa_jax.shapes import typed
@@ -31,6 +31,8 @@ def advance(
     positions = length[:, None] + tree.depths
     hidden, block = network.hidden(params, tokens, positions, jnp.asarray(tree.mask), state.cache)
     logits = network.logits(params, hidden)
+    if state.repetition is not None:
+        logits = state.repetition.in_tree(tree, tokens, logits)
 
     # 2. Accept a path; cut it at the first stop token and at the row's limit.
     accepted = acceptance.accept(tree, tokens, logits, Context(state.keys, length))
@@ -39,10 +41,14 @@ def advance(
     # makes no copy of it.
     never = (accepted.root < 0).astype(jnp.int32)
     path = jnp.maximum(tree.path_to(accepted.last), never[:, None])
-    made = tree.depth_of(accepted.last) + 1
+    # Numbers that are not finite spoil a whole tree: what its root's logits chose is no text.
+    sound = finite(logits[:, 0])
+    made = jnp.where(sound, tree.depth_of(accepted.last) + 1, 1)
     path_tokens = jnp.take_along_axis(tokens, path, axis=1)
     running = state.finish == RUNNING
     count, finish = cut(path_tokens, made, state.limit - length, state.stop_ids)
+    sound &= finite(logits[rows, accepted.last])
+    finish = jnp.where(sound | (finish != RUNNING), finish, FAILED)
     count = jnp.where(running, count, 0)
     finish = jnp.where(running, finish, state.finish)
 
@@ -59,6 +65,7 @@ def advance(
         tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(
             jnp.where(running, made, 0)
         ),
+        repetition=state.repetition and state.repetition.after(path_tokens, count),
     )
     return network.placed((state, Emitted(path_tokens, count, finish)))
 
@@ -80,6 +87,12 @@ def cut(
     finish = jnp.where(stopped, STOP, jnp.where(kept >= room, LENGTH, RUNNING))
     count = jnp.where(stopped, stops.argmax(axis=1) + 1, kept)
     return count.astype(jnp.int32), finish.astype(jnp.int32)
+
+
+@typed
+def finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Whether a token can be chosen: (1, -inf) -> True, (1, NaN) and (1, inf) -> False."""
+    return jnp.isfinite(logits.max(axis=-1))
 
 
 def _append(sequence: Array, tokens: Array, length: Array) -> Array:

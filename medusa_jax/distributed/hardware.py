@@ -1,4 +1,4 @@
-"""What is known of a device: its name, its memory bandwidth."""
+"""What is known of a device: its name, its memory and the bandwidth of that."""
 
 import os
 import platform
@@ -29,6 +29,13 @@ def device_bandwidth(kind: str | None = None) -> float | None:
     """Bytes per second of this process's device, None where it is not known (CPUs)."""
     kind = kind or jax.devices()[0].device_kind
     return next((bytes_s for name, bytes_s in BANDWIDTH.items() if name in kind), None)
+
+
+def memory_bytes() -> int:
+    """Memory of this process's device; on a CPU, of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit", machine)
 
 
 def accelerated() -> bool:

@@ -164,7 +164,7 @@ class Skipped:
     count: int = 0
     reason: str = ""
 
-    def add(self, error: InputError) -> None:
+    def add(self, error: Exception) -> None:
         """Counts one; with policy "refuse", raises it."""
         if self.policy == "refuse":
             raise error

@@ -11,81 +11,25 @@ insert, generate, free) with a queue in front.
 """
 
 import collections
-import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
 
-from medusa_jax.decoding.decoder import Decoder, check_prompt, padded
-from medusa_jax.decoding.sampling import row_keys
-from medusa_jax.decoding.state import FINISH_REASONS, RUNNING, Output, State, outputs
+from medusa_jax.decoding.decoder import Decoder, check_prompt, row_bytes
+from medusa_jax.decoding.state import Output
 from medusa_jax.decoding.stats import Stats, step_bytes
-from medusa_jax.distributed.rules import everywhere
+from medusa_jax.distributed.hardware import memory_bytes
 from medusa_jax.drafting.drafter import Params
-from medusa_jax.serving.programs import Programs, fitting
+from medusa_jax.serving.jobs import Job, Progress, Row
+from medusa_jax.serving.programs import fitting
+from medusa_jax.serving.slots import Slots
 
-# A running batch outgrows its capacity by so much at least, so that it seldom does again.
-GROWTH = 1.25
 # A call of the device loop ends about this soon, so that signals and streams are served.
 CALL_SECONDS = 0.1
 FIRST_STEPS, MOST_STEPS = 4, 256
 # Processes that share a mesh take the same number of steps, whatever their clocks say.
 SHARED_STEPS = 16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Job:
-    """A prompt to continue.
-
-    Attributes:
-      prompt_ids: token ids of the prompt.
-      max_new_tokens: most tokens to add.
-      stream: the random stream that its row draws from: (prompt number, sample number).
-    """
-
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-    stream: tuple[int, int] = (0, 0)
-
-    @property
-    def tokens(self) -> int:
-        """Most tokens of prompt and text together."""
-        return len(self.prompt_ids) + self.max_new_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What a call of `advance` did for a job.
-
-    Attributes:
-      token_ids: tokens that are new since the last report.
-      output: all of the text, once it has ended.
-      seconds: time of the engine since its prefill began, compilation excluded.
-    """
-
-    job: Job
-    token_ids: list[int]
-    output: Output | None
-    seconds: float
-
-
-@dataclasses.dataclass
-class _Row:
-    """A job in a slot, the engine's time when it began, and the tokens reported so far."""
-
-    job: Job
-    start: float
-    reported: int = 0
-
-    def progress(self, output: Output, now: float) -> Progress:
-        """What is new in the row's output, which has ended or not."""
-        new = output.token_ids[self.reported :]
-        self.reported += len(new)
-        ended = output.finish_reason != FINISH_REASONS[RUNNING]
-        return Progress(self.job, new, output if ended else None, now - self.start)
 
 
 class Engine:
@@ -104,15 +48,17 @@ class Engine:
         *,
         slots: int = 1,
         stop_ids: Sequence[int] = (),
+        repetition_penalty: float = 1.0,
         seed: int = 0,
     ) -> None:
         self.decoder, self.slots, self.stats = decoder, slots, Stats()
-        self._params, self._stop_ids, self._seed = params, tuple(stop_ids), seed
-        self._now = decoder  # with the capacity of the state
-        self._state: Any = None
+        self._batch = Slots(decoder, params, tuple(stop_ids), repetition_penalty, seed)
         self._waiting: collections.deque[Job] = collections.deque()
-        self._rows: dict[int, _Row] = {}
-        self._programs, self._steps = Programs(params), FIRST_STEPS
+        self._rows: dict[int, Row] = {}
+        self._steps = FIRST_STEPS
+        # More rows than that cannot be decoded, so that no more jobs need to wait for them.
+        most_rows = memory_bytes() // row_bytes(fitting(decoder, 1), params)
+        self._most_waiting = min(slots, most_rows + 1)
         self._step_bytes = step_bytes(decoder, params, 0.0)
         self._token_bytes = step_bytes(decoder, params, 1.0) - self._step_bytes
 
@@ -124,7 +70,7 @@ class Engine:
     @property
     def hungry(self) -> bool:
         """Whether another job should be submitted: fewer wait than there are slots."""
-        return len(self._waiting) < self.slots
+        return len(self._waiting) < self._most_waiting
 
     def submit(self, job: Job, name: str = "the prompt", *, next: bool = False) -> None:
         """Lets a job wait for a slot; with `next`, before all others.
@@ -141,43 +87,39 @@ class Engine:
         if job in self._waiting:
             self._waiting.remove(job)
         for slot in [slot for slot, row in self._rows.items() if row.job is job]:
-            del self._rows[slot]
-            free = self._programs.free(self._now, self._state)
-            self._state = free(self._state, np.int32(slot))
+            self._free(slot)
+        if self.idle:
+            self._batch.clear()
 
     def reset(self) -> None:
         """Forgets all jobs: after an error in the middle of a call, the state may be gone."""
         self._waiting.clear()
         self._rows.clear()
-        self._state = None
+        self._batch.clear()
 
     def warm_up(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Compiles what jobs of this shape need, before the first of them arrives."""
-        decoder = fitting(self.decoder, prompt_tokens + max_new_tokens)
-        job = Job([0] * prompt_tokens, max_new_tokens)
-        inputs = self._inputs(decoder, [job] * self.slots)
-        state = self._programs.warm_up(decoder, self._params, inputs)
-        if self.slots > 1:
-            row = self._programs.warm_up(decoder, self._params, self._inputs(decoder, [job]))
-            self._programs.insert(decoder, state, row)
+        self._batch.warm_up(Job([0] * prompt_tokens, max_new_tokens), self.slots)
 
-    def advance(self) -> list[Progress]:
-        """Fills free slots, steps until a row ends or for a bounded time, and reports."""
-        begun = time.perf_counter() - self._programs.compile_seconds
-        self._fill()
+    def advance(self, *, more: bool = True) -> list[Progress]:
+        """Fills free slots, steps until a row ends or for a bounded time, and reports.
+
+        Args:
+          more: other jobs may come. Without them, an idle engine begins with no more rows than
+            jobs, rounded up to a power of two so that few programs are compiled.
+        """
+        begun = time.perf_counter() - self._batch.compile_seconds
+        self._fill(more)
         if not self._rows:
             return []
-        run = self._programs.run(self._now, self._params, self._state)
-        limits = np.int32(self._steps), np.int32(len(self._rows))
-        start = time.perf_counter()
-        self._state, passes = run(self._params, self._state, *limits)
-        passes = int(passes)
-        seconds = time.perf_counter() - start
+        start = time.perf_counter() - self._batch.compile_seconds
+        passes = self._batch.run(self._steps, len(self._rows))
+        seconds = time.perf_counter() - self._batch.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)
-        done = outputs(self._state)
-        self.stats.compile_seconds = self._programs.compile_seconds
+        done = self._batch.outputs()
+        self.stats.compile_seconds = self._batch.compile_seconds
         self.stats.add_passes(passes, seconds)
-        self.stats.seconds += time.perf_counter() - self._programs.compile_seconds - begun
+        self.stats.seconds += time.perf_counter() - self._batch.compile_seconds - begun
         return self._report(passes, done)
 
     def run(self, jobs: Sequence[Job]) -> list[Output]:
@@ -187,43 +129,34 @@ class Engine:
             self.submit(job)
         while not self.idle:
             done |= {p.job: p.output for p in self.advance() if p.output is not None}
+        for number, job in enumerate(jobs):
+            done[job].check(f"prompt {number}")
         return [done[job] for job in jobs]
 
-    def _fill(self) -> None:
+    def _fill(self, more: bool) -> None:
         """Prefills waiting jobs: many at once into an idle engine, else each into a free slot."""
         if not self._rows and self._waiting:
-            need = max(job.tokens for job in self._waiting)
+            tokens = max(max(job.tokens, job.room) for job in self._waiting)
             jobs = [self._waiting.popleft() for _ in range(min(self.slots, len(self._waiting)))]
-            self._now = fitting(self.decoder, need)
-            self._state = self._prefill(dict(enumerate(jobs)), self.slots)
-        while self._waiting and len(self._rows) < self.slots:
+            rows = self.slots if more else min(self.slots, 1 << (len(jobs) - 1).bit_length())
+            self._batch.begin(jobs, rows, tokens)
+            self._rows = {slot: self._row(job) for slot, job in enumerate(jobs)}
+        while self._waiting and len(self._rows) < self._batch.rows:
+            slot = next(slot for slot in range(self._batch.rows) if slot not in self._rows)
             job = self._waiting.popleft()
-            if job.tokens > self._now.capacity:
-                self._grow(job.tokens)
-            slot = next(slot for slot in range(self.slots) if slot not in self._rows)
-            rows = self._prefill({slot: job}, 1)
-            insert = self._programs.insert(self._now, self._state, rows)
-            self._state = insert(self._state, rows, np.int32(0), np.int32(slot))
+            self._batch.put(job, slot)
+            self._rows[slot] = self._row(job)
 
-    def _prefill(self, jobs: dict[int, Job], rows: int) -> State:
-        """The state of these jobs by slot, with empty rows up to `rows`."""
-        empty = [Job([0], 0)] * (rows - len(jobs))
-        inputs = self._inputs(self._now, [*jobs.values(), *empty])
-        prefill = self._programs.prefill(self._now, self._params, inputs)
-        self._rows |= {slot: _Row(job, self.stats.seconds) for slot, job in jobs.items()}
-        self.stats.prompts += len(jobs)
-        return prefill(self._params, *inputs)
+    def _row(self, job: Job) -> Row:
+        """A job that begins now."""
+        self.stats.prompts += 1
+        return Row(job, self.stats.seconds)
 
-    def _inputs(self, decoder: Decoder, jobs: list[Job]) -> tuple[Any, ...]:
-        prompts, new = [job.prompt_ids for job in jobs], [job.max_new_tokens for job in jobs]
-        keys = row_keys(self._seed, [job.stream for job in jobs])
-        return everywhere((*padded(decoder, prompts, new, self._stop_ids), keys), decoder.mesh)
-
-    def _grow(self, tokens: int) -> None:
-        """More cache slots for all rows."""
-        roomy = min(int(self._now.capacity * GROWTH), self.decoder.capacity)
-        self._now = fitting(self.decoder, max(tokens, roomy))
-        self._state = self._programs.resize(self._now, self._state)(self._state)
+    def _free(self, slot: int) -> None:
+        """Gives up a row that may still run on the device."""
+        del self._rows[slot]
+        if self._rows:
+            self._batch.free(slot)
 
     def _report(self, passes: int, done: list[Output]) -> list[Progress]:
         """What is new in each row; rows that have ended leave their slots."""
@@ -231,11 +164,14 @@ class Engine:
         for slot, row in list(self._rows.items()):
             cached += len(done[slot].prompt_ids) + len(done[slot].token_ids)
             progress.append(row.progress(done[slot], self.stats.seconds))
-            if progress[-1].output is not None:
-                del self._rows[slot]
-                self.stats.add_output(done[slot])
+            if (output := progress[-1].output) is not None:
+                self.stats.add_output(output)
+                if done[slot].running:  # its reader has ended it
+                    self._free(slot)
+                else:
+                    del self._rows[slot]
         if self.idle:
-            self._state = None  # its cache: nobody knows when the next job comes
+            self._batch.clear()  # its cache: nobody knows when the next job comes
         self.stats.bytes += passes * (self._step_bytes + cached * self._token_bytes)
         return progress
 

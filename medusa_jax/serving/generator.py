@@ -30,6 +30,8 @@ from medusa_jax.serving.options import (
     DEFAULT_NEW_TOKENS,
     DecodingOptions,
     acceptance_of,
+    check_ends,
+    check_tokens,
     tree_of,
 )
 
@@ -64,6 +66,7 @@ class Generator:
             )
         self.model, self.text, self.tree, self.acceptance = model, text, tree, acceptance
         self.options, self.at_most = options, at_most
+        check_tokens(options, self.stop_ids, self.suppress, model.config.vocab_size)
 
     @classmethod
     def load(
@@ -115,6 +118,12 @@ class Generator:
         """Tokens that are never produced."""
         return tuple(sorted({*self.model.suppress, *self.options.suppress_tokens}))
 
+    @property
+    def repetition_penalty(self) -> float:
+        """That of the options, else the model's own; 1 for none."""
+        chosen = self.options.repetition_penalty
+        return self.model.repetition_penalty if chosen is None else chosen
+
     @functools.cached_property
     def engine(self) -> Engine:
         """The engine, with `options.batch_size` slots."""
@@ -124,8 +133,8 @@ class Generator:
         decoder = Decoder(
             model.config, drafter, self.acceptance, capacity, self.suppress, model.mesh
         )
-        ends, slots = self.stop_ids, options.batch_size
-        return Engine(decoder, model.params, slots=slots, stop_ids=ends, seed=options.seed)
+        how = {"stop_ids": self.stop_ids, "repetition_penalty": self.repetition_penalty}
+        return Engine(decoder, model.params, slots=options.batch_size, seed=options.seed, **how)
 
     @property
     def stats(self) -> Stats:
@@ -144,6 +153,7 @@ class Generator:
 
         Raises:
           InputError: a prompt is empty or does not fit; the others are not answered.
+          FloatingPointError: the model's numbers are not finite.
         """
         conversations = [Conversation.of(prompt, i) for i, prompt in enumerate(prompts)]
         for _ in self.converse(conversations, refuse=True, max_new_tokens=max_new_tokens):
@@ -166,7 +176,7 @@ class Generator:
     ) -> Iterator[Update]:
         """`conversations.converse` in the engine's slots."""
         new_tokens = functools.partial(self.new_tokens, wanted=max_new_tokens)
-        how = {"stream": stream, "refuse": refuse}
+        how: dict[str, Any] = {"stop": self.options.stop, "stream": stream, "refuse": refuse}
         return converse(self.engine, self.text, conversations, new_tokens, **how)
 
     def new_tokens(self, prompt_tokens: int, wanted: int | None = None) -> int:
@@ -190,6 +200,7 @@ def load_generator(
     """
     check(options, prefix="")
     acceptance = acceptance_of(options)  # before loading, which takes long
+    check_ends(options)
     model = load_model(options.model or shipped(), options.heads, options.precision, options.mesh)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     tree: Tree | DynamicTree = Tree()
@@ -220,7 +231,7 @@ class Chat:
           InputError: the conversation no longer fits; the history stays as it was.
         """
         request = Request((turn,), tuple(self.history))
-        conversation = Conversation(request, number=len(self.history))
+        conversation = Conversation(request, number=len(self.history), open_ended=True)
         for update in self._generator.converse([conversation], stream=True, refuse=True):
             yield update.text
         self.history = conversation.messages

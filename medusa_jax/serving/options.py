@@ -3,10 +3,12 @@
 import dataclasses
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.decoding.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
+from medusa_jax.decoding.repetition import penalties
 from medusa_jax.distributed.hardware import accelerated
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree, default_tree, published_names
@@ -44,7 +46,9 @@ class DecodingOptions:
     epsilon: float = option(0.09, help="typical: posterior threshold")
     alpha: float = option(0.3, help="typical: factor of exp(-entropy)")
     sample_root: bool = option(False, help="typical: draw the root token")
-    seed: int = option(0, help="of all random draws")
+    seed: int = option(0, least=-(2**63), most=2**64 - 1, help="of all random draws")
+    repetition_penalty: float | None = option(None, help="divides the logits of tokens that prompt "
+        "or text hold, as transformers does (default: the model's own, else 1: none)")  # fmt: skip
     autoregressive: bool = option(False, help="plain decoding, one token a step")
     max_new_tokens: int | None = option(None, least=1, help=f"default: what fits, at most "
         f"{DEFAULT_NEW_TOKENS}")  # fmt: skip
@@ -55,6 +59,8 @@ class DecodingOptions:
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
     ignore_eos: bool = option(False, help="go on past end-of-sequence")
+    stop: list[str] = option([], action="append", metavar="TEXT", help="ends a text before this "
+        "string; may be given again")  # fmt: skip
     stop_id: list[int] = option([], action="append", help="another token that ends a text")
     suppress_tokens: list[int] = option([], nargs="+", help="ids never to produce")
     debug: bool = False
@@ -78,6 +84,34 @@ def acceptance_of(options: DecodingOptions) -> Acceptance:
         temperature = 1.0 if options.temperature is None else options.temperature
         return Lossless(temperature, options.top_k, options.top_p)
     raise InputError(f"unknown acceptance {options.acceptance!r}; expected {', '.join(SCHEMES)}")
+
+
+def check_ends(options: DecodingOptions) -> None:
+    """Raises InputError for a stop string or a penalty that means nothing."""
+    if "" in options.stop:
+        raise InputError("stop is an empty string; expected a text that ends an answer")
+    if options.repetition_penalty is not None:
+        penalties(options.repetition_penalty, 1)
+
+
+def check_tokens(
+    options: DecodingOptions, stop_ids: Sequence[int], suppress: Sequence[int], vocab_size: int
+) -> None:
+    """Raises InputError where the options name ids beyond the vocabulary, or nothing is left.
+
+    Args:
+      stop_ids, suppress: with those of the model.
+    """
+    for name in ("stop_id", "suppress_tokens"):
+        for token in getattr(options, name):
+            if not 0 <= token < vocab_size:
+                raise InputError(
+                    f"{name} {token} must lie in 0..{vocab_size - 1}, the model's vocabulary"
+                )
+    if {*stop_ids, *suppress}.issuperset(range(vocab_size)):
+        raise InputError(
+            "suppress_tokens leaves no token but those that end a text; suppress fewer"
+        )
 
 
 def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree | DynamicTree:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
-from medusa_jax.decoding.prefill import round_up
+from medusa_jax.decoding.prefill import PREFILL_BLOCK, round_up
 
 SMALLEST_CAPACITY = 128
 FINE_CAPACITY = 512
@@ -45,26 +45,29 @@ class Programs:
         places = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         self.compile_seconds, self._signature = 0.0, (structure, places)
 
-    def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any) -> Any:
+    def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any, **static: Any) -> Any:
         """The compiled method `name` of a decoder.
 
         Args:
           shape: what tells the shapes of the inputs apart, beside the decoder.
           inputs: arrays, or their abstract shapes; read only where it must be compiled.
+          static: arguments that are compiled in.
         """
-        key = self._signature, name, decoder, shape
+        key = self._signature, name, decoder, shape, *static.values()
         if key not in _COMPILED:
             start = time.perf_counter()
-            lowered = getattr(Decoder, name).lower(decoder, *inputs)
+            lowered = getattr(Decoder, name).lower(decoder, *inputs, **static)
             _COMPILED[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - start
         return _COMPILED[key]
 
-    def prefill(self, decoder: Decoder, params: Any, inputs: Any) -> Any:
-        """`Decoder.run_prefill` for prompts of these shapes."""
-        tokens, _, _, stop_ids, _ = inputs
-        shape = tokens.shape + stop_ids.shape
-        return self.get("run_prefill", decoder, shape, params, *inputs)
+    def prefill(
+        self, decoder: Decoder, params: Any, inputs: Any, block: int = PREFILL_BLOCK
+    ) -> Any:
+        """`Decoder.run_prefill` for prompts of these shapes, in blocks of so many tokens."""
+        tokens, _, _, stop_ids, _, penalty = inputs
+        shape = (*tokens.shape, *stop_ids.shape, penalty is None)
+        return self.get("run_prefill", decoder, shape, params, *inputs, block=block)
 
     def run(self, decoder: Decoder, params: Any, state: Any) -> Any:
         """`Decoder.run` for states of this shape."""
@@ -94,5 +97,5 @@ class Programs:
 
 
 def _shape(state: Any) -> tuple[int, ...]:
-    """What tells states of one decoder apart: rows B and stop tokens Q."""
-    return state.root.shape + state.stop_ids.shape
+    """What tells states of one decoder apart: rows B, stop tokens Q, a repetition penalty."""
+    return (*state.root.shape, *state.stop_ids.shape, state.repetition is None)

@@ -10,8 +10,8 @@ import numpy as np
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.progress import progress
-from medusa_jax.serving.engine import Job
 from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.jobs import Job
 
 PLAIN = "1"  # name of the root alone
 EQUAL = 0.02  # so near the fastest in the end, a tree is as fast

@@ -40,8 +40,8 @@ from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.serving import tree_store
 from medusa_jax.serving.conversations import Conversation
-from medusa_jax.serving.engine import Job
 from medusa_jax.serving.generator import Generator, load_generator
+from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, dynamic_tree, usable_ranks
 from medusa_jax.tuning import head_ranks, report, tree_search
 from medusa_jax.tuning.timing import PLAIN, Row, choose, near, predict, time_trees
@@ -202,6 +202,8 @@ def write_texts(generator: Generator, prompts: list[list[int]]) -> list[Output]:
     with progress(total=len(todo), label="texts", unit="texts") as bar:
         while not writer.engine.idle:
             done = {p.job: p.output for p in writer.engine.advance() if p.output is not None}
+            for output in done.values():
+                output.check("a calibration text")
             outputs |= done
             bar.update(len(done))
     return [outputs[job] for job in todo]

@@ -2,21 +2,19 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import hugging_face
 from helpers.models import TINY, TinyModel, random_model
 from helpers.tiers import slow_except
 
 from medusa_jax.checkpoints.load import load_model
-from medusa_jax.decoding import decoder as decoder_module
-from medusa_jax.decoding import prefill as prefill_module
 from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless, Typical
-from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.decoder import Decoder, padded
 from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import outputs
@@ -83,77 +81,21 @@ def test_recorded_plain_runs(stories, golden):
 
 # --- against Hugging Face ---------------------------------------------------------------------
 
-TEXTS = {
-    "stories260K": [
-        "Once upon a time",
-        "Tom",
-        "The sun was shining and the birds were singing in the big old tree. Lily",
-        "One day",
-        "She",
-        "Ben and Mia went to the park to play. They saw a",
-        "There was a little",
-        "Mom said",
-    ],
-    "poem": [
-        f"主题：{theme} 体裁：{form}\n"
-        for theme in ("明月", "秋", "春风", "江水")
-        for form in ("五绝", "七律")
-    ],
-}
-TEXTS["babyllama105"] = TEXTS["stories260K"]
-
-
-def _hugging_face(directory: Path, prompts, new_tokens, **settings):
-    """Greedy continuations by transformers' generate, one prompt at a time."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)  # more only wait for each other at these sizes
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, trust_remote_code=False
-    )
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            pad_token_id=0,
-            **settings,
-        )
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stories260K", "babyllama105", "poem"])
 def test_greedy_text_equals_hugging_face(shared, name):
     """One prompt and a batch of eight unequal ones, with Medusa and without, until EOS."""
-    from transformers import AutoTokenizer
-
     directory = shared / "models" / name
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    prompts = [
-        [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
-        for text in TEXTS[name]
-    ]
-    suppress = (0,) if name == "poem" else ()
-    expected = _hugging_face(directory, prompts, 60, suppress_tokens=list(suppress) or None)
-    if name == "stories260K":
-        model = load_model(directory, shared / "models/stories260K-medusa")
-        params, heads = model.params, model.heads
-    else:  # these come without heads: random ones, whose guesses are nearly always wrong
-        model = load_model(directory)
-        random = random_model(model.config, num_heads=3)
-        params, heads = model.params | {"heads": random.params["heads"]}, random.heads
+    prompts, suppress = hugging_face.prompts(directory), hugging_face.SUPPRESS[name]
+    expected = hugging_face.greedy(directory, prompts, 60, suppress_tokens=list(suppress) or None)
+    model = hugging_face.with_heads(directory)
     for tree in (Tree(), BUSHY):
-        decoder = Decoder(model.config, medusa_drafter(heads, tree), Greedy(), suppress=suppress)
+        drafter = medusa_drafter(model.heads, tree)
+        decoder = Decoder(model.config, drafter, Greedy(), suppress=suppress)
         for rows in (slice(0, 1), slice(None)):
-            results = _decode(
-                decoder, params, prompts[rows], max_new_tokens=60, stop_ids=model.stop_ids
-            )
+            settings = {"max_new_tokens": 60, "stop_ids": model.stop_ids}
+            results = _decode(decoder, model.params, prompts[rows], **settings)
             assert [result.token_ids for result in results] == expected[rows]
 
 
@@ -181,7 +123,7 @@ def test_greedy_text_past_a_sliding_window(tmp_path):
     model = load_model(tmp_path)
     random = random_model(model.config)
     prompts = [[4, 8, 15], [16, 23, 42, 4, 8, 15, 16, 23, 42, 1, 2, 3]]
-    expected = _hugging_face(tmp_path, prompts, 48)
+    expected = hugging_face.greedy(tmp_path, prompts, 48)
     assert len({token for text in expected for token in text}) > 10  # not a constant text
     for tree in (Tree(), BUSHY):
         decoder = Decoder(model.config, medusa_drafter(random.heads, tree))
@@ -228,15 +170,23 @@ def test_medusa_equals_plain_decoding(tiny: TinyModel):
 
 
 @pytest.mark.slow
-def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel, monkeypatch):
+def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel):
     """Blocks of 16, the last one moved back: the same text as in one pass."""
     prompts = [list(np.arange(length) % 37) for length in (61, 16, 17, 40)]
     decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), capacity=80)
     whole = _decode(decoder, tiny.params, prompts, max_new_tokens=12)
-    monkeypatch.setattr(prefill_module, "PREFILL_BLOCK", 16)
-    monkeypatch.setattr(decoder_module, "bucket", lambda length: 70)
-    jax.clear_caches()
-    assert _decode(decoder, tiny.params, prompts, max_new_tokens=12) == whole
+    keys = row_keys(0, [(row, 0) for row in range(4)])
+    inputs = padded(decoder, prompts, [12] * 4, (), width=70)
+    state = decoder.run_prefill(tiny.params, *inputs, keys, block=16)
+    assert outputs(decoder.generate(tiny.params, state)) == whole
+    # Blocks that hold padding alone are not run.
+    inputs = padded(decoder, prompts[1:2], [12], (), width=70)
+    (alone,) = outputs(
+        decoder.generate(
+            tiny.params, decoder.run_prefill(tiny.params, *inputs, keys[1:2], block=16)
+        )
+    )
+    assert alone == whole[1]
 
 
 @pytest.mark.slow

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from helpers.models import TinyModel, random_model
 from scipy import stats
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from medusa_jax.decoding.acceptance import Accepted, Context, Lossless, Typical
 from medusa_jax.decoding.decoder import Decoder
@@ -52,8 +54,9 @@ TARGETS = {
     "cold, top-k": Lossless(temperature=0.7, top_k=5),
     "warm, top-p": Lossless(temperature=1.3, top_p=0.8),
 }
+PENALTY = 1.4
 CASES = list(itertools.product(TREES, TARGETS))
-LEVEL = FALSE_ALARM / len(CASES)
+LEVEL = FALSE_ALARM / (len(CASES) + 1)  # and a case with a repetition penalty
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,19 @@ def exact(logits: jax.Array, target: Lossless) -> np.ndarray:
     return joint.ravel() / joint.sum()
 
 
-def counts(model: TinyModel, tree: Tree, acceptance, seed: int) -> tuple[np.ndarray, float]:
+def penalized(logits: jax.Array) -> jax.Array:
+    """`exact_logits` as transformers penalizes them: after `PROMPT`, a, b, from their tokens."""
+    process, scores = RepetitionPenaltyLogitsProcessor(PENALTY), np.array(logits)
+    for row, place in np.ndindex(len(scores), NEW):
+        pair = divmod(row, scores.shape[-1])[:place]
+        text = torch.tensor([[*PROMPT, *pair]])
+        scores[row, place] = process(text, torch.from_numpy(scores[row, place])[None])[0]
+    return jnp.asarray(scores)
+
+
+def counts(
+    model: TinyModel, tree: Tree, acceptance, seed: int, penalty: float = 1.0
+) -> tuple[np.ndarray, float]:
     """How often each continuation was decoded [V * V * V], and the mean accepted length."""
     decoder = Decoder(model.config, medusa_drafter(model.heads, tree), acceptance)
     base = jax.random.key(seed)
@@ -96,7 +111,8 @@ def counts(model: TinyModel, tree: Tree, acceptance, seed: int) -> tuple[np.ndar
         # As `row_keys(seed, [(0, sample), ...])`, all at once.
         samples = jnp.arange(start, start + BATCH)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(base, 0), samples)
-        state = decoder.prefill(model.params, [PROMPT] * BATCH, max_new_tokens=NEW, keys=keys)
+        how = {"max_new_tokens": NEW, "keys": keys, "repetition_penalty": penalty}
+        state = decoder.prefill(model.params, [PROMPT] * BATCH, **how)
         state = decoder.generate(model.params, state)
         place = len(PROMPT)
         texts = np.asarray(state.sequence)[:, place : place + NEW]
@@ -146,6 +162,16 @@ def test_text_follows_the_exact_distribution(small, targets, tree: str, target: 
     assert not observed[targets[target] == 0].any()
     assert p_value(observed, targets[target]) > LEVEL
     assert accepted == 1 if tree == "root alone" else accepted > 1.1
+
+
+def test_penalized_text_follows_the_exact_distribution(small, targets):
+    """A tree whose nodes each see their own path; the free distribution is told apart."""
+    target = TARGETS["cold, top-k"]
+    right = exact(penalized(jax.jit(lambda: exact_logits(small))()), target)
+    observed, accepted = counts(small, TREES["bushy"], target, 200, PENALTY)
+    assert p_value(observed, right) > LEVEL
+    assert p_value(observed, targets["cold, top-k"]) < LEVEL
+    assert accepted > 1.1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,13 @@ def test_devices_that_share_key_value_heads_and_sample_with_grown_trees(found):
 
 @pytest.mark.e2e
 @pytest.mark.slow
+def test_a_repetition_penalty_is_the_same_on_several_devices(found):
+    case = found["grouped"]
+    assert case["one_penalized"] == case["several_penalized"] != case["one"]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_real_model_read_part_by_part(found, shared):
     case = found["stories"]
     check(case)

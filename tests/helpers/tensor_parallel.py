@@ -64,6 +64,11 @@ def compare(alone: Decoder, params: Any, together: Decoder, split: Any) -> dict[
             found["aliased"] = generate.memory_analysis().alias_size_in_bytes
         done = outputs(generate(weights, state))
         found[name] = [dataclasses.asdict(output) for output in done]
+        if isinstance(decoder.acceptance, Lossless):
+            how = {"max_new_tokens": NEW_TOKENS, "repetition_penalty": 1.5}
+            state = decoder.prefill(weights, PROMPTS, **how)
+            done = outputs(decoder.generate(weights, state))
+            found[f"{name}_penalized"] = [dataclasses.asdict(output) for output in done]
     return found
 
 

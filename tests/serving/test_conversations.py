@@ -116,7 +116,7 @@ def test_an_engine_serves_on_after_an_interrupt(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("medusa_jax.serving.engine.outputs", interrupted)
+        patched.setattr("medusa_jax.serving.slots.outputs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generator.generate(["Tom", "Lily", "Ben"])
     assert generator.engine.idle

@@ -13,7 +13,8 @@ from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving import engine as module
-from medusa_jax.serving.engine import Engine, Job, next_steps
+from medusa_jax.serving.engine import Engine, next_steps
+from medusa_jax.serving.jobs import Job
 
 TREES = [Tree(), Tree.from_lists([[0], [1], [0, 0], [1, 0]]), DynamicTree(6, 3, 4)]
 # Unequal prompts and lengths; job 5 outgrows the capacity that the first jobs need.

@@ -1,0 +1,65 @@
+"""Jobs of the engine: what to continue, and how far each has come."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from medusa_jax.decoding.state import Output
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A prompt to continue.
+
+    Attributes:
+      prompt_ids: token ids of the prompt.
+      max_new_tokens: most tokens to add.
+      stream: the random stream that its row draws from: (prompt number, sample number).
+      room: tokens that its conversation may grow to, where longer prompts will follow it.
+      read: is told new tokens; says how many of them to keep where the text ends among them,
+        or None where it goes on. It may end a text that the decoder would continue.
+    """
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    stream: tuple[int, int] = (0, 0)
+    room: int = 0
+    read: Callable[[list[int]], int | None] = lambda token_ids: None
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of prompt and text together."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a call of `advance` did for a job.
+
+    Attributes:
+      token_ids: tokens that are new since the last report.
+      output: all of the text, once it has ended.
+      seconds: time of the engine since its prefill began, compilation excluded.
+    """
+
+    job: Job
+    token_ids: list[int]
+    output: Output | None
+    seconds: float
+
+
+@dataclasses.dataclass
+class Row:
+    """A job in a slot, the engine's time when it began, and the tokens reported so far."""
+
+    job: Job
+    start: float
+    reported: int = 0
+
+    def progress(self, output: Output, now: float) -> Progress:
+        """What is new in the row's output, which has ended or not."""
+        new = output.token_ids[self.reported :]
+        kept = self.job.read(new)
+        if kept is not None:
+            new, output = new[:kept], output.stopped(self.reported + kept)
+        self.reported += len(new)
+        return Progress(self.job, new, None if output.running else output, now - self.start)
