@@ -58,8 +58,6 @@ def greedy(
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, trust_remote_code=False
     )
-        directory, dtype=torch.float32, trust_remote_code=False
-    )
     texts = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
