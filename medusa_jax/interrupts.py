@@ -76,8 +76,7 @@ class _Unwinding(_AtOnce):
     def again(self) -> None:
         """The exception was lost in a callback, or would be: the signal is sent once more."""
         self._raised = False
-        main = threading.main_thread().ident or 0
-        self._later(0.02, signal.pthread_kill, main, self.number or signal.SIGINT)
+        self._later(0.02, _send_again, self.number or signal.SIGINT)
 
     def _later(self, seconds: float, action: Callable[..., object], *arguments: object) -> None:
         timer = threading.Timer(seconds, action, arguments)
@@ -158,12 +157,21 @@ def end(message: str = "interrupted") -> None:
 
 
 _ending = threading.Lock()
+_sent_again: list[int] = []  # signals of our own, which the listening thread has not heard yet
 _plans: list[_AtOnce] = [_AtOnce()]  # the last one counts
+
+
+def _send_again(number: int) -> None:
+    _sent_again.append(number)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _watch(reader: int) -> None:
     while True:
         number = os.read(reader, 1)[0]
+        if number in _sent_again:  # meant for the main thread, which may have unwound by now
+            _sent_again.remove(number)
+            continue
         if number in _SIGNALS and signal.getsignal(number) is _handle:  # else it is another's
             _plans[-1].heard(number)
 

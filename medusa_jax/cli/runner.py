@@ -67,8 +67,10 @@ def _unwound(main: Callable[[argparse.Namespace], None], namespace: argparse.Nam
 
 
 def _message(error: Exception) -> str:
-    lost = "jax" in sys.modules and _partners().lost(error)
-    return lost or f"{type(error).__name__}: {error}"
+    if lost := "jax" in sys.modules and _partners().lost(error):
+        return lost
+    own = type(error).__module__.startswith("medusa_jax.")  # its message says all there is to say
+    return str(error) if own else f"{type(error).__name__}: {error}"
 
 
 def _partners() -> Any:

@@ -16,7 +16,7 @@ from medusa_jax.files import OutputError
         (
             OutputError("x.json could not be written"),
             1,
-            "error: OutputError: x.json could not be written\n",
+            "error: x.json could not be written\n",
         ),
         (ValueError("no digits"), 1, "error: ValueError: no digits\n"),
     ],

@@ -153,14 +153,14 @@ def test_the_command_counts_what_the_assistant_says(count: Any, tmp_path: Path):
         (("--tokens", 0), "--tokens must be 1 to 8192, got 0"),
         (("--output", "nowhere"), "--output nowhere is no directory"),
         (("--data", "none.jsonl"), "none.jsonl does not exist"),
-        (("--on_bad", "refuse"), "record 1: expected one of the keys"),
+        (("--on_bad", "refuse"), "record 2: expected one of the keys"),
     ],
 )
 def test_wrong_flags_exit_with_2_and_one_message(
     count: Any, tmp_path: Path, flags: tuple[object, ...], message: str
 ):
     data = tmp_path / "a.jsonl"
-    data.write_text('{"neither": 1}\n')
+    data.write_text('{"text": "good"}\n{"neither": 1}\n')
     code, said = count("--data", data, "--output", tmp_path, *flags)
     assert code == 2
     assert message in said.splitlines()[-1]

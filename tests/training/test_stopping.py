@@ -95,7 +95,7 @@ def test_nan_stops_the_run_and_names_the_last_good_checkpoint(place: Path, tmp_p
     )
     assert code == 1
     message = err.strip().splitlines()[-1]
-    assert "Diverged: step " in message
+    assert "step " in message and "loss" in message
     assert "gradient norm" in message
     saved = Checkpoints(tmp_path / "run").latest
     assert (f"checkpoints/{saved}" if saved else "there is none yet") in message
@@ -115,7 +115,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(place: Path, tmp_path: Path)
     process = launch(place, workdir, *flags, before=limit)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 1, err
-    assert "error: CheckpointError: a checkpoint could not be written" in err
+    assert "error: a checkpoint could not be written" in err
     assert f"the last good one: {workdir / 'checkpoints/16'}" in err
     code, err = train(place, workdir, *flags)  # with room again, it goes on from there
     assert code == 0, err
@@ -159,7 +159,7 @@ def test_a_ruined_run_ends_and_keeps_its_best_checkpoint(place: Path, tmp_path: 
     flags += ["--config.optim.clip=0", "--config.run.patience=4", "--config.run.eval_every=2"]
     code, err = train(place, workdir, *flags)
     assert code == 1
-    assert re.search(r"Diverged: step \d: loss .*, above [\d.]+ for 4 steps", err)
+    assert re.search(r"error: step \d: loss .*, above [\d.]+ for 4 steps", err)
     kept = Checkpoints(workdir).steps
     assert (f"checkpoints/{kept[-1]}" if kept else "there is none yet") in err
     assert not (workdir / "heads").exists()
