@@ -136,6 +136,9 @@ class Lines:
       path: the file; a pipe or a device is written directly.
       append: go on at the end of the earlier file.
 
+    Raises:
+      InputError: another process is writing it.
+
     Attributes:
       file: where the lines are until they are complete.
     """
@@ -146,8 +149,14 @@ class Lines:
         replaces = not append and place.is_file() and place.stat().st_size > 0
         self._target = place if replaces else None
         self.file = place.with_name(f"{place.name}.partial") if replaces else place
+        self._earlier = contextlib.ExitStack()
+        if replaces:  # another process may be writing it
+            claim(self._earlier.enter_context(place.open("rb")), self.path)
         with writing(self.path):
-            self._stream: IO[bytes] = self.file.open("ab" if append else "wb", buffering=0)
+            self._stream: IO[bytes] = self.file.open("ab", buffering=0)
+        claim(self._stream, self.path)
+        if self.file.is_file() and not append:
+            self._stream.truncate(0)
 
     def write(self, line: str) -> None:
         """Adds a line and hands it to the operating system.
@@ -173,12 +182,24 @@ class Lines:
             self._stream.close()
             if self._target is not None and complete:
                 self.file.replace(self._target)
+        self._earlier.close()
 
     def __enter__(self) -> "Lines":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(complete=kind is None)
+
+
+def claim(stream: IO[bytes], path: str | Path) -> None:
+    """Locks an open file until it is closed. Raises InputError where another process did."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise InputError(f"{path} is being written by another process; give another file") from None
+    except OSError:  # a pipe, or a file system without locks
+        pass
 
 
 @contextlib.contextmanager

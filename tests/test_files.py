@@ -153,3 +153,19 @@ def test_other_errors_stay_what_they_are():
     for error in (ValueError("28"), BrokenPipeError()):
         with pytest.raises(type(error)), writing("x"):
             raise error
+
+
+def test_a_file_that_another_process_writes_is_refused(tmp_path):
+    """Also where its first lines are written, and where it is only about to be replaced."""
+    path = tmp_path / "out"
+    with Lines(path) as mine:
+        for line in ("", "first"):
+            if line:
+                mine.write(line)
+            with pytest.raises(InputError, match="out is being written by another process"):
+                Lines(path)
+    with Lines(path), pytest.raises(InputError, match="by another process"):
+        Lines(path)
+    with Lines(path, append=True) as lines:
+        lines.write("second")
+    assert path.read_text() == "second\n"

@@ -1,10 +1,11 @@
 """Directories of weights: written beside their place, put there when they are complete."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
-from medusa_jax.files import writing
+from medusa_jax.files import locked, writing
 
 # What a Hugging Face directory holds beside weights and config.json.
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -21,6 +22,7 @@ class Replacing:
       write: whether this process writes; the others only learn the directory's name.
 
     Raises:
+      InputError: another process is writing it.
       OutputError: the directory cannot be made, or not be put into its place.
     """
 
@@ -28,12 +30,17 @@ class Replacing:
         self._target, self._write = target.resolve(), write  # a link stays a link
         self._new = self._target.with_name(f"{self._target.name}.tmp")
         self._old = self._target.with_name(f"{self._target.name}.old")
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> Path:
         if self._write:
+            name = f".{self._target.name}.lock"
+            with writing(self._target):
+                self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(locked(self._target.with_name(name), str(self._target)))
             with writing(self._target):
                 _remove(self._new)
-                self._new.mkdir(parents=True)
+                self._new.mkdir()
         return self._new
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -45,6 +52,7 @@ class Replacing:
                     self._put()
         finally:
             shutil.rmtree(self._new, ignore_errors=True)
+            self._lock.close()
 
     def _put(self) -> None:
         _remove(self._old)
