@@ -97,8 +97,9 @@ def _parse(line: str, origin: str) -> Request:
     name = record.get("question_id", record.get("id"))
     request = Request(id=name, category=str(record.get("category") or ""), origin=origin)
     if "prompt_ids" in record:
-        ids = _list_of(record, "prompt_ids", int, origin)
-        return dataclasses.replace(request, prompt_ids=tuple(ids))
+        _list_of(record, "prompt_ids", int, origin)
+        ids = json_files.Fields(record, origin).integers("prompt_ids")
+        return dataclasses.replace(request, prompt_ids=ids)
     if "prompt" in record:
         if not isinstance(record["prompt"], str):
             raise InputError(f"{origin}: 'prompt' must be a string")

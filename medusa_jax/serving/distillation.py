@@ -78,6 +78,7 @@ def distill(options: DistillOptions) -> None:
 
     Raises:
       InputError: an option, a source or the output is wrong; found before the model is loaded.
+      FloatingPointError: no answer has logits that are finite.
     """
     acceptance_of(options)
     check_output(options.output, [*options.data, options.chat_template])
@@ -97,12 +98,14 @@ def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
     to_do = [item for item in inputs if item[0] >= first]
     decoding = dataclasses.replace(options, max_new_tokens=None)
     generator = load_generator(decoding, at_most=options.max_new_tokens or 0, need_heads=False)
-    written = 0
+    written, failed = 0, None
     with (
         progress(total=len(inputs), done=len(inputs) - len(to_do), unit="inputs") as bar,
         Lines(options.output, append=True) as lines,
     ):
         for conversation in in_order(generator, to_do):
+            if isinstance(conversation.problem, FloatingPointError):
+                failed = conversation.problem
             if conversation.problem is not None:
                 (early if conversation.completions else skipped).add(conversation.problem)
             if conversation.completions:
@@ -114,6 +117,8 @@ def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
     if early.count:
         print(f"conversations ended before their last turn: {early}", file=sys.stderr)
     print(generator.stats, file=sys.stderr)
+    if failed and not written:  # no input's fault
+        raise failed
 
 
 def in_order(generator: Generator, inputs: Iterable[tuple[int, Request]]) -> Iterator[Conversation]:

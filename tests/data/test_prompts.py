@@ -71,6 +71,8 @@ def test_published_prompt_sets(shared, name):
         ('{"prompt": 3}', "'prompt' must be a string"),
         ('{"turns": []}', "'turns' must be a non-empty list of str"),
         ('{"prompt_ids": [1, true]}', "'prompt_ids' must be a non-empty list of int"),
+        ('{"prompt_ids": [-1]}', "'prompt_ids' must be an integer from 0"),
+        (f'{{"prompt_ids": [{2**70}]}}', "'prompt_ids' must be an integer from 0"),
         ('{"messages": [{"role": "user"}]}', r"messages\[0\] needs a text"),
         ('{"conversations": [{"from": "cat", "value": ""}]}', "unknown speaker 'cat'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),

@@ -1,6 +1,7 @@
 """What an engine compiles, holds and refuses: long conversations, large batches, broken numbers."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -153,6 +154,22 @@ def test_distillation_leaves_out_what_fails(broken: Generator):
     skipped = distillation.Skipped("skip")
     skipped.add(ended[1].problem)
     assert skipped.count == 1 and "not finite" in str(skipped)
+
+
+def test_distillation_without_a_finite_answer_fails(broken: Generator, monkeypatch, tmp_path):
+    monkeypatch.setattr(distillation, "load_generator", lambda *_, **__: broken)
+    for text in ("Tom", "Once"):
+        (tmp_path / f"{text}.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    data = [str(tmp_path / "Tom.jsonl")]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        distillation.distill(
+            distillation.DistillOptions(data=data, output=str(tmp_path / "none.jsonl"))
+        )
+    data += [str(tmp_path / "Once.jsonl")]
+    distillation.distill(
+        distillation.DistillOptions(data=data, output=str(tmp_path / "some.jsonl"))
+    )
+    assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 1
 
 
 # --- options
