@@ -18,6 +18,11 @@ class OutputError(RuntimeError):
     """A file could not be written; the message names it and says why."""
 
 
+def cache_directory() -> Path:
+    """Where this project keeps what it has measured and compiled: $MEDUSA_JAX_CACHE."""
+    return Path(os.environ.get("MEDUSA_JAX_CACHE") or Path.home() / ".cache" / "medusa_jax")
+
+
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Around writes to `path`: an error of the system becomes an `OutputError` that names it."""

@@ -16,6 +16,7 @@ from medusa_jax.bench.synthetic import abstract_model, random_model, random_para
 from medusa_jax.bench.timing import TREE, time_steps, trees
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.checkpoints.weight_layout import usable
 from medusa_jax.cli import runner
 from medusa_jax.distributed.hardware import accelerated
 from medusa_jax.distributed.rules import decode_mesh
@@ -50,6 +51,7 @@ class StepsOptions:
         "CPU, else bfloat16")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
+    no_kernels: bool = option(False, help="XLA's own products on a CPU, instead of this package's")
     max_length: int | None = option(None, least=2, help="tokens that the cache has room for "
         "(default: hardly more than the steps of a timing may make)")  # fmt: skip
     max_new_tokens: int = option(32, least=1, help="steps of a timing; each makes a token or more")
@@ -135,15 +137,19 @@ def load(options: StepsOptions) -> Subject:
         config = PRESETS[options.model]
         heads = random_heads(options, config)
         mesh = decode_mesh(options.mesh, config) if options.mesh else None
-        params = random_model(config, heads, options.precision, mesh)
+        few_rows = not options.no_kernels and usable(mesh)
+        params = random_model(config, heads, options.precision, mesh, few_rows)
         source = {"kind": "random_weights", "preset": options.model}
         return Subject(config, heads, params, mesh, source, NO_ACCEPTANCE)
     name = str(options.model or shipped())
-    model = load_model(name, options.heads, options.precision, options.mesh)
+    kernels = not options.no_kernels
+    model = load_model(name, options.heads, options.precision, options.mesh, kernels)
     config, heads, params, note = model.config, model.heads, model.params, ""
     if not heads.num_heads:
         heads = random_heads(options, config)
-        abstract = abstract_model(config, heads, model.mesh)["heads"]
+        abstract = abstract_model(config, heads, model.mesh, kernels and usable(model.mesh))[
+            "heads"
+        ]
         params = params | {"heads": random_params(abstract, options.precision)}
         note = f"{name} has no heads, so {heads.num_heads} random heads take their place."
         log.warning(note)

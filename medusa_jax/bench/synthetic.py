@@ -32,14 +32,18 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 
 def random_model(
-    config: ModelConfig, heads: HeadsConfig, dtype: str, mesh: Mesh | None = None
+    config: ModelConfig,
+    heads: HeadsConfig,
+    dtype: str,
+    mesh: Mesh | None = None,
+    few_rows: bool = False,
 ) -> dict[str, Any]:
     """Random {"backbone", "heads"} laid out for decoding: a model is never held twice."""
-    return random_params(abstract_model(config, heads, mesh), dtype)
+    return random_params(abstract_model(config, heads, mesh, few_rows), dtype)
 
 
 def abstract_model(
-    config: ModelConfig, heads: HeadsConfig, mesh: Mesh | None = None
+    config: ModelConfig, heads: HeadsConfig, mesh: Mesh | None = None, few_rows: bool = False
 ) -> dict[str, Any]:
     """Abstract {"backbone", "heads"} laid out for decoding, and over a mesh where there is one."""
     tables = {"backbone": backbone_places(config), "heads": head_places(heads)}
@@ -48,5 +52,6 @@ def abstract_model(
         for part, table in tables.items()
         for place in table.values()
     }
-    shapes = jax.eval_shape(functools.partial(for_decoding, tied=config.tied), nested(leaves))
+    laid_out = functools.partial(for_decoding, tied=config.tied, few_rows=few_rows)
+    shapes = jax.eval_shape(laid_out, nested(leaves))
     return abstract(shapes, mesh) if mesh else shapes

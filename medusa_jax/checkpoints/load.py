@@ -30,7 +30,7 @@ from medusa_jax.checkpoints.heads import (
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
-from medusa_jax.checkpoints.weight_layout import placed, stacked
+from medusa_jax.checkpoints.weight_layout import placed, stacked, usable
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
@@ -73,6 +73,7 @@ def load_model(
     heads: str | Path | None = None,
     dtype: str = "float32",
     mesh: str | None = None,
+    kernels: bool = True,
 ) -> Model:
     """Loads a backbone and, where there are any, its Medusa heads.
 
@@ -83,6 +84,7 @@ def load_model(
       dtype: of all parameters, "float32" or "bfloat16".
       mesh: "tensor=4" splits the parameters over that many devices, each of which
         reads its own part (`rules.decode_mesh`); one device by default.
+      kernels: lays the weights out for `kernels.few_rows` where that can be used.
 
     Raises:
       InputError: something is missing, unreadable, unsupported, of another shape, or not
@@ -101,12 +103,12 @@ def load_model(
         check_fit(stored, config)
         heads_config = stored.config
         tensors = watched(_with_projection(stored, backbone, config), ruined)
-        params["heads"] = _loaded(tensors, dtype, digest, devices)
+        params["heads"] = _loaded(tensors, dtype, digest, devices, kernels)
         if file := bigram_file.beside(source):
             table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
             params[NAME] = everywhere(table, devices)
-    params["backbone"] = _loaded(backbone, dtype, digest, devices, tied=config.tied)
+    params["backbone"] = _loaded(backbone, dtype, digest, devices, kernels, tied=config.tied)
     if ruined:
         log.warning(
             "%s: %d tensors hold NaN or infinity: %s",
@@ -177,19 +179,26 @@ def _with_projection(stored: StoredHeads, backbone: Tensors, config: ModelConfig
 
 
 def _loaded(
-    tensors: Tensors, dtype: str, digest: Any, mesh: Mesh | None, *, tied: bool = False
+    tensors: Tensors,
+    dtype: str,
+    digest: Any,
+    mesh: Mesh | None,
+    kernels: bool,
+    *,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """Nested parameters in the layout of decoding, read one tensor at a time.
 
     Of each tensor, the digest gets the name, the shape and the first numbers.
     """
+    few_rows = kernels and usable(mesh)
     leaves: dict[str, Any] = {}
     for path, tensor in tensors.items():
         leaf_dtype = "int32" if path == "token_map" else dtype
         rows = min(-(-64 // max(math.prod(tensor.shape[1:]), 1)), tensor.shape[0])
         first = tensor.cast(leaf_dtype).read((slice(0, rows),)).reshape(-1)[:64]
         digest.update(f"{path} {tensor.shape}".encode() + first.tobytes())
-        parameter = placed(path, tensor, tied=tied)
+        parameter = placed(path, tensor, tied=tied, few_rows=few_rows)
         leaves |= jax.tree.map(lambda leaf: leaf.cast(leaf_dtype), parameter)
     tree = nested(stacked(leaves, StoredTensor.stack))
     if mesh is None:

@@ -1,8 +1,9 @@
-"""From the layout of files to the layout of decoding: weights [in, out], heads' blocks stacked.
+"""From the layout of files to the layout of decoding: `Weight` leaves, heads' blocks stacked.
 
-Names stay: "mlp/up/weight" is a tensor [out, in] here and a `Weight` [in, out] there. Only the
-blocks of the heads change theirs: "head_0/block_0/weight" and its like become one stack,
-"block_0/weight" [M, in, out], since one product for M heads is faster than M products.
+Names stay: "mlp/up/weight" is a tensor [out, in] here and a `Weight` there, which is [out, in]
+for the kernel of few rows (`kernels.few_rows`) and [in, out] for XLA's products. Only the blocks
+of the heads change theirs: "head_0/block_0/weight" and its like become one stack,
+"block_0/weight" [M, ., .], since one product for M heads is faster than M products.
 
 Leaves may be arrays, shapes under `jax.eval_shape`, or tensors that are still in files.
 """
@@ -14,19 +15,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from medusa_jax.kernels import few_rows as kernel
 from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import flat, nested
 
 _WEIGHTS = ("weight", "lm_head", "vocab")
 
 
-def placed(path: str, tensor: Any, *, tied: bool = False) -> dict[str, Any]:
+def usable(mesh: Any) -> bool:
+    """Whether weights can be laid out for `kernels.few_rows`, which knows nothing of a mesh."""
+    return mesh is None and kernel.available()
+
+
+def placed(path: str, tensor: Any, *, tied: bool = False, few_rows: bool = False) -> dict[str, Any]:
     """One parameter [out, in] as decoding holds it, by path; norms and biases stay as they are.
 
-    "mlp/up/weight" [F, D] becomes the same path's `Weight` [D, F]. A tied embedding stays for
-    its lookup of rows, and has a transposed copy, "lm_head", for the logits.
+    "mlp/up/weight" [F, D] becomes the same path's `Weight` [D, F], or [F, D] for `few_rows`. A
+    tied embedding stays for its lookup of rows. XLA's products want a transposed copy of it for
+    the logits, "lm_head".
     """
-    if path.split("/")[-1] in _WEIGHTS:
+    product = path.split("/")[-1] in _WEIGHTS
+    if few_rows and (product or (tied and path == "embed/embedding")):
+        return {path: Weight(tensor, few_rows=True)}
+    if product:
         return {path: Weight(tensor.mT, "in_out")}
     if tied and path == "embed/embedding":
         return {path: tensor, "lm_head": Weight(tensor.mT, "in_out")}
@@ -51,12 +62,14 @@ def stacked(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[s
     return rest
 
 
-def for_decoding(params: dict[str, Any], *, tied: bool = False) -> dict[str, Any]:
+def for_decoding(
+    params: dict[str, Any], *, tied: bool = False, few_rows: bool = False
+) -> dict[str, Any]:
     """Nested {"backbone", "heads"} parameters [out, in] as decoding holds them."""
     laid_out = {}
     for part, inner in params.items():
         leaves: dict[str, Any] = {}
         for path, leaf in flat(inner).items():
-            leaves |= placed(path, leaf, tied=tied and part == "backbone")
+            leaves |= placed(path, leaf, tied=tied and part == "backbone", few_rows=few_rows)
         laid_out[part] = nested(stacked(leaves, jnp.stack))
     return laid_out

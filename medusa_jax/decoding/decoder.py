@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.decoding.acceptance import Acceptance, Greedy
-from medusa_jax.decoding.network import Network
+from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket, prefill_rows, round_up
 from medusa_jax.decoding.repetition import penalties
 from medusa_jax.decoding.sampling import row_keys
@@ -232,7 +232,7 @@ def check_memory(decoder: Decoder, params: Params, rows: int) -> None:
 def row_bytes(decoder: Decoder, params: Params) -> int:
     """Bytes of each device for the keys and values of a row."""
     config = decoder.config
-    itemsize = params["backbone"]["embed"]["embedding"].dtype.itemsize
+    itemsize = precision(params).itemsize
     heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
     return 2 * config.num_layers * heads * config.head_dim * itemsize * decoder.cache_slots
 

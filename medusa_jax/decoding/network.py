@@ -16,6 +16,7 @@ from medusa_jax.drafting.drafter import Params
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
+from medusa_jax.model.linear import weight_of
 from medusa_jax.param_paths import map_with_path
 
 
@@ -82,3 +83,8 @@ class Network:
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.places(tree))
+
+
+def precision(params: Params) -> jnp.dtype:
+    """The type of hidden states, keys and values: that of the embeddings."""
+    return weight_of(params["backbone"]["embed"]["embedding"]).data.dtype

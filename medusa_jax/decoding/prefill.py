@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.decoding.acceptance import Acceptance, Context
-from medusa_jax.decoding.network import Network
+from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.repetition import Repetition
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, State
 from medusa_jax.decoding.step import finite
@@ -90,7 +90,7 @@ def _run_prompts(
     """The cache of the prompts, and the hidden state of each prompt's last token [B, D]."""
     batch, padded = tokens.shape
     size = min(padded, block)
-    dtype = params["backbone"]["embed"]["embedding"].dtype
+    dtype = precision(params)
     cache = init_cache(network.config, batch, cache_slots, dtype)
     last_hidden = jnp.zeros((batch, network.config.hidden_size), dtype)
 

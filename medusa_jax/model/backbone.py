@@ -14,11 +14,30 @@ from medusa_jax.model.attention import attend
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
 from medusa_jax.model.layers import rms_norm, rope_tables, rotate, within_window
-from medusa_jax.model.linear import Linear, Weight, parameter
+from medusa_jax.model.linear import Linear, parameter
 from medusa_jax.model.rope import DynamicNTK
 from medusa_jax.shapes import typed
 
 Parts = list[tuple[Array, Array, Array]]
+
+
+class Embedding(nn.Module):
+    """The table of token embeddings [V, D], which a tied model also projects with.
+
+    Attributes:
+      config: shape of the backbone.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+        self.table = parameter(self, "embedding", shape, init)
+
+    def __call__(self, tokens: Int[Array, "*dims"]) -> Array:
+        """Rows of the table [*dims, D]."""
+        return jnp.take(self.table.data, tokens, axis=0)
 
 
 class RMSNorm(nn.Module):
@@ -96,14 +115,14 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer.
 
-    A tied model may hold "lm_head" too: decoding's copy in the order that is fast for products.
+    A tied model may hold "lm_head" too: a copy in the order that is fast for XLA's products.
     """
 
     config: ModelConfig
 
     def setup(self) -> None:
         config = self.config
-        self.embed = nn.Embed(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config)
         self.layers = [Layer(config, name=f"layer_{i}") for i in range(config.num_layers)]
         self.final_norm = RMSNorm(config.norm_eps)
         self.lm_head = None
@@ -169,7 +188,7 @@ class Backbone(nn.Module):
         self, hidden: Float[Array, "*dims D"], rows: Int[Array, " W"] | None = None
     ) -> Float[Array, "*dims V"]:
         """Next-token logits, float32 [*dims, V]; with `rows`, of these tokens only [*dims, W]."""
-        weight = Weight(self.embed.embedding) if self.lm_head is None else self.lm_head
+        weight = self.embed.table if self.lm_head is None else self.lm_head
         return (weight if rows is None else weight.rows(rows)).dot(hidden)
 
 

@@ -1,8 +1,9 @@
 """Weights as parameters that know their own layout, and the linear layer that reads them.
 
 Files, training and `Module.init` hold a weight as a plain array [out, in]. Decoding holds a
-`Weight` [in, out]: with the 2 to 64 rows of a tree, XLA's CPU products take half the time in that
-order. Modules read both through `parameter`, so a path means the same weight in every layout.
+`Weight`, in the order that is fast for the 1 to 64 rows of a tree: [out, in] for the kernel of
+`kernels.few_rows`, [in, out] for XLA's products, which take half the time in that order on a CPU.
+Modules read all of them through `parameter`, so a path means the same weight in every layout.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from medusa_jax.kernels import few_rows
 from medusa_jax.shapes import typed
 
 # Letters of a weight's dimensions in an einsum: f is out, d is in.
@@ -58,11 +60,14 @@ class Weight:
         a tensor in a file, a shape, or a sharding.
       order: "out_in" or "in_out".
       adapter: added to the product, or None.
+      few_rows: whether products of few rows are those of `kernels.few_rows`, which has no
+        gradient and wants the order "out_in".
     """
 
     data: Any
     order: str = dataclasses.field(default="out_in", metadata={"static": True})
     adapter: Adapter | None = None
+    few_rows: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @typed
     def dot(self, x: Float[Array, "*dims"]) -> Float[Array, "*out"]:
@@ -72,11 +77,14 @@ class Weight:
         x [*dims, M, in] -> [*dims, M, out].
         """
         data, letters = self.data, _LETTERS[self.order]
-        if data.ndim == 3 and data.shape[0] == 1:
-            data = data[0]  # XLA would transpose a batch of size 1 on a CPU
-        stack = "m" if data.ndim == 3 else ""
-        equation = f"...{stack}d,{stack}{letters}->...{stack}f"
-        y = jnp.einsum(equation, x, data, preferred_element_type=jnp.float32)
+        if self.few_rows and x.size // x.shape[-1] <= few_rows.MOST_ROWS:
+            y = few_rows.product(x, data)
+        else:
+            if data.ndim == 3 and data.shape[0] == 1:
+                data = data[0]  # XLA would transpose a batch of size 1 on a CPU
+            stack = "m" if data.ndim == 3 else ""
+            equation = f"...{stack}d,{stack}{letters}->...{stack}f"
+            y = jnp.einsum(equation, x, data, preferred_element_type=jnp.float32)
         return y if self.adapter is None else y + self.adapter.dot(x)
 
     def rows(self, ids: Array) -> "Weight":
@@ -85,7 +93,7 @@ class Weight:
         adapter = self.adapter
         if adapter is not None:
             adapter = dataclasses.replace(adapter, b=jnp.take(adapter.b, ids, axis=-2))
-        return Weight(jnp.take(self.data, ids, axis=axis), self.order, adapter)
+        return dataclasses.replace(self, data=jnp.take(self.data, ids, axis=axis), adapter=adapter)
 
 
 def weight_of(leaf: Any) -> Weight:

@@ -5,6 +5,9 @@ from medusa_jax.model.rope import Llama3
 
 _LLAMA3 = Llama3(factor=8.0, original_context=8192)
 PRESETS = {
+    "smollm2-135m": ModelConfig(
+        49152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 100000.0, tied=True
+    ),
     "110m": ModelConfig(32000, 768, 2048, 12, 12, 12, 64, 1024),
     "llama2-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5),
     "llama2-13b": ModelConfig(32000, 5120, 13824, 40, 40, 40, 128, 4096, 1e-5),

@@ -201,7 +201,8 @@ def load_generator(
     check(options, prefix="")
     acceptance = acceptance_of(options)  # before loading, which takes long
     check_ends(options)
-    model = load_model(options.model or shipped(), options.heads, options.precision, options.mesh)
+    where = options.precision, options.mesh, not options.no_kernels
+    model = load_model(options.model or shipped(), options.heads, *where)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     tree: Tree | DynamicTree = Tree()
     if need_heads or model.heads.num_heads:

@@ -58,6 +58,7 @@ class DecodingOptions:
         "CPU, else bfloat16")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
+    no_kernels: bool = option(False, help="XLA's own products on a CPU, instead of this package's")
     ignore_eos: bool = option(False, help="go on past end-of-sequence")
     stop: list[str] = option([], action="append", metavar="TEXT", help="ends a text before this "
         "string; may be given again")  # fmt: skip

@@ -8,7 +8,6 @@ the devices that its makers had.
 
 import dataclasses
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import MOST_TOKENS
 from medusa_jax.errors import InputError
-from medusa_jax.files import locked, writing
+from medusa_jax.files import cache_directory, locked, writing
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +32,9 @@ LOCK_SECONDS = 10.0  # in which another process adds its tuning
 
 def cache_file(model: Model, dtype: str) -> Path:
     """Where this model's trees for this device are kept."""
-    home = os.environ.get("MEDUSA_JAX_CACHE") or Path.home() / ".cache" / "medusa_jax"
     kind = re.sub(r"\W+", "-", device()).strip("-").lower()
     kind += f"-x{model.mesh.size}" if model.mesh else ""
-    return Path(home) / "trees" / f"{model.fingerprint}-{kind}-{dtype}.json"
+    return cache_directory() / "trees" / f"{model.fingerprint}-{kind}-{dtype}.json"
 
 
 def describe(acceptance: Acceptance) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from helpers.head_files import (
     edit_weights,
     error_of,
     heads_file,
+    projection,
     random_heads,
     stored,
     without_projection,
@@ -39,7 +40,7 @@ def test_a_tied_model_needs_no_projection(copy: Path):
     edit_config(copy, tie_word_embeddings=True)
     edit_weights(copy / "model.safetensors", without_projection)
     tied = load_model(copy).params["backbone"]
-    np.testing.assert_array_equal(tied["lm_head"].data, tied["embed"]["embedding"].T)
+    np.testing.assert_array_equal(projection(tied), stored(tied)["embed"]["embedding"])
     edit_config(copy, tie_word_embeddings=False)
     assert f"missing lm_head.weight [{VOCAB}, {WIDTH}]" in error_of(copy)
 
@@ -62,8 +63,8 @@ def test_a_tied_model_with_a_projection_is_what_transformers_makes_of_it(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
     model = load_model(copy)
     assert model.config.tied == (changed is None)
-    projection = stored(model.params["backbone"])["lm_head"]
-    np.testing.assert_array_equal(projection, theirs.lm_head.weight.detach().numpy())
+    ours = projection(model.params["backbone"])
+    np.testing.assert_array_equal(ours, theirs.lm_head.weight.detach().numpy())
     said = [record.getMessage() for record in caplog.records if "medusa_jax" in record.name]
     if changed is None:
         assert not said
@@ -85,10 +86,12 @@ def test_a_tied_model_with_a_projection_alone_uses_it_for_both(copy: Path, prefi
         kept = {name: t for name, t in tensors.items() if name != EMBEDDING}
         return {name.replace("model.", prefix): t for name, t in kept.items()}
 
-    projection = load_file(copy / "model.safetensors")[PROJECTION]
+    alone_there = load_file(copy / "model.safetensors")[PROJECTION]
     edit_weights(copy / "model.safetensors", alone)
     model = load_model(copy)
-    np.testing.assert_array_equal(model.params["backbone"]["embed"]["embedding"], projection)
+    np.testing.assert_array_equal(projection(model.params["backbone"]), alone_there)
+    embedding = stored(model.params["backbone"])["embed"]["embedding"]
+    np.testing.assert_array_equal(embedding, alone_there)
     assert model.config.tied
 
 

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,6 +17,7 @@ from helpers.head_files import (
     edit_weights,
     heads_directory,
     original,
+    projection,
     random_heads,
     renamed,
     without_projection,
@@ -30,6 +30,7 @@ from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.tensors import StoredTensor
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.errors import InputError
+from medusa_jax.model.linear import Weight
 
 MAP = np.array([5, 3, 20, 0, 11])
 OWN = ["v0.1", "v1.0", "tgi", "vllm", "mlc", "modelopt"]
@@ -66,8 +67,8 @@ def logits(model: Path, heads: Path, hidden: np.ndarray) -> np.ndarray:
     """[M, N, V or W]"""
     loaded = load_model(model, heads)
     variables = {"params": loaded.params["heads"]}
-    unembed = jax.tree.leaves(loaded.params["backbone"]["lm_head"])[0]
-    made = MedusaHeads(loaded.heads).apply(variables, jnp.asarray(hidden), lambda x: x @ unembed)
+    unembed = Weight(projection(loaded.params["backbone"])).dot
+    made = MedusaHeads(loaded.heads).apply(variables, jnp.asarray(hidden), unembed)
     return np.asarray(made)
 
 

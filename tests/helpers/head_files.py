@@ -120,6 +120,12 @@ def stored(params: dict[str, Any]) -> dict[str, Any]:
     return apart(nested({path: plain(leaf) for path, leaf in flat(params).items()}))
 
 
+def projection(backbone: dict[str, Any]) -> np.ndarray:
+    """A loaded backbone's projection [V, D], which is the embedding of a tied model."""
+    plain = stored(backbone)
+    return plain.get("lm_head", plain["embed"]["embedding"])
+
+
 def by_name(params: dict[str, Any]) -> NPZ:
     """Head parameters under the names of the original's files."""
     tensors, params = {}, stored(params)

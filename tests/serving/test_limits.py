@@ -128,7 +128,7 @@ def broken(generator: Generator) -> Generator:
     token = generator.text.tokenizer.encode("Tom", add_special_tokens=False)[0]
     params = jax.tree.map(lambda leaf: leaf, generator.model.params)
     embed = params["backbone"]["embed"]
-    embed["embedding"] = embed["embedding"].at[token].set(np.nan)
+    embed["embedding"] = jax.tree.map(lambda e: e.at[token].set(np.nan), embed["embedding"])
     model = dataclasses.replace(generator.model, params=params)
     options = dataclasses.replace(generator.options, batch_size=2)
     return Generator(model, generator.text, Tree(), generator.acceptance, options)

@@ -1,0 +1,1 @@
+"""Operations that XLA computes too slowly on some target, written by hand."""

@@ -1,0 +1,116 @@
+"""Products of a weight with few rows on a CPU, as fast as the weight can be read.
+
+A tree of 8 tokens multiplies 8 rows by each weight. XLA's product takes two to four times as
+long as for a single row; `few_rows.cpp` reads each weight once for all of them. It is compiled
+at first use, by the C++ compiler of the machine, and kept in the cache directory. Where there
+is none, callers go on with XLA's product.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from medusa_jax.files import cache_directory
+from medusa_jax.shapes import typed
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 128  # from where on XLA's product is as fast
+_SOURCE = Path(__file__).with_name("few_rows.cpp")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
+# What the file is compiled for: names of LEVEL in it, and the compiler's flags.
+LEVELS = {"plain": ()}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS |= {
+        "avx2": ("-mavx2", "-mfma"),
+        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma",
+                   "-mprefer-vector-width=512"),
+    }  # fmt: skip
+
+
+@functools.cache
+def available() -> bool:
+    """Whether `product` works here: on a CPU whose compiler could build it."""
+    if jax.default_backend() != "cpu":
+        return False
+    try:
+        loaded = ctypes.CDLL(str(library()))
+        jax.ffi.register_ffi_target("medusa_few_rows", jax.ffi.pycapsule(loaded.FewRows), "cpu")
+    except (OSError, subprocess.CalledProcessError, AttributeError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        log.warning("products of few rows are XLA's, which are slower: %s", *reason[:1])
+        return False
+    return True
+
+
+@typed
+def product(
+    x: Float[Array, "*dims"], weight: Array, scale: Float[Array, "*of"] | None = None
+) -> Float[Array, "*out"]:
+    """W x of the last axis, accumulated and returned in float32.
+
+    The numbers of a row do not depend on the other rows, not even in their last bits.
+
+    Args:
+      x: [*dims, in], or for a stack of M weights [*dims, M, in]; float32 or bfloat16.
+      weight: [out, in] or [M, out, in]; float32, bfloat16 or int8.
+      scale: of each output [out] or [M, out], which its sum is multiplied by.
+
+    Returns:
+      [*dims, out] or [*dims, M, out].
+    """
+    stack, out = weight.shape[:-2], weight.shape[-2]
+    dims = x.shape[: -1 - len(stack)]
+    factors = jnp.zeros(0) if scale is None else scale
+    rows = jax.ShapeDtypeStruct((*dims, *stack, out), jnp.float32)
+    return jax.ffi.ffi_call("medusa_few_rows", rows)(x, weight, factors)
+
+
+def library() -> Path:
+    """The compiled library, from the cache or compiled now.
+
+    Raises:
+      OSError: there is no compiler, or nothing can be written.
+      CalledProcessError: the compiler refuses.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = compiler or shutil.which("clang++")
+    include = jax.ffi.include_dir()
+    # Whatever would make other code of it.
+    made_of = (_SOURCE.read_text(), repr(LEVELS), repr(_FLAGS), jax.__version__, str(compiler))
+    name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+    file = cache_directory() / "kernels" / f"few_rows-{name}.so"
+    if file.is_file():
+        return file
+    if compiler is None:
+        raise OSError("no C++ compiler (c++, g++, clang++) is installed")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as place, ThreadPoolExecutor() as pool:
+        parts = {level: (*flags, f"-DLEVEL={level}") for level, flags in LEVELS.items()}
+        parts["entry"] = (f"-I{include}",)
+        objects = {name: f"{place}/{name}.o" for name in parts}
+        commands = [
+            [compiler, *_FLAGS, "-c", str(_SOURCE), *flags, "-o", objects[name]]
+            for name, flags in parts.items()
+        ]
+        list(pool.map(_run, commands))
+        made = Path(place, "library.so")
+        _run([compiler, "-shared", *objects.values(), "-o", str(made)])
+        made.replace(file)  # at once: another process may do the same
+    return file
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
