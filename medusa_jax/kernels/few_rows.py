@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from medusa_jax.files import cache_directory
+from medusa_jax.progress import say
 from medusa_jax.shapes import typed
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def library() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (c++, g++, clang++) is installed")
     file.parent.mkdir(parents=True, exist_ok=True)
+    say(f"compiling products of few rows for this processor, once, into {file.parent}")
     with tempfile.TemporaryDirectory(dir=file.parent) as place, ThreadPoolExecutor() as pool:
         parts = {level: (*flags, f"-DLEVEL={level}") for level, flags in LEVELS.items()}
         parts["entry"] = (f"-I{include}",)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from helpers.paths import ROOT
+from medusa_jax.kernels import few_rows
 
 SHELL = ("sh", "bash")
 
@@ -26,6 +27,10 @@ def clone(target: Path) -> Path:
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
+    if few_rows.available():  # compiled once for all copies, not in each
+        kernels = target.parent / "cache/kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        shutil.copy(few_rows.library(), kernels)
     assert not (target.parent / "shared").exists()
     return target
 
