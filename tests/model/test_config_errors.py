@@ -3,25 +3,10 @@
 import re
 
 import pytest
+from helpers.configs import BASE, LLAMA3
 
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import FAMILIES, ModelConfig, from_hf
-
-BASE = {
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 128,
-}
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.5,
-    "high_freq_factor": 4.5,
-    "original_max_position_embeddings": 32,
-}
 
 
 def read(family: str = "llama", **changes) -> ModelConfig:
