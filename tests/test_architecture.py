@@ -14,12 +14,13 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "files", "interrupts", "json_files", "options", "param_paths"}
+BASE = {"errors", "files", "gguf_file", "interrupts", "json_files", "options", "param_paths"}
 BASE |= {"progress", "reports", "shapes"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
+    "gguf_file": {"errors"},
     "json_files": {"errors", "files"},
     "shapes": set(),
     "param_paths": set(),
@@ -49,6 +50,7 @@ WALLS = {
     "datasets": {"data"},
     "etils": {"training"},
     "matplotlib": {"reports"},
+    "gguf": {"gguf_file"},
     "flax": {"model", "drafting", "decoding", "training", "param_paths"},
     "huggingface_hub": {"checkpoints"},
     "ml_collections": {"training"},
