@@ -21,6 +21,7 @@ from medusa_jax.decoding.state import Output
 from medusa_jax.decoding.stats import Stats, step_bytes
 from medusa_jax.distributed.hardware import memory_bytes
 from medusa_jax.drafting.drafter import Params
+from medusa_jax.errors import InputError
 from medusa_jax.serving.jobs import Job, Progress, Row
 from medusa_jax.serving.programs import fitting
 from medusa_jax.serving.slots import Slots
@@ -76,10 +77,15 @@ class Engine:
         """Lets a job wait for a slot; with `next`, before all others.
 
         Raises:
-          InputError: its prompt is empty, holds ids beyond the vocabulary, or does not fit;
-            the message begins with `name`.
+          InputError: its prompt is empty, holds ids beyond the vocabulary, or does not fit, or it
+            has too many stop tokens; the message begins with `name`.
         """
         check_prompt(self.decoder, job.prompt_ids, job.max_new_tokens, name)
+        if len(job.stop_ids) > self._batch.own_stop_ids:
+            raise InputError(
+                f"{name} has {len(job.stop_ids)} stop tokens of its own; at most "
+                f"{self._batch.own_stop_ids} are possible"
+            )
         (self._waiting.appendleft if next else self._waiting.append)(job)
 
     def cancel(self, job: Job) -> None:

@@ -14,6 +14,10 @@ class Job:
       prompt_ids: token ids of the prompt.
       max_new_tokens: most tokens to add.
       stream: the random stream that its row draws from: (prompt number, sample number).
+      seed: of its random draws; None for that of the engine.
+      sampling: its temperature (0 decodes greedily), top_k and top_p, where the engine's scheme
+        is `PerRow`.
+      stop_ids: tokens that end it, beside those of the engine.
       room: tokens that its conversation may grow to, where longer prompts will follow it.
       read: is told new tokens; says how many of them to keep where the text ends among them,
         or None where it goes on. It may end a text that the decoder would continue.
@@ -22,6 +26,9 @@ class Job:
     prompt_ids: Sequence[int]
     max_new_tokens: int
     stream: tuple[int, int] = (0, 0)
+    seed: int | None = None
+    sampling: tuple[float, int, float] = (0.0, 0, 1.0)
+    stop_ids: Sequence[int] = ()
     room: int = 0
     read: Callable[[list[int]], int | None] = lambda token_ids: None
 

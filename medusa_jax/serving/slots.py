@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from medusa_jax.decoding.acceptance import PerRow
 from medusa_jax.decoding.decoder import Decoder, check_memory, padded
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, SMALL_BLOCK
 from medusa_jax.decoding.repetition import penalties
-from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.decoding.sampling import Sampling, row_keys
 from medusa_jax.decoding.state import Output, State, outputs
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Params
@@ -17,6 +18,8 @@ from medusa_jax.serving.programs import Programs, fitting
 
 # A running batch outgrows its capacity by so much at least, so that it seldom does again.
 GROWTH = 1.25
+# Tokens that may end a row beside those of all rows, where rows have settings of their own.
+OWN_STOP_IDS = 8
 
 
 class Slots:
@@ -24,6 +27,7 @@ class Slots:
 
     Attributes:
       rows: slots of the batch; 0 before it begins.
+      own_stop_ids: most tokens that may end a row beside those that end all rows.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class Slots:
         self._stop_ids, self._penalty, self._seed = stop_ids, repetition_penalty, seed
         self._now = decoder  # with the capacity of the state
         self._state: Any = None
+        self._per_row = isinstance(decoder.acceptance, PerRow)
+        self.own_stop_ids = OWN_STOP_IDS if self._per_row else 0
         self._programs = Programs(params)
 
     @property
@@ -115,7 +121,14 @@ class Slots:
     ) -> tuple[Any, ...]:
         """Arguments of `Decoder.run_prefill`."""
         prompts, new = [job.prompt_ids for job in jobs], [job.max_new_tokens for job in jobs]
-        arrays = padded(decoder, prompts, new, self._stop_ids, width)
-        keys = row_keys(self._seed, [job.stream for job in jobs])
-        inputs = (*arrays, keys, penalties(self._penalty, len(jobs)))
+        # As many for each job, so that all share their programs.
+        stops = [
+            (*self._stop_ids, *job.stop_ids, *[-1] * (self.own_stop_ids - len(job.stop_ids)))
+            for job in jobs
+        ]
+        arrays = padded(decoder, prompts, new, stops, width)
+        seeds = [self._seed if job.seed is None else job.seed for job in jobs]
+        keys = row_keys(seeds, [job.stream for job in jobs])
+        sampling = Sampling.of([job.sampling for job in jobs]) if self._per_row else None
+        inputs = (*arrays, keys, penalties(self._penalty, len(jobs)), sampling)
         return everywhere(inputs, decoder.mesh)
