@@ -40,14 +40,19 @@ MAY_IMPORT = {
 LIBRARY = set(MAY_IMPORT)
 MAY_IMPORT |= {
     "tuning": LIBRARY - {"training"},
+    "server": BASE | {"data", "decoding", "checkpoints", "serving"},
     "cli": LIBRARY - {"training"},
     "bench": (LIBRARY | {"tuning", "cli"}) - {"training"},
 }
-ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "train", "tune"}
-MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES}
+ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "serve", "train", "tune"}
+MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli", "server"} for entry in ENTRIES}
 # Third-party packages and the only folders that may import them.
 WALLS = {
     "datasets": {"data"},
+    "fastapi": {"server"},
+    "prometheus_client": {"server"},
+    "pydantic": {"server"},
+    "uvicorn": {"server"},
     "etils": {"training"},
     "matplotlib": {"reports"},
     "gguf": {"gguf_file"},

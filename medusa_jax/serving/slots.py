@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 
 from medusa_jax.decoding.acceptance import PerRow
-from medusa_jax.decoding.decoder import Decoder, check_memory, padded
+from medusa_jax.decoding.decoder import Decoder, check_memory, check_prompt, padded
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, SMALL_BLOCK
 from medusa_jax.decoding.repetition import penalties
 from medusa_jax.decoding.sampling import Sampling, row_keys
 from medusa_jax.decoding.state import Output, State, outputs
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Params
+from medusa_jax.errors import InputError
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.programs import Programs, fitting
 
 # A running batch outgrows its capacity by so much at least, so that it seldom does again.
 GROWTH = 1.25
-# Tokens that may end a row beside those of all rows, where rows have settings of their own.
+# More tokens that may end a row than those of the engine, where rows have settings of their own.
 OWN_STOP_IDS = 8
 
 
@@ -27,7 +28,7 @@ class Slots:
 
     Attributes:
       rows: slots of the batch; 0 before it begins.
-      own_stop_ids: most tokens that may end a row beside those that end all rows.
+      most_stop_ids: most tokens that may end a row.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Slots:
         self._now = decoder  # with the capacity of the state
         self._state: Any = None
         self._per_row = isinstance(decoder.acceptance, PerRow)
-        self.own_stop_ids = OWN_STOP_IDS if self._per_row else 0
+        self.most_stop_ids = len(stop_ids) + (OWN_STOP_IDS if self._per_row else 0)
         self._programs = Programs(params)
 
     @property
@@ -55,6 +56,15 @@ class Slots:
     def compile_seconds(self) -> float:
         """Spent on compilation so far."""
         return self._programs.compile_seconds
+
+    def check(self, job: Job, name: str) -> None:
+        """Raises InputError unless the job can be decoded; the message begins with `name`."""
+        check_prompt(self._decoder, job.prompt_ids, job.max_new_tokens, name)
+        if len(job.stop_ids or ()) > self.most_stop_ids:
+            raise InputError(
+                f"{name} has {len(job.stop_ids or ())} stop tokens; at most "
+                f"{self.most_stop_ids} are possible"
+            )
 
     def begin(self, jobs: list[Job], rows: int, tokens: int) -> None:
         """A batch of so many rows, the first of them with these jobs, for so many tokens each.
@@ -121,11 +131,9 @@ class Slots:
     ) -> tuple[Any, ...]:
         """Arguments of `Decoder.run_prefill`."""
         prompts, new = [job.prompt_ids for job in jobs], [job.max_new_tokens for job in jobs]
+        stops = [self._stop_ids if job.stop_ids is None else job.stop_ids for job in jobs]
         # As many for each job, so that all share their programs.
-        stops = [
-            (*self._stop_ids, *job.stop_ids, *[-1] * (self.own_stop_ids - len(job.stop_ids)))
-            for job in jobs
-        ]
+        stops = [(*ids, *[-1] * (self.most_stop_ids - len(ids))) for ids in stops]
         arrays = padded(decoder, prompts, new, stops, width)
         seeds = [self._seed if job.seed is None else job.seed for job in jobs]
         keys = row_keys(seeds, [job.stream for job in jobs])
