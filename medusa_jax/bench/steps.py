@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from typing import Any
 
+from medusa_jax.bench import compiled_steps
 from medusa_jax.bench.output import write_report
 from medusa_jax.bench.report import NO_ACCEPTANCE
 from medusa_jax.bench.summary import about, copy_bandwidth
@@ -18,6 +19,7 @@ from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.weight_layout import usable
 from medusa_jax.cli import runner
+from medusa_jax.distributed.aot import DoesNotFit
 from medusa_jax.distributed.hardware import accelerated
 from medusa_jax.distributed.rules import decode_mesh
 from medusa_jax.drafting.drafter import Params
@@ -49,6 +51,8 @@ class StepsOptions:
     batch_sizes: list[int] = option([1, 4, 16], least=1, nargs="+", help="rows of a step")
     dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
         "CPU, else bfloat16")  # fmt: skip
+    compile_only: str | None = option(None, metavar="TOPOLOGY", help="time nothing: aot.json says "
+        "what the compiler of v5e:2x2, v5p:1x1x1, ..., or h100 says of each step")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
     no_kernels: bool = option(False, help="XLA's own products on a CPU, instead of this package's")
@@ -90,6 +94,8 @@ def bench(options: StepsOptions) -> None:
     check_directory(options.output)
     if options.model in PRESETS and options.heads:
         raise InputError(f"--heads: the weights of {options.model} are random, and so its heads")
+    if options.compile_only:
+        return compile_only(options, options.compile_only)
     subject, bandwidth = load(options), copy_bandwidth()
     cases = len(trees(options.sizes, subject.heads.num_heads)) * len(set(options.batch_sizes))
     with progress(total=cases * (options.repeats + 1), label="timing", unit="runs") as bar:
@@ -119,6 +125,29 @@ def bench(options: StepsOptions) -> None:
         "rows": rows,
     }  # fmt: skip
     write_report(report, options.output, steps=[record(row) for row in rows])
+
+
+def compile_only(options: StepsOptions, topology: str) -> None:
+    """Writes what the compiler of an absent machine says of the steps.
+
+    Raises:
+      InputError: an option is wrong.
+      DoesNotFit: a step needs more memory than a device has; after all are written.
+    """
+    config, heads = compiled_steps.shapes_of(options.model, options.heads)
+    records, short = compiled_steps.compile_steps(
+        topology,
+        config,
+        heads or random_heads(options, config),
+        sizes=options.sizes,
+        batch_sizes=options.batch_sizes,
+        mesh=options.mesh or "tensor=1",
+        dtype=options.dtype or "bfloat16",
+        max_length=options.max_length,
+    )
+    compiled_steps.write(records, options.output)
+    if short:
+        raise DoesNotFit("; ".join(short))
 
 
 def record(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from medusa_jax.bench.summary import spread
 from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
+from medusa_jax.decoding.layouts import in_fast_order
 from medusa_jax.decoding.prefill import round_up
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.hardware import device_bandwidth
@@ -91,6 +92,7 @@ def time_steps(
         tree.size: Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=mesh)
         for tree in chosen
     }
+    params = in_fast_order(decoders[chosen[-1].size], params, max(batch_sizes))
     cases = list(itertools.product(dict.fromkeys(batch_sizes), decoders))
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
     for repeat in range(repeats + 1):

@@ -40,9 +40,9 @@ class Programs:
     """
 
     def __init__(self, params: Any) -> None:
-        """Of programs for parameters of these shapes, types and places."""
+        """Of programs for parameters of these shapes, types, places and orders in memory."""
         leaves, structure = jax.tree.flatten(params)
-        places = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        places = tuple((leaf.shape, leaf.dtype, leaf.format) for leaf in leaves)
         self.compile_seconds, self._signature = 0.0, (structure, places)
 
     def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any, **static: Any) -> Any:
