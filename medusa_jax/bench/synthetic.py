@@ -56,6 +56,7 @@ def abstract_model(
         for part, table in tables.items()
         for place in table.values()
     }
-    laid_out = functools.partial(for_decoding, tied=config.tied, few_rows=few_rows)
+    joint = mesh is None
+    laid_out = functools.partial(for_decoding, tied=config.tied, few_rows=few_rows, joint=joint)
     shapes = jax.eval_shape(laid_out, nested(leaves))
     return abstract(shapes, mesh) if mesh else shapes

@@ -30,7 +30,7 @@ from medusa_jax.checkpoints.heads import (
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
-from medusa_jax.checkpoints.weight_layout import placed, stacked, usable
+from medusa_jax.checkpoints.weight_layout import joined, placed, stacked, usable
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
@@ -192,14 +192,18 @@ def _loaded(
     Of each tensor, the digest gets the name, the shape and the first numbers.
     """
     few_rows = kernels and usable(mesh)
-    leaves: dict[str, Any] = {}
+    cast: Tensors = {}
     for path, tensor in tensors.items():
         leaf_dtype = "int32" if path == "token_map" else dtype
         rows = min(-(-64 // max(math.prod(tensor.shape[1:]), 1)), tensor.shape[0])
         first = tensor.cast(leaf_dtype).read((slice(0, rows),)).reshape(-1)[:64]
         digest.update(f"{path} {tensor.shape}".encode() + first.tobytes())
-        parameter = placed(path, tensor, tied=tied, few_rows=few_rows)
-        leaves |= jax.tree.map(lambda leaf: leaf.cast(leaf_dtype), parameter)
+        cast[path] = tensor.cast(leaf_dtype)
+    if mesh is None:
+        cast = joined(cast, StoredTensor.concatenate)
+    leaves: dict[str, Any] = {}
+    for path, tensor in cast.items():
+        leaves |= placed(path, tensor, tied=tied, few_rows=few_rows)
     tree = nested(stacked(leaves, StoredTensor.stack))
     if mesh is None:
         return jax.tree.map(lambda tensor: put(tensor.read, tensor.shape, None), tree)

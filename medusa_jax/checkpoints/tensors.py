@@ -75,6 +75,17 @@ class StoredTensor:
 
         return cls((len(tensors), *tensors[0].shape), tensors[0].dtype, read)
 
+    @classmethod
+    def concatenate(cls, tensors: Sequence["StoredTensor"]) -> "StoredTensor":
+        """The rows of several tensors, of those of the first on."""
+        rows = sum(tensor.shape[0] for tensor in tensors)
+
+        def read(index: Any = ...) -> np.ndarray:
+            whole = np.concatenate([tensor.read() for tensor in tensors])
+            return whole if index is ... else whole[index]
+
+        return cls((rows, *tensors[0].shape[1:]), tensors[0].dtype, read)
+
     def rows(self, ids: np.ndarray) -> "StoredTensor":
         """These rows of it, in this order."""
         shape = (len(ids), *self.shape[1:])

@@ -1,9 +1,10 @@
 """From the layout of files to the layout of decoding: `Weight` leaves, heads' blocks stacked.
 
-Names stay: "mlp/up/weight" is a tensor [out, in] here and a `Weight` there, which is [out, in]
-for the kernel of few rows (`kernels.few_rows`) and [in, out] for XLA's products. Only the blocks
-of the heads change theirs: "head_0/block_0/weight" and its like become one stack,
-"block_0/weight" [M, ., .], since one product for M heads is faster than M products.
+Names stay: "mlp/down/weight" is a tensor [out, in] here and a `Weight` there, which is [out, in]
+for the kernel of few rows (`kernels.few_rows`) and [in, out] for XLA's products. Two things
+change theirs, since a single product is faster than several. The blocks of the heads,
+"head_0/block_0/weight" and its like, become one stack, "block_0/weight" [M, ., .]. Layers of
+one input, such as "mlp/gate" and "mlp/up", become "mlp/gate_up".
 
 Leaves may be arrays, shapes under `jax.eval_shape`, or tensors that are still in files.
 """
@@ -16,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from medusa_jax.kernels import few_rows as kernel
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.linear import Weight, joint_name
 from medusa_jax.param_paths import flat, nested
 
 _WEIGHTS = ("weight", "lm_head", "vocab")
+_JOINT = (("query", "key", "value"), ("gate", "up"))  # layers of one input
 
 
 def usable(mesh: Any) -> bool:
@@ -44,6 +46,22 @@ def placed(path: str, tensor: Any, *, tied: bool = False, few_rows: bool = False
     return {path: tensor}
 
 
+def joined(leaves: dict[str, Any], concatenate: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """All leaves [out, ...] by path, with layers of one input as a single layer.
+
+    "mlp/gate/weight" [F, D] and "mlp/up/weight" become "mlp/gate_up/weight" [2 F, D]. A device
+    of a mesh holds outputs of each layer, so there they stay apart.
+    """
+    rest = dict(leaves)
+    for names in _JOINT:
+        first = f"/{names[0]}/"
+        for path in leaves:
+            if first in path:
+                parts = [rest.pop(path.replace(first, f"/{name}/")) for name in names]
+                rest[path.replace(first, f"/{joint_name(names)}/")] = concatenate(parts)
+    return rest
+
+
 def stacked(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
     """All leaves by path, with the heads' blocks stacked over the heads.
 
@@ -63,13 +81,14 @@ def stacked(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[s
 
 
 def for_decoding(
-    params: dict[str, Any], *, tied: bool = False, few_rows: bool = False
+    params: dict[str, Any], *, tied: bool = False, few_rows: bool = False, joint: bool = True
 ) -> dict[str, Any]:
     """Nested {"backbone", "heads"} parameters [out, in] as decoding holds them."""
     laid_out = {}
     for part, inner in params.items():
         leaves: dict[str, Any] = {}
-        for path, leaf in flat(inner).items():
+        whole = joined(flat(inner), jnp.concatenate) if joint else flat(inner)
+        for path, leaf in whole.items():
             leaves |= placed(path, leaf, tied=tied and part == "backbone", few_rows=few_rows)
         laid_out[part] = nested(stacked(leaves, jnp.stack))
     return laid_out

@@ -12,7 +12,7 @@ _Options = TypeVar("_Options")
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
-    """A parser with an example under its help, and the flag that all commands share."""
+    """A parser with an example under its help, and the flags that all commands share."""
     made = argparse.ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}",
@@ -20,6 +20,8 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    made.add_argument("--no_cache", action="store_true", help="compile all programs anew, and keep "
+        "none in ~/.cache/medusa_jax")  # fmt: skip
     return made
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from medusa_jax import interrupts
 from medusa_jax.cli import flags
+from medusa_jax.cli.compilation_cache import keep_programs
 from medusa_jax.errors import InputError
 
 
@@ -31,6 +32,8 @@ def run(main: Callable[[argparse.Namespace], None], namespace: argparse.Namespac
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     interrupts.listen()
     code, message, failure = 0, "", None
+    if not namespace.no_cache:
+        keep_programs()
     try:
         _unwound(main, namespace)
     except InputError as error:

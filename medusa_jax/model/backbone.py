@@ -14,7 +14,7 @@ from medusa_jax.model.attention import attend
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
 from medusa_jax.model.layers import rms_norm, rope_tables, rotate, within_window
-from medusa_jax.model.linear import Linear, parameter
+from medusa_jax.model.linear import Linear, parameter, projections
 from medusa_jax.model.rope import DynamicNTK
 from medusa_jax.shapes import typed
 
@@ -63,13 +63,16 @@ class Attention(nn.Module):
         """x [B, T, D], mask [B, T, T], past parts -> (out [B, T, D], keys, values of a `Block`)."""
         config = self.config
 
-        def heads(name: str, count: int) -> Array:
-            linear = Linear(count * config.head_dim, config.qkv_bias, name=name)
-            return linear(x).reshape(*x.shape[:2], count, config.head_dim)
-
-        queries = heads("query", config.num_heads)
-        keys = heads("key", config.num_kv_heads)
-        values = heads("value", config.num_kv_heads)
+        kv_width = config.num_kv_heads * config.head_dim
+        features = {
+            "query": config.num_heads * config.head_dim,
+            "key": kv_width,
+            "value": kv_width,
+        }
+        queries, keys, values = (
+            flat.reshape(*x.shape[:2], -1, config.head_dim)
+            for flat in projections(self, x, features, config.qkv_bias)
+        )
         if config.qk_norm:
             queries = RMSNorm(config.norm_eps, name="query_norm")(queries)
             keys = RMSNorm(config.norm_eps, name="key_norm")(keys)
@@ -90,8 +93,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         config = self.config
-        gate = Linear(config.ffn_size, config.mlp_bias, name="gate")(x)
-        up = Linear(config.ffn_size, config.mlp_bias, name="up")(x)
+        features = {"gate": config.ffn_size, "up": config.ffn_size}
+        gate, up = projections(self, x, features, config.mlp_bias)
         return Linear(config.hidden_size, config.mlp_bias, name="down")(nn.silu(gate) * up)
 
 

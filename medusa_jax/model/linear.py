@@ -8,8 +8,9 @@ Modules read all of them through `parameter`, so a path means the same weight in
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -166,3 +167,26 @@ class Linear(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (*self.stack, self.features))
         return y
+
+
+def projections(
+    module: nn.Module, x: Array, features: dict[str, int], use_bias: bool = False
+) -> list[Array]:
+    """A module's linear layers of one input x [*dims, in]; each [*dims, out].
+
+    Decoding may hold their weights as those of a single layer, whose name is `joint_name`: a
+    product of all outputs starts once and reads x once.
+
+    Args:
+      features: out of each layer, by name.
+    """
+    whole = joint_name(features)
+    if not module.has_variable("params", whole):
+        return [Linear(out, use_bias, name=name)(x) for name, out in features.items()]
+    y = Linear(sum(features.values()), use_bias, name=whole)(x)
+    return jnp.split(y, list(itertools.accumulate(features.values()))[:-1], axis=-1)
+
+
+def joint_name(names: Iterable[str]) -> str:
+    """What a layer is called that does the work of several: ("gate", "up") -> "gate_up"."""
+    return "_".join(names)

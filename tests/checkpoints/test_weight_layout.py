@@ -10,7 +10,7 @@ import pytest
 from helpers.head_files import stored
 from helpers.models import TINY, TinyModel, apart
 
-from medusa_jax.checkpoints.weight_layout import for_decoding, placed, stacked
+from medusa_jax.checkpoints.weight_layout import for_decoding, joined, placed, stacked
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, MedusaHeads, first_heads
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.linear import Weight
@@ -75,6 +75,16 @@ def test_heads_give_the_same_logits(shared: bool):
     (alone,) = first.apply({"params": first_heads(laid_out, 1)}, hidden, unembed)
     np.testing.assert_allclose(alone, expected[0], atol=1e-4)
     chex.assert_trees_all_equal(stored(laid_out), jax.tree.map(np.asarray, single))
+
+
+def test_layers_of_one_input_become_a_single_layer():
+    leaves = {f"layer_0/mlp/{name}/weight": name for name in ("up", "gate", "down")}
+    leaves |= {f"layer_0/attention/{name}/bias": name for name in ("query", "key", "value")}
+    assert joined(leaves, "+".join) == {
+        "layer_0/mlp/down/weight": "down",
+        "layer_0/mlp/gate_up/weight": "gate+up",
+        "layer_0/attention/query_key_value/bias": "query+key+value",
+    }
 
 
 def test_blocks_of_heads_are_stacked_in_order():

@@ -28,9 +28,9 @@ def test_errors_are_one_message(
         raise error
 
     with pytest.raises(SystemExit) as done:
-        runner.run(fail, argparse.Namespace(debug=False))
+        runner.run(fail, argparse.Namespace(debug=False, no_cache=True))
     assert (done.value.code, capsys.readouterr().err) == (code, message)
     with pytest.raises(SystemExit):
-        runner.run(fail, argparse.Namespace(debug=True))
+        runner.run(fail, argparse.Namespace(debug=True, no_cache=True))
     err = capsys.readouterr().err
     assert "in fail\n    raise error" in err and err.endswith(message)

@@ -53,7 +53,7 @@ def decoder_of(heads: Any, tree: Any, acceptance: Acceptance, mesh: Any) -> Deco
 def loop_faults(tree: Any, acceptance: Acceptance, devices: int) -> list[str]:
     """What is wrong with `generate` for one tree, on one device or several."""
     model = random_model(TINY)
-    params, mesh = for_decoding(model.params), None
+    params, mesh = for_decoding(model.params, joint=devices == 1), None
     if devices > 1:
         mesh = decode_mesh(f"tensor={devices}", TINY)
         params = jax.device_put(params, shardings(params, mesh))

@@ -117,7 +117,22 @@ def stored(params: dict[str, Any]) -> dict[str, Any]:
         array = np.asarray(leaf.data if isinstance(leaf, Weight) else leaf)
         return array.mT if turned else array
 
-    return apart(nested({path: plain(leaf) for path, leaf in flat(params).items()}))
+    leaves = {path: plain(leaf) for path, leaf in flat(params).items()}
+    for path in list(leaves):
+        if "gate_up" in path:
+            split(leaves, path, ("gate", "up"), [leaves[path].shape[0] // 2])
+        if "query_key_value" in path:
+            layer = path.split("query_key_value")[0]
+            queries = leaves[f"{layer}out/weight"].shape[1]
+            keys = (leaves[path].shape[0] - queries) // 2
+            split(leaves, path, ("query", "key", "value"), [queries, queries + keys])
+    return apart(nested(leaves))
+
+
+def split(leaves: dict[str, np.ndarray], path: str, names: Any, places: list[int]) -> None:
+    """Replaces a joint layer's parameter by those of its layers."""
+    for name, part in zip(names, np.split(leaves.pop(path), places), strict=True):
+        leaves[path.replace("_".join(names), name)] = part
 
 
 def projection(backbone: dict[str, Any]) -> np.ndarray:
