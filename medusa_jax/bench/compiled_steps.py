@@ -6,12 +6,12 @@ A step is a pass of `Decoder.run`, the loop that decoding compiles, over paramet
 that `decoding.layouts` asks for. Shapes alone are compiled: no weight is read or made.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from medusa_jax import json_files
-from medusa_jax.bench.memory import decoders_of
-from medusa_jax.bench.synthetic import abstract_model
+from medusa_jax.bench.memory import absent_model, decoders_of
 from medusa_jax.checkpoints.backbone import open_backbone
 from medusa_jax.checkpoints.heads import head_file, open_heads
 from medusa_jax.checkpoints.hub import resolve, shipped
@@ -65,9 +65,9 @@ def compile_steps(
     Raises:
       InputError: topology, mesh, sizes or `max_length` are wrong, or a compiler is missing.
     """
-    devices_of = decode_mesh(mesh, config, devices(topology))
-    decoders = decoders_of(config, heads, devices_of, sizes, max_length)
-    params = abstract_model(config, heads, devices_of, dtype=dtype)
+    places = decode_mesh(mesh, config, devices(topology))
+    placed, params = absent_model(config, heads, places, dtype)
+    decoders = decoders_of(config, heads, placed, sizes, max_length)
     records, short = [], []
     for batch in dict.fromkeys(batch_sizes):
         for decoder in decoders:
@@ -109,11 +109,8 @@ def compile_step(decoder: Decoder, params: Any, batch: int, name: str) -> dict[s
 
 def score_elements(decoder: Decoder, batch: int) -> int:
     """Elements of a score for each row, head, token and slot of the cache, on one device."""
-    mesh: Any = decoder.mesh
-    shards = 1
-    for axis in HEADS:
-        shards *= mesh.shape[axis]
-    heads = decoder.config.num_heads // shards
+    shape = decoder.mesh.shape if decoder.mesh else {}
+    heads = decoder.config.num_heads // math.prod(shape.get(axis, 1) for axis in HEADS)
     return batch * heads * decoder.drafter.size * decoder.cache_slots
 
 
