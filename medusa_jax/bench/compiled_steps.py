@@ -3,7 +3,7 @@
     python -m medusa_jax.bench steps --compile_only v5p:1x1x1 --model llama2-7b --output out
 
 A step is a pass of `Decoder.run`, the loop that decoding compiles, over parameters in the order
-that `decoding.layouts` asks for. Shapes alone are compiled: no weight is read or made.
+that `decoding.compilation` asks for. Shapes alone are compiled: no weight is read or made.
 """
 
 import math
@@ -15,10 +15,10 @@ from medusa_jax.bench.memory import absent_model, decoders_of
 from medusa_jax.checkpoints.backbone import open_backbone
 from medusa_jax.checkpoints.heads import head_file, open_heads
 from medusa_jax.checkpoints.hub import resolve, shipped
+from medusa_jax.decoding.compilation import abstract_state, compiler_options, lower_run, on_tpu
 from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.decoding.layouts import abstract_state, asks, lower_run
 from medusa_jax.decoding.stats import step_bytes
-from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_lowered
+from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_within
 from medusa_jax.distributed.hlo import Program
 from medusa_jax.distributed.rules import HEADS, decode_mesh
 from medusa_jax.distributed.topology import chip_bytes, devices
@@ -90,11 +90,12 @@ def compile_step(decoder: Decoder, params: Any, batch: int, name: str) -> dict[s
     """What the compiler says of a step; bytes are those of one device."""
     state = abstract_state(decoder, params, batch)
 
-    def lower() -> Any:
-        return lower_run(decoder, params, state, open_order=asks(params))
+    def make() -> Any:
+        lowered = lower_run(decoder, params, state, open_order=on_tpu(params))
+        return lowered.compile(compiler_options(params))
 
-    compiled, seconds = compile_lowered(name, lower)
-    read = traffic(Program.parse(compiled.as_text()), score_elements(decoder, batch))
+    program, seconds = compile_within(name, make)
+    read = traffic(Program.parse(program.as_text()), score_elements(decoder, batch))
     tokens = batch * decoder.capacity
     return {
         "size": decoder.drafter.size,
@@ -102,7 +103,7 @@ def compile_step(decoder: Decoder, params: Any, batch: int, name: str) -> dict[s
         "max_length": decoder.capacity,
         "needed_bytes": round(step_bytes(decoder, params, tokens)),
         **figures(read),
-        "memory_bytes": Memory.of(compiled).total,
+        "memory_bytes": Memory.of(program).total,
         "compile_seconds": round(seconds, 1),
     }
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from medusa_jax.bench.synthetic import abstract_model
 from medusa_jax.bench.timing import trees
 from medusa_jax.cli import runner
+from medusa_jax.decoding.compilation import abstract_inputs, abstract_state
 from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.decoding.layouts import abstract_inputs, abstract_state
 from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_for
 from medusa_jax.distributed.rules import decode_mesh
 from medusa_jax.distributed.topology import devices

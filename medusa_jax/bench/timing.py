@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medusa_jax.bench.summary import spread
+from medusa_jax.decoding.compilation import in_fast_order
 from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
-from medusa_jax.decoding.layouts import in_fast_order
 from medusa_jax.decoding.prefill import round_up
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.hardware import device_bandwidth

@@ -49,8 +49,8 @@ class Memory:
         )
 
 
-def compile_lowered(name: str, lower: Callable[[], Any]) -> tuple[Any, float]:
-    """What `lower` lowers, compiled, and the seconds that both took.
+def compile_within(name: str, make: Callable[[], Any]) -> tuple[Any, float]:
+    """What `make` compiles, and the seconds that it took.
 
     Args:
       name: of what is compiled, for the message.
@@ -60,7 +60,7 @@ def compile_lowered(name: str, lower: Callable[[], Any]) -> tuple[Any, float]:
     """
     start = time.perf_counter()
     try:
-        compiled = lower().compile()
+        compiled = make()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -79,7 +79,7 @@ def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Memory:
       DoesNotFit: it needs more than a chip's memory.
     """
     limit = chip_bytes(topology)
-    compiled, seconds = compile_lowered(name, lower)
+    compiled, seconds = compile_within(name, lambda: lower().compile())
     memory = Memory.of(compiled)
     gib = {field: f"{size / 2**30:.2f}" for field, size in dataclasses.asdict(memory).items()}
     print(

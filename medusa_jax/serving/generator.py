@@ -17,8 +17,8 @@ from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.data.prompts import Request
 from medusa_jax.data.tokenizer import ChatTokenizer, Message
 from medusa_jax.decoding.acceptance import Acceptance
+from medusa_jax.decoding.compilation import in_fast_order
 from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.decoding.layouts import in_fast_order
 from medusa_jax.decoding.stats import Stats
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter

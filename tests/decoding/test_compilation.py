@@ -7,7 +7,7 @@ from helpers.models import TINY, random_model
 from jax.experimental.layout import Format, Layout
 
 from medusa_jax.checkpoints.weight_layout import for_decoding
-from medusa_jax.decoding import layouts
+from medusa_jax.decoding import compilation
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
@@ -42,11 +42,12 @@ def test_weights_move_once_and_texts_stay(monkeypatch, model):
     """A TPU is played: its compiler asks for columns, and each program takes them as they are."""
     decoder, params = model
     before, numbers = _texts(decoder, params), jax.tree.map(np.asarray, params)
-    monkeypatch.setattr(layouts, "asks", lambda params: True)
+    monkeypatch.setattr(compilation, "on_tpu", lambda params: True)
+    monkeypatch.setattr(compilation, "TPU_OPTIONS", {})  # which a CPU's compiler does not know
     monkeypatch.setattr(
-        layouts, "chosen_formats", lambda _, params, rows: jax.tree.map(_turned, params)
+        compilation, "chosen_formats", lambda _, params, rows: jax.tree.map(_turned, params)
     )
-    moved = layouts.in_fast_order(decoder, params, 2)
+    moved = compilation.in_fast_order(decoder, params, 2)
     weight = moved["backbone"]["layer_0"]["mlp"]["up"]["weight"].data
     assert weight.format.layout.major_to_minor == (1, 0)
     assert params["backbone"]["layer_0"]["mlp"]["up"]["weight"].data.is_deleted()
@@ -60,7 +61,7 @@ def test_the_compiler_is_asked(model):
     """Each parameter gets a format in which it can be put, also what the loop does not read."""
     decoder, params = model
     params["backbone"]["unread"] = jax.numpy.ones((3, 5))
-    chosen = layouts.chosen_formats(decoder, params, 2)
+    chosen = compilation.chosen_formats(decoder, params, 2)
     assert jax.tree.structure(chosen) == jax.tree.structure(params)
     put = jax.tree.map(jax.device_put, params, chosen)
     assert all(
@@ -71,4 +72,5 @@ def test_the_compiler_is_asked(model):
 
 def test_a_cpu_does_not_care(model):
     decoder, params = model
-    assert layouts.in_fast_order(decoder, params, 2) is params
+    assert compilation.compiler_options(params) is None
+    assert compilation.in_fast_order(decoder, params, 2) is params
