@@ -48,9 +48,9 @@ def test_weights_move_once_and_texts_stay(monkeypatch, model):
         compilation, "chosen_formats", lambda _, params, rows: jax.tree.map(_turned, params)
     )
     moved = compilation.in_fast_order(decoder, params, 2)
-    weight = moved["backbone"]["layer_0"]["mlp"]["up"]["weight"].data
+    weight = moved["backbone"]["layer_0"]["mlp"]["down"]["weight"].data
     assert weight.format.layout.major_to_minor == (1, 0)
-    assert params["backbone"]["layer_0"]["mlp"]["up"]["weight"].data.is_deleted()
+    assert params["backbone"]["layer_0"]["mlp"]["down"]["weight"].data.is_deleted()
     assert not moved["backbone"]["final_norm"]["scale"].is_deleted()
     jax.tree.map(np.testing.assert_array_equal, moved, numbers)
     assert _texts(decoder, moved) == before
