@@ -89,6 +89,10 @@ class _Sizes:
             for position in _positions(user, {name}):
                 if user.opcode == "bitcast" or self._renames(user):
                     total += self._read_in(computation, user.name)
+                elif user.opcode == "pad":  # of which a part is cut, as likely here as there
+                    read = self._read_in(computation, user.name)
+                    whole = self._lines[computation][name].arrays[0].size
+                    total += read * whole // user.arrays[0].size
                 elif user.opcode != "tuple":
                     array = self._lines[computation][name].arrays[0]
                     total += self._read_of(user, position, array)

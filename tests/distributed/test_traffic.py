@@ -134,6 +134,25 @@ def test_a_pass_of_a_loop_reads_rows_scores_and_cache_and_appends_in_place():
     assert (found.kernels, found.cycles) == (4, None)
 
 
+def test_a_part_of_a_padded_array_is_read_in_proportion():
+    """Parts of a sharded product that a TPU overlaps with its exchange: half of the padding."""
+    found = of(f"""
+%part (w: bf16[1,512,512], row: s32[]) -> bf16[2,128,512] {{
+  %w.1 = bf16[1,512,512] parameter(0)
+  %row = s32[] parameter(1)
+  %none = bf16[] constant(0)
+  %padded = bf16[2,512,512] pad(%w.1, %none), padding=0_1x0_0x0_0
+  ROOT %cut = bf16[2,128,512] dynamic-slice(%padded, %row, %row), dynamic_slice_sizes={{2,128,512}}
+}}
+
+ENTRY %main (w: bf16[1,512,512], row: s32[]) -> bf16[2,128,512] {{
+  %w = bf16[1,512,512]{{2,1,0}} parameter(0), {LABEL}
+  %row.1 = s32[] parameter(1)
+  ROOT %part.1 = bf16[2,128,512]{{2,1,0:S(1)}} fusion(%w, %row.1), kind=kLoop, calls=%part
+}}""")
+    assert found.bytes["weights"] == 128 * 512 * 2
+
+
 def test_what_a_product_leaves_to_a_sum():
     """Two halves of a long product, each [8, 512], that the next fusion adds."""
     text = f"""
