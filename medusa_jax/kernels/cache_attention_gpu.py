@@ -1,7 +1,8 @@
-"""Attention over the filled slots of a cache, on a GPU: scores stay on the chip.
+"""Attention to a block's own keys and to the filled slots of a cache, on a GPU.
 
-A Pallas kernel (Triton). Programs share the blocks of a row's filled slots in turn, so that short
-texts keep as many of them at work as there are blocks; their results are joined afterwards.
+A Pallas kernel (Triton): scores stay on the chip. Programs share the blocks of a row's filled
+slots in turn, so that short texts keep as many of them at work as there are blocks. The first of
+them takes the block's own keys too. Their results are joined afterwards.
 """
 
 import functools
@@ -11,126 +12,135 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.shapes import typed
 
 SLOT_BLOCK = 64
 QUERY_BLOCK = 64
-PROGRAMS = 256  # that keep a large GPU at work
+LEAST = 16  # rows and columns of a product
+PROGRAMS = 128  # that keep a large GPU at work
 LOWEST = float(jnp.finfo(jnp.float32).min)
-Result = tuple[Array, Array, Array]
+Sums = tuple[Array, Array, Array]
 
 
 @typed
-def cache_attention(
+def attention(
     queries: Float[Array, "B K Q C"],
+    own: tuple[Float[Array, "B K C N"], Float[Array, "B K N C"], Bool[Array, "#B Q N"]],
     keys: Float[Array, "B K C S"],
     values: Float[Array, "B K S C"],
     lengths: Int[Array, " B"],
     first: Int[Array, "B Q"] | None,
     *,
     interpret: bool = False,
-) -> Result:
-    """`cache_attention_tpu.cache_attention` for a GPU.
-
-    Args:
-      queries: whose width C is a power of 2, 16 or more.
-    """
+) -> Float[Array, "B K Q C"]:
+    """`cache_attention_tpu.attention` for a GPU; C is a power of 2, and S a multiple of 64."""
     batch, kv_heads, count, width = queries.shape
-    capacity = keys.shape[3]
-    block = min(QUERY_BLOCK, max(16, pl.next_power_of_2(count)))
-    padding = -count % block
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    size = queries.shape[2]
-    blocks = size // block
+    own_keys, own_values, mask = own
+    rows, columns = _block(count, QUERY_BLOCK), _block(own_keys.shape[3], SLOT_BLOCK)
+    queries, mask = _padded(queries, 2, rows), _padded(_padded(mask, 1, rows), 2, columns)
+    own_keys, own_values = _padded(own_keys, 3, columns), _padded(own_values, 2, columns)
+    blocks = queries.shape[2] // rows
     splits = pl.cdiv(PROGRAMS, batch * kv_heads * blocks)
-    splits = min(splits, pl.cdiv(capacity, SLOT_BLOCK))
-    begins = jnp.zeros_like(lengths)
-    windows = []
+    splits = min(splits, pl.cdiv(keys.shape[3], SLOT_BLOCK))
+    begins, windows = jnp.zeros_like(lengths), []
     if first is not None:
         begins = jnp.maximum(first.min(axis=1), 0) // SLOT_BLOCK
-        windows = [jnp.pad(first, ((0, 0), (0, padding)))]
+        windows = [_padded(first, 1, rows)]
 
-    def of_row(program: Any, *_: Any) -> tuple[Any, ...]:
-        return (program // kv_heads,)
+    def spec(array: Any, *block: int, of_row: bool = False) -> pl.BlockSpec:
+        """Of a row [B, ...] or a head [B, K, ...]: all of it, or the block of some queries."""
+        parts = 1 if of_row else 2
+        shape = (None,) * parts + (block or array.shape[parts:])
 
-    def of_head(program: Any, *_: Any) -> tuple[Any, ...]:
-        return program // kv_heads, program % kv_heads, 0, 0
+        def place(program: Any, query: Any, _: Any) -> tuple[Any, ...]:
+            row, head = program // kv_heads % array.shape[0], program % kv_heads
+            rest = [query if block else 0] + [0] * (array.ndim - parts - 1)
+            return (row, *(() if of_row else (head,)), *rest)
 
-    def of_queries(program: Any, query: Any, _: Any) -> tuple[Any, ...]:
-        return program // kv_heads, program % kv_heads, query, 0
+        return pl.BlockSpec(shape, place)
 
-    def of_split(program: Any, query: Any, split: Any) -> tuple[Any, ...]:
-        return split, program // kv_heads, program % kv_heads, query
-
-    number = pl.BlockSpec((None, None, None, block), of_split)
-    shape = splits, batch, kv_heads, size
+    shape = splits, *queries.shape
+    sums = [jax.ShapeDtypeStruct(shape[:n], jnp.float32) for n in (5, 4, 4)]
+    number = pl.BlockSpec((1,), lambda program, *_: (program // kv_heads,))
     mixed, top, total = pl.pallas_call(
-        functools.partial(_kernel, splits=splits, capacity=capacity),
+        functools.partial(_kernel, splits=splits, columns=columns),
         grid=(batch * kv_heads, blocks, splits),
         in_specs=[
-            pl.BlockSpec((1,), of_row),
-            pl.BlockSpec((1,), of_row),
-            pl.BlockSpec((None, None, block, width), of_queries),
-            pl.BlockSpec((None, None, width, capacity), of_head),
-            pl.BlockSpec((None, None, capacity, width), of_head),
-            *[pl.BlockSpec((None, block), lambda program, query, _: (program // kv_heads, query))
-              for _ in windows],
-        ],
-        out_specs=[
-            pl.BlockSpec((None, None, None, block, width), lambda *i: (*of_split(*i), 0)),
             number,
             number,
+            spec(queries, rows, width),
+            spec(own_keys),
+            spec(own_values),
+            spec(mask, rows, mask.shape[2], of_row=True),
+            spec(keys),
+            spec(values),
+            *[spec(window, rows, of_row=True) for window in windows],
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct((*shape, width), jnp.float32),
-            *[jax.ShapeDtypeStruct(shape, jnp.float32)] * 2,
-        ],
+        out_specs=[_of_split(kv_heads, rows, *array.shape[4:]) for array in sums],
+        out_shape=sums,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="cache_attention",
-    )(lengths, begins, queries, keys, values, *windows)  # fmt: skip
-    highest = top.max(axis=0)
-    faded = jnp.exp(top - highest)[..., None]
-    mixed, total = (mixed * faded).sum(axis=0), (total[..., None] * faded).sum(axis=0)
-    return mixed[:, :, :count], highest[:, :, :count, None], total[:, :, :count]
+    )(lengths, begins, queries, own_keys, own_values, mask, keys, values, *windows)
+    faded = jnp.exp(top - top.max(axis=0))
+    mixed = (mixed * faded[..., None]).sum(axis=0) / (total * faded).sum(axis=0)[..., None]
+    return mixed[:, :, :count].astype(queries.dtype)
+
+
+def _of_split(kv_heads: int, *block: int) -> pl.BlockSpec:
+    """The place of a program's sums in arrays [split, B, K, Q, ...]."""
+
+    def place(program: Any, query: Any, split: Any) -> tuple[Any, ...]:
+        return split, program // kv_heads, program % kv_heads, query, *[0] * (len(block) - 1)
+
+    return pl.BlockSpec((None, None, None, *block), place)
+
+
+def _block(size: int, most: int) -> int:
+    return min(most, max(LEAST, pl.next_power_of_2(size)))
+
+
+def _padded(array: Array, axis: int, block: int) -> Array:
+    width = [(0, 0)] * array.ndim
+    width[axis] = (0, -array.shape[axis] % block)
+    return jnp.pad(array, width)
 
 
 def _kernel(
-    lengths: Any, begins: Any, queries: Any, keys: Any, values: Any, *rest: Any,
-    splits: int, capacity: int,
+    lengths: Any, begins: Any, queries: Any, own_keys: Any, own_values: Any, mask: Any, keys: Any,
+    values: Any, *rest: Any, splits: int, columns: int,
 ) -> None:  # fmt: skip
     """The blocks of slots of a split, for a block of queries of a head."""
     *windows, mixed, top, total = rest
     query = queries[...]
     count, width = query.shape
-    length = lengths[0]
-    begin = begins[0] + pl.program_id(2)
+    length, split = lengths[0], pl.program_id(2)
+    begin = begins[0] + split
 
-    def add(turn: Array, so_far: Result) -> Result:
-        mixed, top, total = so_far
-        start = (begin + turn * splits) * SLOT_BLOCK
-        cut = pl.ds(start, SLOT_BLOCK)
-        slot = start + jnp.arange(SLOT_BLOCK)
-        there = slot < length
-        key = plgpu.load(keys.at[:, cut], mask=there[None, :], other=0.0)
-        value = plgpu.load(values.at[cut, :], mask=there[:, None], other=0.0)
-        seen = jnp.broadcast_to(there[None, :], (count, SLOT_BLOCK))
-        if windows:
-            seen &= slot[None, :] >= windows[0][...][:, None]
-        score = jnp.where(seen, _product(query, key), -jnp.inf)
+    def add(sums: Sums, key: Array, value: Array, seen: Array) -> Sums:
+        mixed, top, total = sums
+        score = jnp.where(seen, plgpu.dot(query, key), -jnp.inf)
         highest = jnp.maximum(top, score.max(axis=1))
-        weight = jnp.exp(score - highest[:, None])
-        faded = jnp.exp(top - highest)
-        mixed = faded[:, None] * mixed + _product(weight.astype(value.dtype), value)
+        weight, faded = jnp.exp(score - highest[:, None]), jnp.exp(top - highest)
+        mixed = faded[:, None] * mixed + plgpu.dot(weight.astype(value.dtype), value)
         return mixed, highest, faded * total + weight.sum(axis=1)
 
+    def add_own(turn: Array, sums: Sums) -> Sums:
+        cut = pl.ds(turn * columns, columns)
+        return add(sums, own_keys[:, cut], own_values[cut, :], mask[:, cut])
+
+    def add_slots(turn: Array, sums: Sums) -> Sums:
+        start = (begin + turn * splits) * SLOT_BLOCK
+        cut, slot = pl.ds(start, SLOT_BLOCK), start + jnp.arange(SLOT_BLOCK)
+        seen = jnp.broadcast_to(slot[None, :] < length, (count, SLOT_BLOCK))
+        if windows:
+            seen &= slot[None, :] >= windows[0][...][:, None]
+        return add(sums, keys[:, cut], values[cut, :], seen)
+
     none = jnp.zeros((count, width)), jnp.full(count, LOWEST), jnp.zeros(count)
-    left = pl.cdiv(length, SLOT_BLOCK) - begin
-    turns = jnp.maximum(pl.cdiv(left, splits), 0)
-    mixed[...], top[...], total[...] = jax.lax.fori_loop(0, turns, add, none)
-
-
-def _product(a: Array, b: Array) -> Array:
-    return pl.dot(a, b)
+    own_turns = jnp.where(split == 0, jnp.int32(mask.shape[1] // columns), jnp.int32(0))
+    turns = jnp.maximum(pl.cdiv(pl.cdiv(length, SLOT_BLOCK) - begin, splits), 0)
+    sums = jax.lax.fori_loop(0, own_turns, add_own, none)
+    mixed[...], top[...], total[...] = jax.lax.fori_loop(0, turns, add_slots, sums)

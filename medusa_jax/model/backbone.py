@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.model.attention import attend
-from medusa_jax.model.cache_attention import Past
+from medusa_jax.model.cache_attention import CacheAttention, Past
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
 from medusa_jax.model.layers import (
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         queries = rotate(queries, *rope)
         keys = rotate(keys, *rope).transpose(0, 2, 3, 1)
         values = values.swapaxes(1, 2)
-        mixed = attend(queries, [(keys, values, mask)], past)
+        mixed = attend(queries, keys, values, mask, past)
         mixed = mixed.reshape(*x.shape[:2], -1)
         out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
         return out, keys, values
@@ -121,9 +121,14 @@ class Backbone(nn.Module):
     """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer.
 
     A tied model may hold "lm_head" too: a copy in the order that is fast for XLA's products.
+
+    Attributes:
+      config: shape of the backbone.
+      cache_attention: how attention to the cache is computed.
     """
 
     config: ModelConfig
+    cache_attention: CacheAttention = CacheAttention()
 
     def setup(self) -> None:
         config = self.config
@@ -175,7 +180,8 @@ class Backbone(nn.Module):
         for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
             past = None
             if cache is not None:
-                past = Past(cache.keys[i], cache.values[i], cache.length, first[window])
+                filled = cache.keys[i], cache.values[i], cache.length
+                past = Past(*filled, first[window], self.cache_attention)
             x, layer_keys, layer_values = layer(x, rope, masks[window], past)
             keys.append(layer_keys)
             values.append(layer_values)

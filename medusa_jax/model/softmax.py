@@ -14,7 +14,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two is n
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """Attention over some keys before it is divided by its sum, float32.
+    """Attention to some keys before it is divided by its sum, float32.
 
     Attributes:
       mixed: sum of exp(score - top) value over the keys [B, K, G, T, C].
@@ -25,6 +25,16 @@ class Softmax:
     mixed: Array
     top: Array
     total: Array
+
+    @classmethod
+    def of_nothing(cls, queries: Array) -> "Softmax":
+        """Over no keys, which changes nothing that it is joined with."""
+        number = jnp.zeros((*queries.shape[:-1], 1))
+        return cls(jnp.zeros(queries.shape), number + LOWEST, number)
+
+    def output(self) -> Array:
+        """The mean of the values [B, K, G, T, C]."""
+        return self.mixed / self.total
 
 
 @typed

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from medusa_jax import kernels
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.data.prompts import Request
@@ -131,7 +132,13 @@ class Generator:
         capacity = options.max_length or model.config.context
         drafter = medusa_drafter(model.heads, self.tree)
         decoder = Decoder(
-            model.config, drafter, self.acceptance, capacity, self.suppress, model.mesh
+            model.config,
+            drafter,
+            self.acceptance,
+            capacity,
+            self.suppress,
+            model.mesh,
+            kernels="attention" in kernels.used(options.no_kernels),
         )
         how = {"stop_ids": self.stop_ids, "repetition_penalty": self.repetition_penalty}
         return Engine(decoder, model.params, slots=options.batch_size, seed=options.seed, **how)
@@ -201,7 +208,7 @@ def load_generator(
     check(options, prefix="")
     acceptance = acceptance_of(options)  # before loading, which takes long
     check_ends(options)
-    where = options.precision, options.mesh, not options.no_kernels
+    where = options.precision, options.mesh, "products" in kernels.used(options.no_kernels)
     model = load_model(options.model or shipped(), options.heads, *where)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     tree: Tree | DynamicTree = Tree()
