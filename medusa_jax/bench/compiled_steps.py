@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax import json_files
-from medusa_jax.bench.memory import absent_model, decoders_of
+from medusa_jax.bench.memory import decoders_of
+from medusa_jax.bench.synthetic import abstract_model
 from medusa_jax.checkpoints.backbone import open_backbone
 from medusa_jax.checkpoints.heads import head_file, open_heads
 from medusa_jax.checkpoints.hub import resolve, shipped
@@ -66,8 +67,8 @@ def compile_steps(
       InputError: topology, mesh, sizes or `max_length` are wrong, or a compiler is missing.
     """
     places = decode_mesh(mesh, config, devices(topology))
-    placed, params = absent_model(config, heads, places, dtype)
-    decoders = decoders_of(config, heads, placed, sizes, max_length)
+    decoders = decoders_of(config, heads, places, sizes, max_length)
+    params = abstract_model(config, heads, places, dtype=dtype)
     records, short = [], []
     for batch in dict.fromkeys(batch_sizes):
         for decoder in decoders:

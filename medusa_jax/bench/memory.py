@@ -8,8 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from medusa_jax.bench.synthetic import abstract_model
 from medusa_jax.bench.timing import trees
@@ -60,9 +59,9 @@ def bench(options: MemoryOptions) -> dict[str, Memory]:
     config = PRESETS[options.model]
     size = (config.hidden_size, config.vocab_size)
     heads = HeadsConfig(options.heads_number, 1, *size, shared=options.shared_heads)
-    places = decode_mesh(options.mesh, config, devices(options.compile_only))
-    mesh, params = absent_model(config, heads, places, options.dtype)
+    mesh = decode_mesh(options.mesh, config, devices(options.compile_only))
     decoders = decoders_of(config, heads, mesh, options.sizes, options.max_length)
+    params = abstract_model(config, heads, mesh, dtype=options.dtype)
     compiled: dict[str, Memory] = {}
     short = 0
     for batch in options.batch_sizes:
@@ -79,21 +78,10 @@ def bench(options: MemoryOptions) -> dict[str, Memory]:
     return compiled
 
 
-def absent_model(
-    config: ModelConfig, heads: HeadsConfig, places: Mesh, dtype: str
-) -> tuple[Mesh | None, Any]:
-    """The mesh of decoders, and abstract parameters on it; no mesh where it has one device."""
-    if places.size > 1:
-        return places, abstract_model(config, heads, places, dtype=dtype)
-    place = SingleDeviceSharding(places.devices.item())
-    shapes = abstract_model(config, heads, dtype=dtype)
-    return None, jax.tree.map(lambda leaf: leaf.update(sharding=place), shapes)
-
-
 def decoders_of(
     config: ModelConfig,
     heads: HeadsConfig,
-    mesh: Mesh | None,
+    mesh: Mesh,
     sizes: Sequence[int],
     max_length: int | None = None,
 ) -> list[Decoder]:

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from typing import Any
 
+from medusa_jax import kernels
 from medusa_jax.bench import compiled_steps
 from medusa_jax.bench.output import write_report
 from medusa_jax.bench.report import NO_ACCEPTANCE
@@ -55,7 +56,8 @@ class StepsOptions:
         "what the compiler of v5e:2x2, v5p:1x1x1, ..., or h100 says of each step")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
-    no_kernels: bool = option(False, help="XLA's own products on a CPU, instead of this package's")
+    no_kernels: list[str] | None = option(None, nargs="*", choices=kernels.NAMES, help="XLA's own "
+        "products on a CPU, XLA's own attention to the cache (default: both)")  # fmt: skip
     max_length: int | None = option(None, least=2, help="tokens that the cache has room for "
         "(default: hardly more than the steps of a timing may make)")  # fmt: skip
     max_new_tokens: int = option(32, least=1, help="steps of a timing; each makes a token or more")
@@ -110,6 +112,7 @@ def bench(options: StepsOptions) -> None:
             copy_bandwidth=bandwidth,
             max_length=options.max_length,
             mesh=subject.mesh,
+            kernels="attention" in kernels.used(options.no_kernels),
             tick=bar.update,
         )
     report = about() | subject.source | {
@@ -166,17 +169,17 @@ def load(options: StepsOptions) -> Subject:
         config = PRESETS[options.model]
         heads = random_heads(options, config)
         mesh = decode_mesh(options.mesh, config) if options.mesh else None
-        few_rows = not options.no_kernels and usable(mesh)
+        few_rows = "products" in kernels.used(options.no_kernels) and usable(mesh)
         params = random_model(config, heads, options.precision, mesh, few_rows)
         source = {"kind": "random_weights", "preset": options.model}
         return Subject(config, heads, params, mesh, source, NO_ACCEPTANCE)
     name = str(options.model or shipped())
-    kernels = not options.no_kernels
-    model = load_model(name, options.heads, options.precision, options.mesh, kernels)
+    products = "products" in kernels.used(options.no_kernels)
+    model = load_model(name, options.heads, options.precision, options.mesh, products)
     config, heads, params, note = model.config, model.heads, model.params, ""
     if not heads.num_heads:
         heads = random_heads(options, config)
-        abstract = abstract_model(config, heads, model.mesh, kernels and usable(model.mesh))[
+        abstract = abstract_model(config, heads, model.mesh, products and usable(model.mesh))[
             "heads"
         ]
         params = params | {"heads": random_params(abstract, options.precision)}

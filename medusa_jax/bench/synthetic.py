@@ -56,7 +56,7 @@ def abstract_model(
         for part, table in tables.items()
         for place in table.values()
     }
-    joint = mesh is None
+    joint = mesh is None or mesh.size == 1  # a mesh of one absent device stands for none
     laid_out = functools.partial(for_decoding, tied=config.tied, few_rows=few_rows, joint=joint)
     shapes = jax.eval_shape(laid_out, nested(leaves))
     return abstract(shapes, mesh) if mesh else shapes

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from medusa_jax import kernels
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.data.prompts import Request
@@ -191,7 +192,8 @@ def decoder_of(generator: Generator) -> Decoder:
     capacity = generator.options.max_length or model.config.context
     drafter = medusa_drafter(model.heads, generator.tree)
     how = generator.acceptance, capacity, generator.suppress, model.mesh
-    return Decoder(model.config, drafter, *how)
+    attention = "attention" in kernels.used(generator.options.no_kernels)
+    return Decoder(model.config, drafter, *how, kernels=attention)
 
 
 def load_generator(
@@ -206,7 +208,7 @@ def load_generator(
     check(options, prefix="")
     acceptance = acceptance_of(options)  # before loading, which takes long
     check_ends(options)
-    where = options.precision, options.mesh, not options.no_kernels
+    where = options.precision, options.mesh, "products" in kernels.used(options.no_kernels)
     model = load_model(options.model or shipped(), options.heads, *where)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     tree: Tree | DynamicTree = Tree()
