@@ -47,6 +47,7 @@ def shapes_of(model: str | None, heads: str | None) -> tuple[ModelConfig, HeadsC
 
 def compile_steps(
     topology: str,
+    model: str,
     config: ModelConfig,
     heads: HeadsConfig,
     *,
@@ -60,6 +61,7 @@ def compile_steps(
 
     Args:
       topology: a name that `topology.devices` knows.
+      model: its name, for the records.
       mesh: "tensor=N", devices of the topology that share the work.
       max_length: tokens of a row, all of which its cache holds.
 
@@ -74,7 +76,7 @@ def compile_steps(
         for decoder in decoders:
             name = f"{topology} ({mesh}), step of {decoder.drafter.size}, batch {batch}"
             try:
-                found: dict[str, Any] = {"topology": topology}
+                found: dict[str, Any] = {"topology": topology, "model": model, "mesh": mesh}
                 found |= compile_step(decoder, params, batch, name)
             except DoesNotFit as error:
                 short.append(str(error))
@@ -144,11 +146,19 @@ def line(record: dict[str, Any]) -> str:
 
 def steps_table(records: list[dict[str, Any]]) -> str:
     """Records as a Markdown table."""
-    sizes = ("moved", "weight_copy", "score", "cache", "partial_sum", "other")
-    head = ["topology", "batch", "tree", "needed", *(name.replace("_", " ") for name in sizes)]
+    sizes = ("moved", "weight_copy", "score", "partial_sum")
+    head = [
+        "model",
+        "topology",
+        "batch",
+        "tree",
+        "needed",
+        *(name.replace("_", " ") for name in sizes),
+    ]
     head += ["moved over needed", "kernels", "M cycles", "GiB", "s"]
     cells = [
         [
+            record["model"],
             record["topology"],
             str(record["batch"]),
             str(record["size"]),

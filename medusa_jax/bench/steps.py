@@ -140,6 +140,7 @@ def compile_only(options: StepsOptions, topology: str) -> None:
     config, heads = compiled_steps.shapes_of(options.model, options.heads)
     records, short = compiled_steps.compile_steps(
         topology,
+        str(options.model or shipped()),
         config,
         heads or random_heads(options, config),
         sizes=options.sizes,

@@ -58,7 +58,7 @@ def test_aot_json(tmp_path):
     assert 0 < plain["score_bytes"] < tree["score_bytes"]
     assert tree["moved_bytes"] / tree["needed_bytes"] > 1
     assert plain["kernels"] > TINY.num_layers
-    assert "| cpu:2 | 2 | 8 | " in done.stdout
+    assert "| tiny | cpu:2 | 2 | 8 | " in done.stdout
 
 
 def test_scores_of_a_device():
