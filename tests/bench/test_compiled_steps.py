@@ -62,10 +62,10 @@ def test_aot_json(tmp_path):
 
 
 def test_scores_of_a_device():
-    """Three rows, four heads, one token, and 64 slots for 60 tokens and the last of a path."""
+    """Three rows, four heads, one token, and slots for 60 tokens and the last of a path."""
     mesh = decode_mesh("tensor=1", TINY, jax.devices()[:1])
     decoder = Decoder(TINY, capacity=60, mesh=mesh)
-    assert compiled_steps.score_elements(decoder, 3) == 3 * TINY.num_heads * 64
+    assert compiled_steps.score_elements(decoder, 3) == 3 * TINY.num_heads * decoder.cache_slots
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("h100", "cuda"), ("v5p:1x1x1", "tpu")])
