@@ -76,7 +76,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """Writes a JSON object whole or not at all.
 
     Raises:

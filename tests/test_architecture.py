@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "drafting": BASE | {"model"},
     "decoding": BASE | {"model", "distributed", "drafting"},
     "checkpoints": BASE | {"kernels", "model", "distributed", "drafting"},
-    "serving": BASE | {"data", "model", "distributed", "drafting", "decoding", "checkpoints"},
+    "serving": BASE
+    | {"data", "kernels", "model", "distributed", "drafting", "decoding", "checkpoints"},
     "training": BASE | {"data", "model", "distributed", "drafting", "checkpoints"},
 }
 LIBRARY = set(MAY_IMPORT)

@@ -8,20 +8,20 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from medusa_jax.bench.synthetic import abstract_model
 from medusa_jax.bench.timing import trees
 from medusa_jax.cli import runner
+from medusa_jax.decoding.compilation import abstract_inputs, abstract_state
 from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_for
 from medusa_jax.distributed.rules import decode_mesh
 from medusa_jax.distributed.topology import devices
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.options import option
 
@@ -60,16 +60,8 @@ def bench(options: MemoryOptions) -> dict[str, Memory]:
     size = (config.hidden_size, config.vocab_size)
     heads = HeadsConfig(options.heads_number, 1, *size, shared=options.shared_heads)
     mesh = decode_mesh(options.mesh, config, devices(options.compile_only))
-    capacity = options.max_length or min(config.context, LONGEST)
-    decoders = [
-        Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=mesh)
-        for tree in trees(options.sizes, heads.num_heads)
-        if tree.size in options.sizes
-    ]
-    if not decoders:
-        raise InputError(f"--sizes: no tree has {options.sizes} tokens")
-    shapes = abstract_model(config, heads, mesh)
-    params = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(options.dtype)), shapes)
+    decoders = decoders_of(config, heads, mesh, options.sizes, options.max_length)
+    params = abstract_model(config, heads, mesh, dtype=options.dtype)
     compiled: dict[str, Memory] = {}
     short = 0
     for batch in options.batch_sizes:
@@ -86,6 +78,29 @@ def bench(options: MemoryOptions) -> dict[str, Memory]:
     return compiled
 
 
+def decoders_of(
+    config: ModelConfig,
+    heads: HeadsConfig,
+    mesh: Mesh,
+    sizes: Sequence[int],
+    max_length: int | None = None,
+) -> list[Decoder]:
+    """A decoder for each size of a tree; the root alone is plain decoding.
+
+    Raises:
+      InputError: no tree has such a size, or `max_length` exceeds the context.
+    """
+    capacity = max_length or min(config.context, LONGEST)
+    decoders = [
+        Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=mesh)
+        for tree in trees(sizes, heads.num_heads)
+        if tree.size in sizes
+    ]
+    if not decoders:
+        raise InputError(f"--sizes: no tree has {list(sizes)} tokens")
+    return decoders
+
+
 def lowerings(
     decoders: Sequence[Decoder], params: Any, batch: int, prompt_tokens: int
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -95,15 +110,11 @@ def lowerings(
       params: abstract parameters, placed on the mesh of the decoders.
     """
     for decoder in reversed(decoders):
-        keys = jax.eval_shape(lambda: row_keys(0, [(row, 0) for row in range(batch)]))
-        numbers = [(batch, prompt_tokens), (batch,), (batch,), (1,)]  # tokens to stop ids
-        inputs = (*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers), keys)
-        inputs = decoder.network.abstract(inputs)
         if decoder is decoders[-1]:
+            inputs = abstract_inputs(decoder, batch, prompt_tokens)
             prefill = functools.partial(Decoder.run_prefill.lower, decoder, params, *inputs)
             yield f"prefill of {prompt_tokens}", prefill
-        state = jax.eval_shape(functools.partial(Decoder.run_prefill, decoder), params, *inputs)
-        state = decoder.network.abstract(state)
+        state = abstract_state(decoder, params, batch)
         step = functools.partial(Decoder.step.lower, decoder, params, state)
         yield f"step of {decoder.drafter.size}", step
 

@@ -9,6 +9,8 @@ import dataclasses
 import logging
 from typing import Any
 
+from medusa_jax import kernels
+from medusa_jax.bench import compiled_steps
 from medusa_jax.bench.output import write_report
 from medusa_jax.bench.report import NO_ACCEPTANCE
 from medusa_jax.bench.summary import about, copy_bandwidth
@@ -18,6 +20,7 @@ from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.weight_layout import usable
 from medusa_jax.cli import runner
+from medusa_jax.distributed.aot import DoesNotFit
 from medusa_jax.distributed.hardware import accelerated
 from medusa_jax.distributed.rules import decode_mesh
 from medusa_jax.drafting.drafter import Params
@@ -49,9 +52,12 @@ class StepsOptions:
     batch_sizes: list[int] = option([1, 4, 16], least=1, nargs="+", help="rows of a step")
     dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
         "CPU, else bfloat16")  # fmt: skip
+    compile_only: str | None = option(None, metavar="TOPOLOGY", help="time nothing: aot.json says "
+        "what the compiler of v5e:2x2, v5p:1x1x1, ..., or h100 says of each step")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
-    no_kernels: bool = option(False, help="XLA's own products on a CPU, instead of this package's")
+    no_kernels: list[str] | None = option(None, nargs="*", choices=kernels.NAMES, help="XLA's own "
+        "products on a CPU, XLA's own attention to the cache (default: both)")  # fmt: skip
     max_length: int | None = option(None, least=2, help="tokens that the cache has room for "
         "(default: hardly more than the steps of a timing may make)")  # fmt: skip
     max_new_tokens: int = option(32, least=1, help="steps of a timing; each makes a token or more")
@@ -90,6 +96,8 @@ def bench(options: StepsOptions) -> None:
     check_directory(options.output)
     if options.model in PRESETS and options.heads:
         raise InputError(f"--heads: the weights of {options.model} are random, and so its heads")
+    if options.compile_only:
+        return compile_only(options, options.compile_only)
     subject, bandwidth = load(options), copy_bandwidth()
     cases = len(trees(options.sizes, subject.heads.num_heads)) * len(set(options.batch_sizes))
     with progress(total=cases * (options.repeats + 1), label="timing", unit="runs") as bar:
@@ -104,6 +112,7 @@ def bench(options: StepsOptions) -> None:
             copy_bandwidth=bandwidth,
             max_length=options.max_length,
             mesh=subject.mesh,
+            kernels="attention" in kernels.used(options.no_kernels),
             tick=bar.update,
         )
     report = about() | subject.source | {
@@ -119,6 +128,30 @@ def bench(options: StepsOptions) -> None:
         "rows": rows,
     }  # fmt: skip
     write_report(report, options.output, steps=[record(row) for row in rows])
+
+
+def compile_only(options: StepsOptions, topology: str) -> None:
+    """Writes what the compiler of an absent machine says of the steps.
+
+    Raises:
+      InputError: an option is wrong.
+      DoesNotFit: a step needs more memory than a device has; after all are written.
+    """
+    config, heads = compiled_steps.shapes_of(options.model, options.heads)
+    records, short = compiled_steps.compile_steps(
+        topology,
+        str(options.model or shipped()),
+        config,
+        heads or random_heads(options, config),
+        sizes=options.sizes,
+        batch_sizes=options.batch_sizes,
+        mesh=options.mesh or "tensor=1",
+        dtype=options.dtype or "bfloat16",
+        max_length=options.max_length,
+    )
+    compiled_steps.write(records, options.output)
+    if short:
+        raise DoesNotFit("; ".join(short))
 
 
 def record(row: dict[str, Any]) -> dict[str, Any]:
@@ -137,17 +170,17 @@ def load(options: StepsOptions) -> Subject:
         config = PRESETS[options.model]
         heads = random_heads(options, config)
         mesh = decode_mesh(options.mesh, config) if options.mesh else None
-        few_rows = not options.no_kernels and usable(mesh)
+        few_rows = "products" in kernels.used(options.no_kernels) and usable(mesh)
         params = random_model(config, heads, options.precision, mesh, few_rows)
         source = {"kind": "random_weights", "preset": options.model}
         return Subject(config, heads, params, mesh, source, NO_ACCEPTANCE)
     name = str(options.model or shipped())
-    kernels = not options.no_kernels
-    model = load_model(name, options.heads, options.precision, options.mesh, kernels)
+    products = "products" in kernels.used(options.no_kernels)
+    model = load_model(name, options.heads, options.precision, options.mesh, products)
     config, heads, params, note = model.config, model.heads, model.params, ""
     if not heads.num_heads:
         heads = random_heads(options, config)
-        abstract = abstract_model(config, heads, model.mesh, kernels and usable(model.mesh))[
+        abstract = abstract_model(config, heads, model.mesh, products and usable(model.mesh))[
             "heads"
         ]
         params = params | {"heads": random_params(abstract, options.precision)}

@@ -43,16 +43,20 @@ def random_model(
 
 
 def abstract_model(
-    config: ModelConfig, heads: HeadsConfig, mesh: Mesh | None = None, few_rows: bool = False
+    config: ModelConfig,
+    heads: HeadsConfig,
+    mesh: Mesh | None = None,
+    few_rows: bool = False,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Abstract {"backbone", "heads"} laid out for decoding, and over a mesh where there is one."""
     tables = {"backbone": backbone_places(config), "heads": head_places(heads)}
     leaves = {
-        "/".join((part, *place.path)): jax.ShapeDtypeStruct(place.shape, jnp.float32)
+        "/".join((part, *place.path)): jax.ShapeDtypeStruct(place.shape, jnp.dtype(dtype))
         for part, table in tables.items()
         for place in table.values()
     }
-    joint = mesh is None
+    joint = mesh is None or mesh.size == 1  # a mesh of one absent device stands for none
     laid_out = functools.partial(for_decoding, tied=config.tied, few_rows=few_rows, joint=joint)
     shapes = jax.eval_shape(laid_out, nested(leaves))
     return abstract(shapes, mesh) if mesh else shapes

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medusa_jax.bench.summary import spread
+from medusa_jax.decoding.compilation import in_fast_order
 from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
 from medusa_jax.decoding.prefill import round_up
 from medusa_jax.decoding.stats import step_bytes
@@ -68,6 +69,7 @@ def time_steps(
     copy_bandwidth: float,
     max_length: int | None = None,
     mesh: Mesh | None = None,
+    kernels: bool = True,
     tick: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """A row for each batch size and tree: ms a step, its ratio to the plain step, bandwidth.
@@ -78,8 +80,9 @@ def time_steps(
     Args:
       steps: of one timing, if they fit.
       copy_bandwidth: measured on this device, bytes a second.
-      max_length: cache capacity in tokens; attention reads all of its slots. See `room`.
+      max_length: cache capacity in tokens, of which attention reads what is filled. See `room`.
       mesh: the devices that the parameters are split over.
+      kernels: as of a `Decoder`.
       tick: called after each of the (repeats + 1) x batch sizes x trees runs; the first compile.
 
     Raises:
@@ -87,10 +90,9 @@ def time_steps(
     """
     chosen = trees(sizes, heads.num_heads)
     capacity, steps = room(config, chosen[-1].depth, steps, max_length)
-    decoders = {
-        tree.size: Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=mesh)
-        for tree in chosen
-    }
+    how: dict[str, Any] = {"capacity": capacity, "mesh": mesh, "kernels": kernels}
+    decoders = {tree.size: Decoder(config, medusa_drafter(heads, tree), **how) for tree in chosen}
+    params = in_fast_order(decoders[chosen[-1].size], params, max(batch_sizes))
     cases = list(itertools.product(dict.fromkeys(batch_sizes), decoders))
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
     for repeat in range(repeats + 1):

@@ -35,7 +35,7 @@ from medusa_jax.drafting.drafter import Drafter, NoDraft, Params
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 
-SLOTS_MULTIPLE = 64
+SLOTS_MULTIPLE = 128
 DEFAULT_CAPACITY = 4096
 
 
@@ -52,6 +52,7 @@ class Decoder:
       suppress: token ids that are never produced.
       mesh: devices of `rules.decode_mesh` that share the work; parameters must be placed
         as `load_model` places them. One device by default.
+      kernels: attention to the cache is computed by a kernel where there is one.
 
     Raises:
       InputError: the drafter does not fit the backbone, the capacity exceeds the
@@ -64,6 +65,7 @@ class Decoder:
     capacity: int = 0
     suppress: tuple[int, ...] = ()
     mesh: Mesh | None = None
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if not self.capacity:
@@ -73,7 +75,7 @@ class Decoder:
     @property
     def network(self) -> Network:
         """The backbone as each pass calls it."""
-        return Network(self.config, self.suppress, self.mesh)
+        return Network(self.config, self.suppress, self.mesh, self.kernels)
 
     @property
     def cache_slots(self) -> int:

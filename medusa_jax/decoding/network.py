@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from medusa_jax.distributed.rules import CACHE
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.model.backbone import Backbone
+from medusa_jax.model.cache_attention import CacheAttention
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
 from medusa_jax.model.linear import weight_of
@@ -28,11 +29,13 @@ class Network:
       config: shape of the backbone.
       suppress: token ids that are never produced.
       mesh: the devices that share the work; None for one device.
+      kernels: attention to the cache is computed by a kernel where there is one.
     """
 
     config: ModelConfig
     suppress: tuple[int, ...] = ()
     mesh: Mesh | None = None
+    kernels: bool = True
 
     def bound(self, params: Params) -> Backbone:
         """The backbone with its parameters, as a drafter gets it."""
@@ -50,7 +53,8 @@ class Network:
         """`Backbone.__call__`, its hidden states whole on each device of the mesh."""
         inputs = tokens, positions, mask, past, lengths
         variables = {"params": params["backbone"]}
-        passed: Any = Backbone(self.config).apply(variables, *inputs)
+        backbone = Backbone(self.config, CacheAttention(self.kernels, self.mesh))
+        passed: Any = backbone.apply(variables, *inputs)
         hidden, block = passed
         # A split of D would travel to all earlier layers, with two more collectives in each.
         return self.placed(hidden), block

@@ -49,6 +49,25 @@ class Memory:
         )
 
 
+def compile_within(name: str, make: Callable[[], Any]) -> tuple[Any, float]:
+    """What `make` compiles, and the seconds that it took.
+
+    Args:
+      name: of what is compiled, for the message.
+
+    Raises:
+      DoesNotFit: the compiler says that it needs more than a chip's memory.
+    """
+    start = time.perf_counter()
+    try:
+        compiled = make()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(f"{name}: {_shortage(str(error))}") from None
+    return compiled, time.perf_counter() - start
+
+
 def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Memory:
     """Compiles what `lower` lowers for a topology, prints and returns its memory.
 
@@ -60,20 +79,15 @@ def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Memory:
       DoesNotFit: it needs more than a chip's memory.
     """
     limit = chip_bytes(topology)
-    start = time.perf_counter()
-    try:
-        memory = Memory.of(lower().compile())
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DoesNotFit(f"{name}: {_shortage(str(error))}") from None
+    compiled, seconds = compile_within(name, lambda: lower().compile())
+    memory = Memory.of(compiled)
     gib = {field: f"{size / 2**30:.2f}" for field, size in dataclasses.asdict(memory).items()}
     print(
         f"{name}: {memory.total / 2**30:.2f} GiB per device"
         + (f" of {limit / 2**30:.0f}" if limit else "")
         + f" (arguments {gib['arguments']}, temporaries {gib['temporaries']}, outputs "
         f"{gib['outputs']}, in place {gib['aliased']}); "
-        f"compiled in {time.perf_counter() - start:.0f} s",
+        f"compiled in {seconds:.0f} s",
         flush=True,
     )
     if limit and memory.total > limit:

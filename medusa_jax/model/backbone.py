@@ -11,14 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.model.attention import attend
+from medusa_jax.model.cache_attention import CacheAttention, Past
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
-from medusa_jax.model.layers import rms_norm, rope_tables, rotate, within_window
+from medusa_jax.model.layers import (
+    first_within_window,
+    rms_norm,
+    rope_tables,
+    rotate,
+    within_window,
+)
 from medusa_jax.model.linear import Linear, parameter, projections
 from medusa_jax.model.rope import DynamicNTK
 from medusa_jax.shapes import typed
-
-Parts = list[tuple[Array, Array, Array]]
 
 
 class Embedding(nn.Module):
@@ -58,9 +63,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Parts
+        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Past | None
     ) -> tuple[Array, Array, Array]:
-        """x [B, T, D], mask [B, T, T], past parts -> (out [B, T, D], keys, values of a `Block`)."""
+        """x [B, T, D], mask [B, T, T], past -> (out [B, T, D], keys, values of a `Block`)."""
         config = self.config
 
         kv_width = config.num_kv_heads * config.head_dim
@@ -79,7 +84,7 @@ class Attention(nn.Module):
         queries = rotate(queries, *rope)
         keys = rotate(keys, *rope).transpose(0, 2, 3, 1)
         values = values.swapaxes(1, 2)
-        mixed = attend(queries, [*past, (keys, values, mask)])
+        mixed = attend(queries, keys, values, mask, past)
         mixed = mixed.reshape(*x.shape[:2], -1)
         out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
         return out, keys, values
@@ -105,7 +110,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Parts
+        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Past | None
     ) -> tuple[Array, Array, Array]:
         eps = self.config.norm_eps
         normed = RMSNorm(eps, name="attention_norm")(x)
@@ -119,9 +124,14 @@ class Backbone(nn.Module):
     """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer.
 
     A tied model may hold "lm_head" too: a copy in the order that is fast for XLA's products.
+
+    Attributes:
+      config: shape of the backbone.
+      cache_attention: how attention to the cache is computed.
     """
 
     config: ModelConfig
+    cache_attention: CacheAttention = CacheAttention()
 
     def setup(self) -> None:
         config = self.config
@@ -168,16 +178,13 @@ class Backbone(nn.Module):
         x = self.embed(tokens)
         windows = set(self.config.windows)
         masks = {w: mask & within_window(positions, positions, w) for w in windows}
-        past_masks = {}
-        if cache is not None:
-            slots = jnp.arange(cache.capacity)[None]
-            filled = (slots < cache.length[:, None])[:, None]
-            past_masks = {w: filled & within_window(positions, slots, w) for w in windows}
+        first = {w: first_within_window(positions, w) for w in windows}
         keys, values = [], []
         for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
-            past = []
+            past = None
             if cache is not None:
-                past = [(cache.keys[i], cache.values[i], past_masks[window])]
+                filled = cache.keys[i], cache.values[i], cache.length
+                past = Past(*filled, first[window], self.cache_attention)
             x, layer_keys, layer_values = layer(x, rope, masks[window], past)
             keys.append(layer_keys)
             values.append(layer_values)

@@ -62,6 +62,18 @@ def within_window(
     With window 2, query position 5 sees keys 4 and 5:
     keys (3, 4, 5) -> (False, True, True).
     """
-    if window is None:
+    first = first_within_window(query_positions, window)
+    if first is None:
         return jnp.ones((*query_positions.shape, key_positions.shape[1]), bool)
-    return key_positions[:, None, :] > query_positions[:, :, None] - window
+    return key_positions[:, None, :] >= first[:, :, None]
+
+
+@typed
+def first_within_window(
+    query_positions: Int[Array, "B T"], window: int | None
+) -> Int[Array, "B T"] | None:
+    """The first position that each query sees, below 0 too; None where it sees all.
+
+    With window 2, query positions (0, 5) -> (-1, 4).
+    """
+    return None if window is None else query_positions - window + 1

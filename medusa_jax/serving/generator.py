@@ -12,11 +12,13 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from medusa_jax import kernels
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.data.prompts import Request
 from medusa_jax.data.tokenizer import ChatTokenizer, Message
 from medusa_jax.decoding.acceptance import Acceptance
+from medusa_jax.decoding.compilation import in_fast_order
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.stats import Stats
 from medusa_jax.drafting.dynamic_tree import DynamicTree
@@ -127,14 +129,9 @@ class Generator:
     @functools.cached_property
     def engine(self) -> Engine:
         """The engine, with `options.batch_size` slots."""
-        model, options = self.model, self.options
-        capacity = options.max_length or model.config.context
-        drafter = medusa_drafter(model.heads, self.tree)
-        decoder = Decoder(
-            model.config, drafter, self.acceptance, capacity, self.suppress, model.mesh
-        )
+        slots, seed = self.options.batch_size, self.options.seed
         how = {"stop_ids": self.stop_ids, "repetition_penalty": self.repetition_penalty}
-        return Engine(decoder, model.params, slots=options.batch_size, seed=options.seed, **how)
+        return Engine(decoder_of(self), self.model.params, slots=slots, seed=seed, **how)
 
     @property
     def stats(self) -> Stats:
@@ -189,6 +186,16 @@ class Generator:
         return Chat(self)
 
 
+def decoder_of(generator: Generator) -> Decoder:
+    """What the programs of a generator's engine are compiled from."""
+    model = generator.model
+    capacity = generator.options.max_length or model.config.context
+    drafter = medusa_drafter(model.heads, generator.tree)
+    how = generator.acceptance, capacity, generator.suppress, model.mesh
+    attention = "attention" in kernels.used(generator.options.no_kernels)
+    return Decoder(model.config, drafter, *how, kernels=attention)
+
+
 def load_generator(
     options: DecodingOptions, *, at_most: int = DEFAULT_NEW_TOKENS, need_heads: bool = True
 ) -> Generator:
@@ -201,7 +208,7 @@ def load_generator(
     check(options, prefix="")
     acceptance = acceptance_of(options)  # before loading, which takes long
     check_ends(options)
-    where = options.precision, options.mesh, not options.no_kernels
+    where = options.precision, options.mesh, "products" in kernels.used(options.no_kernels)
     model = load_model(options.model or shipped(), options.heads, *where)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     tree: Tree | DynamicTree = Tree()
@@ -209,6 +216,10 @@ def load_generator(
         tree = tree_of(options, model, acceptance)
     elif not options.autoregressive:
         log.warning("no Medusa heads were found with %s: plain decoding", model.directory)
+    generator = Generator(model, text, tree, acceptance, options, at_most)
+    # For the tree, whose steps are most; plain decoding shares the weights and their order.
+    params = in_fast_order(decoder_of(generator), model.params, options.batch_size)
+    model = dataclasses.replace(model, params=params)
     return Generator(model, text, tree, acceptance, options, at_most)
 
 

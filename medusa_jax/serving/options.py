@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from medusa_jax import kernels
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.decoding.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
 from medusa_jax.decoding.repetition import penalties
@@ -58,7 +59,8 @@ class DecodingOptions:
         "CPU, else bfloat16")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
-    no_kernels: bool = option(False, help="XLA's own products on a CPU, instead of this package's")
+    no_kernels: list[str] | None = option(None, nargs="*", choices=kernels.NAMES, help="XLA's own "
+        "products on a CPU, XLA's own attention to the cache (default: both)")  # fmt: skip
     ignore_eos: bool = option(False, help="go on past end-of-sequence")
     stop: list[str] = option([], action="append", metavar="TEXT", help="ends a text before this "
         "string; may be given again")  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from medusa_jax.decoding.compilation import compiler_options
 from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, round_up
 
@@ -40,10 +41,11 @@ class Programs:
     """
 
     def __init__(self, params: Any) -> None:
-        """Of programs for parameters of these shapes, types and places."""
+        """Of programs for parameters of these shapes, types, places and orders in memory."""
         leaves, structure = jax.tree.flatten(params)
-        places = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        places = tuple((leaf.shape, leaf.dtype, leaf.format) for leaf in leaves)
         self.compile_seconds, self._signature = 0.0, (structure, places)
+        self._options = compiler_options(params)
 
     def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any, **static: Any) -> Any:
         """The compiled method `name` of a decoder.
@@ -57,7 +59,7 @@ class Programs:
         if key not in _COMPILED:
             start = time.perf_counter()
             lowered = getattr(Decoder, name).lower(decoder, *inputs, **static)
-            _COMPILED[key] = lowered.compile()
+            _COMPILED[key] = lowered.compile(self._options)
             self.compile_seconds += time.perf_counter() - start
         return _COMPILED[key]
 

@@ -76,7 +76,7 @@ def hidden_states(
     def run_layer(x: Array, stacked: tuple[Any, Array]) -> tuple[Array, None]:
         weights, window = stacked
         seen = masks[0] if len(masks) == 1 else jax.lax.select_n(window, *masks)
-        out: Any = layer.apply({"params": weights}, x, rope, seen, [])
+        out: Any = layer.apply({"params": weights}, x, rope, seen, None)
         return constrain(out[0]), None
 
     which = jnp.asarray([windows.index(window) for window in config.windows])

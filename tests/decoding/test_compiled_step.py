@@ -132,13 +132,3 @@ def test_only_what_is_spoilt_is_reported():
     """A cache whose values alone are copied says nothing of the keys."""
     faults = small_faults("copies the values")
     assert not any(f"[{B},{K},{C},{S}]" in fault for fault in faults), faults
-
-
-def test_an_instruction_is_read():
-    line = (
-        "  ROOT %a.1 = (f32[2,3]{1,0}, /*index=1*/s32[]) fusion(%b, %c.2), kind=kLoop, calls=%d.4"
-    )
-    one = hlo._instruction(line)
-    assert (one.name, one.opcode, one.operands) == ("a.1", "fusion", ("b", "c.2"))
-    assert one.sizes == [6, 1]
-    assert one.called("calls") == "d.4"

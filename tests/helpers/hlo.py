@@ -1,11 +1,11 @@
 """Reads the text of a compiled program, to find what it copies, rewrites and reads twice."""
 
-import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from medusa_jax.distributed import hlo
 
 # Instructions that name an array without moving it.
 PASSED_ON = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional"}
@@ -17,66 +17,14 @@ MATRIX = 256  # elements from which an argument is a weight, no bias or norm
 HOST = ("callback", "outfeed", "infeed", "send(", "recv(")
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation: `%name = shape opcode(operands), rest`."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
-
-    @property
-    def sizes(self) -> list[int]:
-        """Elements of the array, or of each array of the tuple."""
-        return [
-            math.prod(int(size) for size in dims.split(",") if size)
-            for dims in re.findall(r"\w+\[([\d,]*)\]", self.shape)
-        ]
-
-    @property
-    def label(self) -> str:
-        """Name of an argument in the Python function: "params['head']['kernel']"."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return (found[1] if found else self.name).replace("\\'", "'")
-
-    def called(self, role: str) -> str:
-        """The computation that this instruction calls as `role`, such as "body"."""
-        found = re.search(rf"\b{role}=%?([\w.\-]+)", self.rest)
-        assert found, f"{self.name} names no {role}: {self.rest[:200]}"
-        return found[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program: its computations by name, and which of them is the entry."""
-
-    text: str
-    computations: dict[str, list[Instruction]]
-    entry: str
+class Program(hlo.Program):
+    """A compiled program, and what reads its arrays."""
 
     @classmethod
     def of(cls, compiled: Any) -> "Program":
         """Reads `jax.jit(...).lower(...).compile()`."""
-        text = compiled.as_text()
-        computations: dict[str, list[Instruction]] = {}
-        entry, name = "", ""
-        for line in text.splitlines():
-            if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-                name = head[2]
-                computations[name] = []
-                entry = name if head[1] else entry
-            elif name and " = " in line:
-                computations[name].append(_instruction(line))
-        assert entry, text[:500]
-        return cls(text, computations, entry)
-
-    @property
-    def arguments(self) -> list[Instruction]:
-        """The arguments of the program."""
-        return [one for one in self.computations[self.entry] if one.opcode == "parameter"]
+        read = hlo.Program.parse(compiled.as_text())
+        return cls(read.text, read.computations, read.entry)
 
     def uses(self, computation: str, name: str) -> Counter[str]:
         """Opcodes that read an array, followed into loops and fusions.
@@ -90,12 +38,12 @@ class Program:
                     found += self._uses_by(computation, user, position)
         return found
 
-    def _uses_by(self, computation: str, user: Instruction, position: int) -> Counter[str]:
+    def _uses_by(self, computation: str, user: hlo.Instruction, position: int) -> Counter[str]:
         if user.opcode == "bitcast":
             return self.uses(computation, user.name)
         if user.opcode in ("fusion", "call"):
             inner = user.called("calls" if user.opcode == "fusion" else "to_apply")
-            return self.uses(inner, self._parameter(inner, position))
+            return self.uses(inner, self.parameter(inner, position).name)
         if user.opcode == "tuple":
             found: Counter[str] = Counter()
             for loop in self.computations[computation]:
@@ -107,21 +55,12 @@ class Program:
 
     def _of_element(self, computation: str, index: int) -> Counter[str]:
         """Uses of one element of the tuple that a loop's computation is given."""
-        given = self._parameter(computation, 0)
+        given = self.parameter(computation, 0).name
         found: Counter[str] = Counter()
         for one in self.computations[computation]:
             of_given = one.opcode == "get-tuple-element" and one.operands == (given,)
             if of_given and re.search(rf"\bindex={index}\b", one.rest):
                 found += self.uses(computation, one.name)
-        return found
-
-    def _parameter(self, computation: str, position: int) -> str:
-        wanted = str(position)
-        (found,) = (
-            one.name
-            for one in self.computations[computation]
-            if one.opcode == "parameter" and one.operands == (wanted,)
-        )
         return found
 
 
@@ -137,7 +76,7 @@ def moved(program: Program, size: int) -> list[str]:
         f"{one.opcode} {one.shape}"
         for instructions in program.computations.values()
         for one in instructions
-        if one.opcode not in harmless and size in one.sizes
+        if one.opcode not in harmless and size in [array.size for array in one.arrays]
     ]
 
 
@@ -157,37 +96,13 @@ def faults(compiled: Any, cache: Sequence[Any]) -> list[str]:
     for argument in program.arguments:
         uses = program.uses(program.entry, argument.name)
         what = f"{argument.label} {dict(uses)}"
-        if size in argument.sizes and uses.total() != 2:
+        sizes = [array.size for array in argument.arrays]
+        if size in sizes and uses.total() != 2:
             found.append(f"more than one read and one write a step: {what}")
-        weight = "params[" in argument.label and max(argument.sizes) >= MATRIX
+        weight = "params[" in argument.label and max(sizes) >= MATRIX
         if weight and (uses.total() != 1 or not uses.keys() <= READS):
             found.append(f"not one read a step: {what}")
     aliased = compiled.memory_analysis().alias_size_in_bytes
     if aliased < total:
         found.append(f"aliases {aliased} bytes of a cache of {total}")
     return found
-
-
-def _instruction(line: str) -> Instruction:
-    left, _, right = line.partition(" = ")
-    root = left.lstrip().startswith("ROOT ")
-    name = left.strip().removeprefix("ROOT ").lstrip("%")
-    right = re.sub(r"/\*.*?\*/", "", right)
-    cut = _closing(right) if right.startswith("(") else right.index(" ")
-    shape, right = right[:cut], right[cut:].lstrip()
-    opcode, _, right = right.partition("(")
-    cut = _closing("(" + right) - 1
-    inside, rest = right[: cut - 1], right[cut:]
-    names = re.findall(r"%([\w.\-]+)", inside)
-    operands = tuple(names) if names else tuple(filter(None, [inside.strip()]))
-    return Instruction(name, shape, opcode, operands, rest, root)
-
-
-def _closing(text: str) -> int:
-    """Length of the parenthesis that `text` begins with: "(a(b)) c" -> 6."""
-    depth = 0
-    for position, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return position + 1
-    raise AssertionError(f"no closing parenthesis in {text[:100]}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from helpers.models import TINY, random_model
 from helpers.tiers import slow_except
 
 from medusa_jax.checkpoints.load import load_model
-from medusa_jax.model.attention import attend
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache, commit, init_cache, write_block
@@ -211,60 +209,6 @@ def test_a_window_forgets():
     )
     changed = np.abs(first - second).max(axis=-1) > 1e-6
     np.testing.assert_array_equal(changed, [True] * 4 + [False] * 6)
-
-
-def naive_attention(
-    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray
-) -> np.ndarray:
-    """Softmax attention, one query head at a time, in float64."""
-    out = np.zeros(queries.shape)
-    group = queries.shape[2] // keys.shape[1]
-    for row, position, head in np.ndindex(queries.shape[:3]):
-        seen = mask[row, position]
-        scores = keys[row, head // group, seen] @ queries[row, position, head].astype(np.float64)
-        weights = np.exp(scores / np.sqrt(queries.shape[-1]))
-        out[row, position, head] = weights @ values[row, head // group, seen] / weights.sum()
-    return out
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_attention_over_parts_equals_attention_over_all_keys(seed: int):
-    rng = np.random.default_rng(seed)
-    batch, kv_heads, group, length, total, width = 2, 2, 3, 4, 7, 6
-
-    def normal(*shape: int) -> np.ndarray:
-        return 2 * rng.standard_normal(shape, dtype=np.float32)
-
-    queries = normal(batch, length, kv_heads * group, width)
-    keys, values = (normal(batch, kv_heads, total, width) for _ in range(2))
-    mask = rng.random((batch, length, total)) < 0.3
-    # Every query sees one key at least; often all it sees lies in one part.
-    np.put_along_axis(mask, rng.integers(0, total, (batch, length, 1)), True, axis=2)
-    expected = naive_attention(queries, keys, values, mask)
-    for cuts in ((), (3,), (4,), (3, 4)):
-        parts = [
-            tuple(
-                map(
-                    jnp.asarray,
-                    (keys[:, :, a:b].swapaxes(2, 3), values[:, :, a:b], mask[:, :, a:b]),
-                )
-            )
-            for a, b in itertools.pairwise((0, *cuts, total))
-        ]
-        got = attend(jnp.asarray(queries), parts)
-        np.testing.assert_allclose(got, expected, atol=2e-6)
-
-
-@pytest.mark.slow
-def test_attention_of_large_scores_stays_finite():
-    """Softmax subtracts the largest score of all parts, not of each."""
-    queries = jnp.full((1, 1, 1, 2), 100.0)
-    keys = jnp.asarray([[[[100.0, 90.0], [0.0, 0.0]]]])
-    values = jnp.asarray([[[[1.0, 2.0], [3.0, 4.0]]]])
-    mask = jnp.ones((1, 1, 1), bool)
-    parts = [(keys[..., i : i + 1], values[:, :, i : i + 1], mask) for i in (0, 1)]
-    for order in (parts, parts[::-1]):
-        np.testing.assert_allclose(attend(queries, order)[0, 0, 0], [1.0, 2.0])
 
 
 def test_within_window_example():

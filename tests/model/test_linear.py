@@ -71,3 +71,22 @@ def test_one_linear_layer_reads_plain_arrays_weights_and_stacks():
         "weight": (2, 8, 8),
         "bias": (2, 8),
     }
+
+
+@pytest.mark.parametrize("rows", [(), (1, 1), (2, 3), (2, 4)])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_few_rows_fill_a_tile_on_a_tpu(monkeypatch, rows: tuple[int, ...], count: int):
+    """Zeros are added and taken away; eight rows have no need of it, and a CPU has none."""
+    stack = (count,) if count else ()
+    x, data = normal(0, *rows, *stack, 8), normal(1, *stack, 5, 8)
+    plain = Weight(data).dot(x)
+    assert "stablehlo.pad" not in jax.jit(Weight(data).dot).lower(x).as_text()
+    filled: list[int] = []
+
+    def on_a_tpu(*arrays: jax.Array, tpu, default):
+        filled.append(str(jax.make_jaxpr(tpu)(*arrays)).count("pad["))
+        return tpu(*arrays)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_a_tpu)
+    np.testing.assert_allclose(Weight(data).dot(x), plain, rtol=1e-5, atol=1e-6)
+    assert filled == ([] if rows == (2, 4) else [1])

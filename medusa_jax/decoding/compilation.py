@@ -1,0 +1,107 @@
+"""How decoding is compiled for a device: with which options, and for which order of weights.
+
+A TPU's compiler would copy a third of Llama's weights into another order in each step, were they
+stored row by row. So the loop is compiled once with orders left open; weights are then moved to
+those that it chose, and all programs are compiled for these. On other devices row by row is fast.
+"""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.drafting.drafter import Params
+
+# A TPU's products of the 64 rows of a tree want more of its memory on chip than the usual 16 MiB:
+# with these, they take as long as those of 8 rows.
+TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+CAPACITY = 512  # tokens of the cache that the question is asked with: hardly any weight minds
+
+
+def on_tpu(params: Params) -> bool:
+    """Whether these arrays, or abstract arrays, are on TPUs."""
+    placed = jax.tree.leaves(params)[0].sharding
+    if placed is None:
+        return jax.default_backend() == "tpu"
+    return next(iter(placed.device_set)).platform == "tpu"
+
+
+def compiler_options(params: Params) -> dict[str, str] | None:
+    """What programs of decoding on the devices of the parameters are compiled with."""
+    return TPU_OPTIONS if on_tpu(params) else None
+
+
+def lower_run(decoder: Decoder, params: Params, state: Any, *, open_order: bool) -> Any:
+    """`Decoder.run`, lowered.
+
+    Args:
+      params, state: arrays, or abstract arrays.
+      open_order: leave the order of each weight to the compiler, whose choice is among the
+        `input_formats` of what is compiled.
+    """
+    limit = decoder.network.abstract(jax.ShapeDtypeStruct((), jnp.int32))
+    if not open_order:
+        return Decoder.run.lower(decoder, params, state, limit, limit)
+    formats = jax.tree.map(lambda leaf: Format(Layout.AUTO, leaf.sharding), params)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params
+    )
+    run = jax.jit(
+        inspect.unwrap(Decoder.run),
+        static_argnames="self",
+        donate_argnames="state",
+        in_shardings=(formats, None, None, None),
+    )
+    return run.lower(decoder, shapes, state, limit, limit)
+
+
+def chosen_formats(decoder: Decoder, params: Params, rows: int) -> Params:
+    """The order and place of each weight that the loop for so many rows reads fastest."""
+    small = dataclasses.replace(decoder, capacity=min(decoder.capacity, CAPACITY))
+    state = abstract_state(small, params, rows)
+    lowered = lower_run(small, params, state, open_order=True)
+    given = lowered.compile(compiler_options(params)).input_formats[0][0]
+
+    def chosen(leaf: Any, asked: Any) -> Any:  # the loop does not read all parameters
+        unread = asked is None or asked.layout is None
+        return Format(leaf.format.layout, leaf.sharding) if unread else asked
+
+    return jax.tree.map(chosen, params, given)
+
+
+def in_fast_order(decoder: Decoder, params: Params, rows: int) -> Params:
+    """The parameters in the order that this decoder's loop reads fastest.
+
+    A weight that moves is deleted in its old place, so that no two copies of the model exist.
+    Only TPUs care for the order; elsewhere nothing is done.
+    """
+    if not on_tpu(params):
+        return params
+
+    def moved(leaf: Any, wanted: Format) -> Any:
+        if leaf.format.layout == wanted.layout:
+            return leaf
+        new = jax.device_put(leaf, wanted)
+        leaf.delete()
+        return new
+
+    return jax.tree.map(moved, params, chosen_formats(decoder, params, rows))
+
+
+def abstract_inputs(decoder: Decoder, rows: int, prompt_tokens: int) -> tuple[Any, ...]:
+    """Abstract arguments of `Decoder.run_prefill`, but the parameters."""
+    keys = jax.eval_shape(lambda: row_keys(0, [(row, 0) for row in range(rows)]))
+    numbers = [(rows, prompt_tokens), (rows,), (rows,), (1,)]  # tokens to stop ids
+    inputs = (*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers), keys)
+    return decoder.network.abstract(inputs)
+
+
+def abstract_state(decoder: Decoder, params: Params, rows: int) -> Any:
+    """The abstract state of so many rows."""
+    inputs = abstract_inputs(decoder, rows, 16)
+    return decoder.network.abstract(jax.eval_shape(decoder.run_prefill, params, *inputs))

@@ -1,0 +1,138 @@
+"""Attention to the cache, whose cost follows what is filled and not what there is room for.
+
+A row sees the slots below its length, from the window of each query on. So blocks of slots that
+no query sees are neither read nor computed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from medusa_jax.model.softmax import Softmax, joined, masked
+from medusa_jax.shapes import typed
+
+SLOT_BLOCK = 128  # slots that `by_blocks` reads at a time
+
+Own = tuple[Array, Array, Array]  # a block's keys, values and mask, as `attention.attend` has them
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheAttention:
+    """What computes attention to a cache, on which devices.
+
+    Attributes:
+      kernels: a kernel does it where one knows the device and the shape; else `by_blocks`.
+      mesh: devices (tensor, group, copy) that hold the heads; None for one device.
+    """
+
+    kernels: bool = False
+    mesh: Mesh | None = None
+
+    def implementation(self, width: int) -> Callable[..., Array]:
+        """For heads of this width, on the devices that a program is compiled for."""
+        platform = self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend()
+        if self.kernels and platform == "tpu":
+            from medusa_jax.kernels import cache_attention_tpu
+
+            return functools.partial(_by_kernel, cache_attention_tpu.attention)
+        if self.kernels and platform == "gpu" and width >= 16 and width.bit_count() == 1:
+            from medusa_jax.kernels import cache_attention_gpu
+
+            return functools.partial(_by_kernel, cache_attention_gpu.attention)
+        return _by_xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What the queries of a layer see of the cache.
+
+    Attributes:
+      keys, values: of the layer [B, K, C, S] and [B, K, S, C].
+      lengths: filled slots of each row [B].
+      first: the first slot that each query's window reaches [B, T]; None without a window.
+      attention: what computes it.
+    """
+
+    keys: Array
+    values: Array
+    lengths: Array
+    first: Array | None
+    attention: CacheAttention
+
+    def attend(self, queries: Float[Array, "B K G T C"], own: Own) -> Array:
+        """Softmax attention to the block's own keys and to the cache [B, K, G, T, C].
+
+        Each device computes its own heads. Queries are scaled.
+        """
+        compute, mesh = self.attention.implementation(queries.shape[-1]), self.attention.mesh
+        inputs = queries, own, self.keys, self.values, self.lengths, self.first
+        if mesh is None:
+            return compute(*inputs)
+        heads, cache = P(None, "tensor", "group"), P(None, "tensor")
+        places = heads, (cache, cache, P()), cache, cache, P(), P()
+        split = jax.shard_map(compute, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
+        return split(*inputs)
+
+
+def _by_xla(
+    queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None
+) -> Array:
+    past = by_blocks(queries, keys, values, lengths, first)
+    return joined(masked(queries, *own), past).output()
+
+
+def _by_kernel(
+    kernel: Callable[..., Array],
+    queries: Array,
+    own: Own,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    first: Array | None,
+) -> Array:
+    """By a kernel that takes the queries of a key/value head as the rows of a matrix."""
+    group = queries.shape[2]
+    rows = queries.reshape(*queries.shape[:2], -1, queries.shape[4])
+    own_keys, own_values, mask = own
+    own = own_keys, own_values, jnp.tile(mask, (1, group, 1))
+    first = None if first is None else jnp.tile(first, (1, group))
+    return kernel(rows, own, keys, values, lengths, first).reshape(queries.shape)
+
+
+@typed
+def by_blocks(
+    queries: Float[Array, "B K G T C"],
+    keys: Float[Array, "B K C S"],
+    values: Float[Array, "B K S C"],
+    lengths: Int[Array, " B"],
+    first: Int[Array, "B T"] | None,
+) -> Softmax:
+    """Over the slots that each query sees, in a loop over the blocks that some row sees."""
+    capacity = keys.shape[3]
+    size = min(SLOT_BLOCK, capacity)
+
+    def block(number: Array) -> Softmax:
+        begin = number * size
+        # The last block is moved back to end with the cache.
+        start = jnp.minimum(begin, capacity - size)
+        slots = start + jnp.arange(size)
+        seen = ((slots >= begin) & (slots < lengths[:, None]))[:, None]
+        if first is not None:
+            seen &= slots >= first[:, :, None]
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        return masked(queries, cut(keys, axis=3), cut(values, axis=2), seen)
+
+    number = jnp.zeros((), jnp.int32)
+    if size == capacity:
+        return block(number)
+    if first is not None:
+        number = jnp.maximum(first.min(), 0) // size
+    blocks = (lengths.max() + size - 1) // size
+    nothing = Softmax.of_nothing(queries)
+    return jax.lax.fori_loop(number, blocks, lambda i, so_far: joined(so_far, block(i)), nothing)

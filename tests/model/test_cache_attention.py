@@ -1,0 +1,171 @@
+"""Attention to a block and to a cache, by XLA and by kernels, against softmax in float64."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medusa_jax.kernels import NAMES, cache_attention_gpu, cache_attention_tpu, used
+from medusa_jax.model import cache_attention
+from medusa_jax.model.attention import QUERY_BLOCK, attend
+from medusa_jax.model.cache_attention import CacheAttention, Past
+
+B, C = 2, 16
+KERNELS = {
+    "tpu": functools.partial(cache_attention_tpu.attention, interpret=True),
+    "gpu": functools.partial(cache_attention_gpu.attention, interpret=True),
+}
+WAYS = {
+    "xla": cache_attention._by_xla,
+    **{name: functools.partial(cache_attention._by_kernel, way) for name, way in KERNELS.items()},
+}
+COMPILED = {name: jax.jit(way) for name, way in WAYS.items()}
+
+
+# (K, G, nodes, S) and the type of the numbers; few, as each is compiled.
+SHAPES = [
+    ((2, 1, 5, 64), jnp.float32),
+    ((1, 3, 1, 320), jnp.float32),
+    ((2, 2, 20, 320), jnp.bfloat16),
+]
+
+
+@st.composite
+def cases(draw: Any) -> dict[str, Any]:
+    """Lengths and windows of any size."""
+    shape, dtype = draw(st.sampled_from(SHAPES))
+    slots = shape[-1]
+    lengths = draw(st.lists(st.integers(0, slots), min_size=B, max_size=B))
+    window = draw(st.none() | st.integers(1, slots))
+    about = {"shape": shape, "dtype": dtype, "window": window, "seed": draw(st.integers(0, 99))}
+    return about | {"lengths": np.array(lengths, np.int32)}
+
+
+def inputs_of(case: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments of a way; slots beyond a length hold numbers that would show."""
+    heads, group, nodes, slots = case["shape"]
+    rng = np.random.default_rng(case["seed"])
+    lengths = case["lengths"]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    queries, keys = normal(B, heads, group, nodes, C), normal(B, heads, C, slots)
+    values, own_keys = normal(B, heads, slots, C), normal(B, heads, C, nodes)
+    for row, length in enumerate(lengths):
+        keys[row, :, :, length:] += 1e3
+        values[row, :, length:] += 1e3
+    mask = (rng.random((1, nodes, nodes)) < 0.5) | np.eye(nodes, dtype=bool)
+    arrays = (queries, own_keys, normal(B, heads, nodes, C), keys, values)
+    queries, own_keys, own_values, keys, values = (jnp.asarray(a, case["dtype"]) for a in arrays)
+    first = None
+    if case["window"] is not None:
+        depths = rng.integers(0, 3, (1, nodes))
+        first = jnp.asarray(lengths[:, None] + depths - case["window"] + 1, jnp.int32)
+    own = own_keys, own_values, jnp.asarray(mask)
+    return queries, own, keys, values, jnp.asarray(lengths), first
+
+
+def expected(
+    queries: Any, own: Any, keys: Any, values: Any, lengths: Any, first: Any
+) -> np.ndarray:
+    """Softmax over all keys that are seen, in float64."""
+    queries, keys, values = (np.asarray(a, np.float64) for a in (queries, keys, values))
+    own_keys, own_values, mask = (np.asarray(a, np.float64) for a in own)
+    seen = np.arange(keys.shape[3]) < np.asarray(lengths)[:, None, None]
+    if first is not None:
+        seen = seen & (np.arange(keys.shape[3]) >= np.asarray(first)[:, :, None])
+    nodes = mask.shape[1]
+    whole = (np.broadcast_to(m, (B, nodes, m.shape[2])) for m in (mask.astype(bool), seen))
+    mask = np.concatenate(tuple(whole), axis=2)[:, None, None]
+    scores = queries @ np.concatenate((own_keys, keys), axis=3)[:, :, None]
+    scores = np.where(mask, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights @ np.concatenate((own_values, values), axis=2)[:, :, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(case=cases())
+def test_each_way_equals_softmax_over_all_keys(way: str, case: dict[str, Any]):
+    inputs = inputs_of(case)
+    got = np.asarray(COMPILED[way](*inputs), np.float32)
+    tolerance = 1e-5 if case["dtype"] == jnp.float32 else 3e-2
+    np.testing.assert_allclose(got, expected(*inputs), atol=tolerance, rtol=tolerance)
+
+
+CASE = {"window": None, "dtype": jnp.float32, "seed": 0}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_does_not_depend_on_the_length_of_another(way: str):
+    """Not even in its last bits."""
+    case = CASE | {"shape": SHAPES[1][0], "lengths": np.array([70, 320], np.int32)}
+    queries, own, keys, values, lengths, _ = inputs_of(case)
+    compute = COMPILED[way]
+    together = compute(queries, own, keys, values, lengths, None)[0]
+    alone = compute(queries, own, keys, values, lengths.at[1].set(0), None)[0]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_large_scores_stay_finite():
+    """Softmax subtracts the largest score of all keys, whichever part holds it."""
+    for large in (0, 1):
+        key, slot = jnp.full((1, 1, 2, 1), 90.0 + 10 * large), jnp.full((1, 1, 2, 64), 100.0)
+        own = key, jnp.full((1, 1, 1, 2), 3.0), jnp.ones((1, 1, 1), bool)
+        cache = slot - 20 * large, jnp.full((1, 1, 64, 2), 5.0), jnp.full(1, 64)
+        got = COMPILED["xla"](jnp.full((1, 1, 1, 1, 2), 100.0), own, *cache, None)
+        np.testing.assert_allclose(got, 3.0 if large else 5.0)
+
+
+@pytest.mark.slow
+def test_long_blocks_equal_short_blocks():
+    """Queries beyond QUERY_BLOCK take turns; each sees its own mask and window."""
+    length, slots = QUERY_BLOCK + 70, 320
+    case = CASE | {"shape": (1, 2, length, slots), "lengths": np.array([310, 5], np.int32)}
+    queries, (keys, values, mask), *cache, first = inputs_of(case | {"window": 40})
+    queries = queries.transpose(0, 3, 1, 2, 4).reshape(B, length, 2, C)
+    whole = attend(queries, keys, values, mask, Past(*cache, first, CacheAttention()))
+    scaled = (queries * C**-0.5).reshape(B, length, 1, 2, C).transpose(0, 2, 3, 1, 4)
+    wanted = expected(scaled, (keys, values, mask), *cache, first).transpose(0, 3, 1, 2, 4)
+    np.testing.assert_allclose(whole, wanted.reshape(whole.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
+def test_kernels_are_lowered_for_devices_that_are_not_here(platform: str, call: str, width: int):
+    kernel = {"tpu": cache_attention_tpu, "cuda": cache_attention_gpu}[platform].attention
+    shapes = (3, 2, 12, width), (3, 2, width, 640), (3, 2, 640, width)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    shapes = (3, 2, width, 4), (3, 2, 4, width)
+    own = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    own.append(jax.ShapeDtypeStruct((1, 12, 4), bool))
+    numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), (3, 12))]
+    traced = jax.jit(kernel).trace(arrays[0], tuple(own), *arrays[1:], *numbers)
+    assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_the_platform_chooses_the_kernel():
+    def chosen(platform: str, width: int = 64, kernels: bool = True) -> Any:
+        mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+        way = CacheAttention(kernels, mesh).implementation(width)
+        return way.args[0] if isinstance(way, functools.partial) else way
+
+    assert chosen("tpu") is cache_attention_tpu.attention
+    assert chosen("gpu") is cache_attention_gpu.attention
+    for other in (chosen("cpu"), chosen("gpu", 80), chosen("tpu", kernels=False)):
+        assert other is cache_attention._by_xla
+
+
+def test_kernels_are_switched_off_by_name():
+    assert used(None) == set(NAMES)
+    assert used(["products"]) == {"attention"}
+    assert used([]) == set()
