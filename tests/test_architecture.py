@@ -54,6 +54,7 @@ WALLS = {
     "ml_collections": {"training"},
     "optax": {"training"},
     "orbax": {"training"},
+    "qwix": {"checkpoints"},
     "safetensors": {"checkpoints"},
     "tensorboardX": {"training"},
     "torch": {"checkpoints", "bench"},

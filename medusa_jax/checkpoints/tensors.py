@@ -44,11 +44,13 @@ class StoredTensor:
       dtype: its NumPy name, "bfloat16" included; or a name that NumPy does not have
         ("F8_E4M3") of a type that cannot be read.
       read: loads it, or the part of it that an index selects, as a NumPy array.
+      quantized: narrow numbers and their scale, where `read` multiplies the two.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[..., np.ndarray]
+    quantized: "tuple[StoredTensor, StoredTensor] | None" = None
 
     @property
     def mT(self) -> "StoredTensor":
@@ -57,7 +59,8 @@ class StoredTensor:
         def read(index: Any = ...) -> np.ndarray:
             return self.read(index if index is ... else index[::-1]).T
 
-        return StoredTensor(self.shape[::-1], self.dtype, read)
+        pair = self.quantized and (self.quantized[0].mT, self.quantized[1])
+        return StoredTensor(self.shape[::-1], self.dtype, read, pair)
 
     @classmethod
     def stack(cls, tensors: Sequence["StoredTensor"]) -> "StoredTensor":
@@ -194,9 +197,13 @@ def _open_safetensors(file: Path) -> Tensors:
     if not parts:
         raise InputError(f"{file} holds no named tensors")
 
+    del handle
+
     def read(name: str, index: Any) -> np.ndarray:
         """A part of a tensor, of which no other byte is read."""
-        return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
+        # Pages of a file that stays open would stay in this process's memory, once read.
+        with safe_open(file, framework="numpy") as handle:
+            return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
 
     return {
         name: StoredTensor(
