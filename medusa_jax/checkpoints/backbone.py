@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medusa_jax import json_files
+from medusa_jax.checkpoints import compressed_tensors
 from medusa_jax.checkpoints.heads import divide
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model
 from medusa_jax.model.config import ModelConfig, from_hf
@@ -54,7 +55,13 @@ def open_backbone(directory: Path, settings: dict[str, Any] | None = None) -> St
     file = directory / "config.json"
     settings = json_files.read_object(file) if settings is None else settings
     config = from_hf(settings, str(file))
-    heads, tensors = divide(open_model(directory))
+    quantized = bool(settings.get(compressed_tensors.KEY))
+    tensors = open_model(directory, quantized=quantized)
+    if quantized:
+        tensors = compressed_tensors.joined(tensors, settings, str(file))
+        # What is read, and perhaps written again, is their products.
+        settings = {key: settings[key] for key in settings if key != compressed_tensors.KEY}
+    heads, tensors = divide(tensors)
     tensors = {name: t for name, t in tensors.items() if not _BUFFER.fullmatch(name)}
     if not any(name.startswith("model.") for name in tensors):  # saved from the inner module
         tensors = {_INNER.sub(r"model.\1.", name, count=1): t for name, t in tensors.items()}
