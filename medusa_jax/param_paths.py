@@ -47,6 +47,6 @@ def map_with_path(
 def device_bytes(tree: Any) -> int:
     """Bytes of the parts of a pytree's arrays that a single device holds."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
     )

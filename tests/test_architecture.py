@@ -62,6 +62,7 @@ WALLS = {
     "ml_collections": {"training"},
     "optax": {"training"},
     "orbax": {"training"},
+    "qwix": {"checkpoints"},
     "safetensors": {"checkpoints"},
     "tensorboardX": {"training"},
     "torch": {"checkpoints", "bench"},

@@ -68,6 +68,7 @@ def bench(options: PromptsOptions) -> None:
     report = about() | {
         "kind": "prompts",
         "dtype": options.precision,
+        "quantize": options.quantize,
         "mesh": options.mesh,
         "model": str(options.model or shipped()),
         "heads": options.heads,

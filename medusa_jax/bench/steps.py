@@ -18,6 +18,7 @@ from medusa_jax.bench.synthetic import abstract_model, random_model, random_para
 from medusa_jax.bench.timing import TREE, time_steps, trees
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.checkpoints.quantization import CHOICES, NONE, check
 from medusa_jax.checkpoints.weight_layout import usable
 from medusa_jax.cli import runner
 from medusa_jax.distributed.aot import DoesNotFit
@@ -54,6 +55,8 @@ class StepsOptions:
         "CPU, else bfloat16")  # fmt: skip
     compile_only: str | None = option(None, metavar="TOPOLOGY", help="time nothing: aot.json says "
         "what the compiler of v5e:2x2, v5p:1x1x1, ..., or h100 says of each step")  # fmt: skip
+    quantize: str = option(NONE, choices=CHOICES, help="hold weights in fewer bits; needs qwix, "
+        "of the extra [quantize]")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
     no_kernels: list[str] | None = option(None, nargs="*", choices=kernels.NAMES, help="XLA's own "
@@ -118,6 +121,7 @@ def bench(options: StepsOptions) -> None:
     report = about() | subject.source | {
         "note": subject.note,
         "dtype": options.precision,
+        "quantize": options.quantize,
         "mesh": options.mesh,
         "tree": TREE,
         "heads": dataclasses.asdict(subject.heads),
@@ -166,24 +170,28 @@ def record(row: dict[str, Any]) -> dict[str, Any]:
 
 def load(options: StepsOptions) -> Subject:
     """The model that the options name; its weights or its heads are random if there are none."""
+    check(options.quantize)
     if options.model in PRESETS:
         config = PRESETS[options.model]
         heads = random_heads(options, config)
         mesh = decode_mesh(options.mesh, config) if options.mesh else None
-        few_rows = "products" in kernels.used(options.no_kernels) and usable(mesh)
-        params = random_model(config, heads, options.precision, mesh, few_rows)
+        products = "products" in kernels.used(options.no_kernels)
+        layout: dict[str, Any] = {"few_rows": products and usable(mesh)}
+        layout["quantize"] = options.quantize
+        params = random_model(config, heads, options.precision, mesh, **layout)
         source = {"kind": "random_weights", "preset": options.model}
         return Subject(config, heads, params, mesh, source, NO_ACCEPTANCE)
     name = str(options.model or shipped())
     products = "products" in kernels.used(options.no_kernels)
-    model = load_model(name, options.heads, options.precision, options.mesh, products)
+    where = options.precision, options.mesh, products, options.quantize
+    model = load_model(name, options.heads, *where)
     config, heads, params, note = model.config, model.heads, model.params, ""
     if not heads.num_heads:
         heads = random_heads(options, config)
-        abstract = abstract_model(config, heads, model.mesh, products and usable(model.mesh))[
-            "heads"
-        ]
-        params = params | {"heads": random_params(abstract, options.precision)}
+        few_rows = products and usable(model.mesh)
+        layout = {"few_rows": few_rows, "quantize": options.quantize, "dtype": options.precision}
+        shapes = abstract_model(config, heads, model.mesh, **layout)
+        params = params | {"heads": random_params(shapes["heads"])}
         note = f"{name} has no heads, so {heads.num_heads} random heads take their place."
         log.warning(note)
     source = {"kind": "steps", "model": name, "random_heads": bool(note)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from medusa_jax import json_files
-from medusa_jax.checkpoints import gguf_backbone
+from medusa_jax.checkpoints import compressed_tensors, gguf_backbone
 from medusa_jax.checkpoints.heads import divide
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model
 from medusa_jax.gguf_file import is_gguf, open_gguf
@@ -67,12 +67,18 @@ def open_backbone(directory: Path, settings: dict[str, Any] | None = None) -> St
       InputError: its config is not supported, or its files cannot be opened.
     """
     settings = read_settings(directory) if settings is None else settings
-    config = from_hf(settings, str(settings_file(directory)))
+    origin = str(settings_file(directory))
+    config = from_hf(settings, origin)
     if is_gguf(directory):
-        return StoredBackbone(
-            directory, settings, config, gguf_backbone.tensors(open_gguf(directory)), {}
-        )
-    heads, tensors = divide(open_model(directory))
+        tensors = gguf_backbone.tensors(open_gguf(directory))
+        return StoredBackbone(directory, settings, config, tensors, {})
+    quantized = bool(settings.get(compressed_tensors.KEY))
+    tensors = open_model(directory, quantized=quantized)
+    if quantized:
+        tensors = compressed_tensors.joined(tensors, settings, origin)
+        # What is read, and perhaps written again, is their products.
+        settings = {key: settings[key] for key in settings if key != compressed_tensors.KEY}
+    heads, tensors = divide(tensors)
     tensors = {name: t for name, t in tensors.items() if not _BUFFER.fullmatch(name)}
     if not any(name.startswith("model.") for name in tensors):  # saved from the inner module
         tensors = {_INNER.sub(r"model.\1.", name, count=1): t for name, t in tensors.items()}

@@ -42,6 +42,8 @@ def watched(tensors: Tensors, ruined: set[str]) -> Tensors:
                 ruined.add(name)
             return array
 
-        return dataclasses.replace(tensor, read=read)
+        values, scale = tensor.quantized or (None, None)
+        pair = values and scale and (watch(name, values), watch(name, scale))
+        return dataclasses.replace(tensor, read=read, quantized=pair)
 
     return {name: watch(name, tensor) for name, tensor in tensors.items()}

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from medusa_jax import json_files
-from medusa_jax.checkpoints import bigram_file
+from medusa_jax.checkpoints import bigram_file, quantization
 from medusa_jax.checkpoints.backbone import open_backbone, read_settings
 from medusa_jax.checkpoints.finite import watched
 from medusa_jax.checkpoints.generation_config import read_generation_config
@@ -30,7 +30,7 @@ from medusa_jax.checkpoints.heads import (
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
-from medusa_jax.checkpoints.weight_layout import joined, placed, stacked, usable
+from medusa_jax.checkpoints.weight_layout import joined, narrowed, placed, stacked, usable
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
@@ -52,6 +52,7 @@ class Model:
       params: {"backbone": ..., "heads": ...} in the layout of decoding (`weight_layout.py`);
         also {"bigrams": ...} where a table of them is stored beside the heads.
       stop_ids, suppress, repetition_penalty: its `GenerationConfig`.
+      precision: of the weights: "float32" or "bfloat16", or how they are quantized.
       directory: of the backbone and its tokenizer.
       fingerprint: a short name that other weights, shapes or heads would not have.
       mesh: the devices that the parameters are split over (`Decoder` wants to know them).
@@ -64,6 +65,7 @@ class Model:
     suppress: tuple[int, ...]
     directory: Path
     repetition_penalty: float = 1.0
+    precision: str = "float32"
     fingerprint: str = ""
     mesh: Mesh | None = None
 
@@ -74,6 +76,7 @@ def load_model(
     dtype: str = "float32",
     mesh: str | None = None,
     kernels: bool = True,
+    quantize: str = quantization.NONE,
 ) -> Model:
     """Loads a backbone and, where there are any, its Medusa heads.
 
@@ -81,15 +84,17 @@ def load_model(
       model: directory or hub id of a Llama-family model, of one merged with heads,
         or of v0.1 heads whose config names their backbone.
       heads: directory, file or hub id of heads of any dialect; default: the model's own.
-      dtype: of all parameters, "float32" or "bfloat16".
+      dtype: of all parameters and numbers between them, "float32" or "bfloat16".
       mesh: "tensor=4" splits the parameters over that many devices, each of which
         reads its own part (`rules.decode_mesh`); one device by default.
       kernels: lays the weights out for `kernels.few_rows` where that can be used.
+      quantize: "int8", "fp8", "int4" or "none"; weights of fewer bits in files stay as they are.
 
     Raises:
       InputError: something is missing, unreadable, unsupported, of another shape, or not
         to be split so; one message lists everything wrong with the tensors.
     """
+    quantization.check(quantize)
     directory, settings, heads = _locate(model, heads)
     files = open_backbone(directory, settings)
     config, ruined = files.config, set[str]()
@@ -99,23 +104,20 @@ def load_model(
     backbone = matched(backbone_places(config), watched(files.tensors, ruined), directory)
     digest = hashlib.sha256(repr(config).encode())
     heads_config, params = NO_HEADS, {}
+    how = {"mesh": devices, "kernels": kernels, "quantize": quantize}
     if stored:  # before the backbone, which takes long to read
         check_fit(stored, config)
         heads_config = stored.config
         tensors = watched(_with_projection(stored, backbone, config), ruined)
-        params["heads"] = _loaded(tensors, dtype, digest, devices, kernels)
+        params["heads"] = _loaded(tensors, dtype, digest, **how)
         if file := bigram_file.beside(source):
             table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
             params[NAME] = everywhere(table, devices)
-    params["backbone"] = _loaded(backbone, dtype, digest, devices, kernels, tied=config.tied)
+    params["backbone"] = _loaded(backbone, dtype, digest, **how, tied=config.tied)
     if ruined:
-        log.warning(
-            "%s: %d tensors hold NaN or infinity: %s",
-            directory,
-            len(ruined),
-            listed(sorted(ruined)),
-        )
+        names = listed(sorted(ruined))
+        log.warning("%s: %d tensors hold NaN or infinity: %s", directory, len(ruined), names)
     return Model(
         config=config,
         heads=heads_config,
@@ -123,6 +125,7 @@ def load_model(
         stop_ids=generation.stop_ids,
         suppress=generation.suppress,
         repetition_penalty=generation.repetition_penalty,
+        precision=_precision(backbone, dtype, quantize),
         directory=directory,
         fingerprint=digest.hexdigest()[:16],
         mesh=devices,
@@ -178,34 +181,43 @@ def _with_projection(stored: StoredHeads, backbone: Tensors, config: ModelConfig
     return tensors | {"vocab": whole.rows(tensors["token_map"].read())}
 
 
+def _precision(backbone: Tensors, dtype: str, quantize: str) -> str:
+    """How the backbone is held: as it is stored if that is quantized, as asked, or in `dtype`."""
+    pairs = (tensor.quantized for tensor in backbone.values() if tensor.quantized)
+    in_files = next((quantization.name_of(values.dtype) for values, _ in pairs), None)
+    return in_files or (dtype if quantize == quantization.NONE else quantize)
+
+
 def _loaded(
     tensors: Tensors,
     dtype: str,
     digest: Any,
+    *,
     mesh: Mesh | None,
     kernels: bool,
-    *,
+    quantize: str,
     tied: bool = False,
 ) -> dict[str, Any]:
     """Nested parameters in the layout of decoding, read one tensor at a time.
 
     Of each tensor, the digest gets the name, the shape and the first numbers.
     """
-    few_rows = kernels and usable(mesh)
-    cast: Tensors = {}
+    how = {"tied": tied, "few_rows": kernels and usable(mesh), "quantize": quantize}
     for path, tensor in tensors.items():
         leaf_dtype = "int32" if path == "token_map" else dtype
         rows = min(-(-64 // max(math.prod(tensor.shape[1:]), 1)), tensor.shape[0])
         first = tensor.cast(leaf_dtype).read((slice(0, rows),)).reshape(-1)[:64]
         digest.update(f"{path} {tensor.shape}".encode() + first.tobytes())
-        cast[path] = tensor.cast(leaf_dtype)
-    if mesh is None:
-        cast = joined(cast, StoredTensor.concatenate)
+    whole = joined(tensors, StoredTensor.concatenate) if mesh is None else tensors
     leaves: dict[str, Any] = {}
-    for path, tensor in cast.items():
-        leaves |= placed(path, tensor, tied=tied, few_rows=few_rows)
-    tree = nested(stacked(leaves, StoredTensor.stack))
+    for path, tensor in whole.items():
+        leaves |= placed(path, tensor, **how)
+    leaves = stacked(leaves, StoredTensor.stack)
+    tree = nested({path: narrowed(path, leaf, quantize, dtype) for path, leaf in leaves.items()})
     if mesh is None:
-        return jax.tree.map(lambda tensor: put(tensor.read, tensor.shape, None), tree)
-    places = shardings(tree, mesh)
-    return jax.tree.map(lambda tensor, place: put(tensor.read, tensor.shape, place), tree, places)
+        loaded = jax.tree.map(lambda tensor: put(tensor.read, tensor.shape, None), tree)
+    else:
+        split = shardings(tree, mesh)
+        loaded = jax.tree.map(lambda one, place: put(one.read, one.shape, place), tree, split)
+    quantization.forget()
+    return loaded

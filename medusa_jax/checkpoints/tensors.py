@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from medusa_jax import json_files
+from medusa_jax.checkpoints import float8
 from medusa_jax.errors import InputError, listed
 from medusa_jax.files import writing
 
@@ -44,11 +45,13 @@ class StoredTensor:
       dtype: its NumPy name, "bfloat16" included; or a name that NumPy does not have
         ("F8_E4M3") of a type that cannot be read.
       read: loads it, or the part of it that an index selects, as a NumPy array.
+      quantized: narrow numbers and their scale, where `read` multiplies the two.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[..., np.ndarray]
+    quantized: "tuple[StoredTensor, StoredTensor] | None" = None
 
     @property
     def mT(self) -> "StoredTensor":
@@ -57,7 +60,8 @@ class StoredTensor:
         def read(index: Any = ...) -> np.ndarray:
             return self.read(index if index is ... else index[::-1]).T
 
-        return StoredTensor(self.shape[::-1], self.dtype, read)
+        pair = self.quantized and (self.quantized[0].mT, self.quantized[1])
+        return StoredTensor(self.shape[::-1], self.dtype, read, pair)
 
     @classmethod
     def stack(cls, tensors: Sequence["StoredTensor"]) -> "StoredTensor":
@@ -84,7 +88,10 @@ class StoredTensor:
             whole = np.concatenate([tensor.read() for tensor in tensors])
             return whole if index is ... else whole[index]
 
-        return cls((rows, *tensors[0].shape[1:]), tensors[0].dtype, read)
+        pairs = [tensor.quantized for tensor in tensors if tensor.quantized]
+        values, scales = zip(*pairs, strict=True) if len(pairs) == len(tensors) else ((), ())
+        pair = (cls.concatenate(values), cls.concatenate(scales)) if values else None
+        return cls((rows, *tensors[0].shape[1:]), tensors[0].dtype, read, pair)
 
     def rows(self, ids: np.ndarray) -> "StoredTensor":
         """These rows of it, in this order."""
@@ -103,10 +110,13 @@ class StoredTensor:
 Tensors = dict[str, StoredTensor]
 
 
-def open_model(directory: Path) -> Tensors:
+def open_model(directory: Path, *, quantized: bool = False) -> Tensors:
     """Tensors of a Hugging Face model directory: one file or shards with an index.
 
     Names are those of the module itself: what wraps it is left out (`_bare`).
+
+    Args:
+      quantized: reads 8-bit floats, which mean nothing without their scales.
 
     Raises:
       InputError: no weights, a missing shard, or an unreadable file.
@@ -114,16 +124,16 @@ def open_model(directory: Path) -> Tensors:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{name}.index.json"
         if index.is_file():
-            return _open_shards(index)
+            return _open_shards(index, quantized)
         if (directory / name).is_file():
-            return open_file(directory / name)
+            return open_file(directory / name, quantized=quantized)
     raise InputError(
         f"{directory} holds no weights: expected model.safetensors, pytorch_model.bin, "
         "or either with an index"
     )
 
 
-def open_file(file: Path) -> Tensors:
+def open_file(file: Path, *, quantized: bool = False) -> Tensors:
     """Tensors of one `.safetensors`, `.bin` or `.pt` file, named as in `open_model`."""
     _refuse_pointer(file)
     opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
@@ -133,7 +143,10 @@ def open_file(file: Path) -> Tensors:
             "weights before saving (stage3_gather_16bit_weights_on_model_save)"
         )
     bare = _bare(opened, file)
-    return {bare[name]: _readable(file, name, tensor) for name, tensor in opened.items()}
+    readable = (
+        opened if quantized else {name: _readable(file, name, opened[name]) for name in opened}
+    )
+    return {bare[name]: tensor for name, tensor in readable.items()}
 
 
 def _refuse_pointer(file: Path) -> None:
@@ -176,7 +189,7 @@ def _bare(names: Collection[str], source: Path) -> dict[str, str]:
     return bare
 
 
-def _open_shards(index: Path) -> Tensors:
+def _open_shards(index: Path, quantized: bool) -> Tensors:
     placed = json_files.read_object(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(s, str) for s in placed.values()):
         raise InputError(f"{index} has no 'weight_map' of tensor names to file names")
@@ -189,7 +202,7 @@ def _open_shards(index: Path) -> Tensors:
     missing = [str(shard) for shard in shards.values() if not shard.is_file()]
     if missing:
         raise InputError(f"{index.name} names shards that do not exist: {listed(missing)}")
-    opened = {name: open_file(shard) for name, shard in shards.items()}
+    opened = {name: open_file(shard, quantized=quantized) for name, shard in shards.items()}
     lost = [f"{name} (in {file})" for name, file in placed.items() if name not in opened[file]]
     if lost:
         raise InputError(f"{index} places tensors where they are not: {listed(lost)}")
@@ -198,24 +211,27 @@ def _open_shards(index: Path) -> Tensors:
 
 def _open_safetensors(file: Path) -> Tensors:
     try:
-        handle = safe_open(file, framework="numpy")
-        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        with safe_open(file, framework="numpy") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            about = {name: (tuple(p.get_shape()), p.get_dtype()) for name, p in parts.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a complete safetensors file: {error}") from None
-    if not parts:
+    if not about:
         raise InputError(f"{file} holds no named tensors")
 
     def read(name: str, index: Any) -> np.ndarray:
         """A part of a tensor, of which no other byte is read."""
-        return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
+        if about[name][1] == float8.NAME:
+            return np.array(float8.in_file(file, name)[index])
+        # Pages of a file that stays open would stay in this process's memory, once read.
+        with safe_open(file, framework="numpy") as handle:
+            return handle.get_tensor(name) if index is ... else handle.get_slice(name)[index]
 
     return {
         name: StoredTensor(
-            tuple(part.get_shape()),
-            _DTYPES.get(part.get_dtype(), part.get_dtype()),
-            lambda index=..., name=name: read(name, index),
+            shape, _DTYPES.get(dtype, dtype), lambda index=..., name=name: read(name, index)
         )
-        for name, part in parts.items()
+        for name, (shape, dtype) in about.items()
     }
 
 

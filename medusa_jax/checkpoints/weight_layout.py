@@ -9,6 +9,7 @@ one input, such as "mlp/gate" and "mlp/up", become "mlp/gate_up".
 Leaves may be arrays, shapes under `jax.eval_shape`, or tensors that are still in files.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from medusa_jax.checkpoints.quantization import NONE, quantized, stored, type_for
+from medusa_jax.checkpoints.tensors import StoredTensor
 from medusa_jax.kernels import few_rows as kernel
 from medusa_jax.model.linear import Weight, joint_name
 from medusa_jax.param_paths import flat, nested
 
-_WEIGHTS = ("weight", "lm_head", "vocab")
+_EMBEDDING = "embed/embedding"
 _JOINT = (("query", "key", "value"), ("gate", "up"))  # layers of one input
 
 
@@ -29,19 +32,32 @@ def usable(mesh: Any) -> bool:
     return mesh is None and kernel.available()
 
 
-def placed(path: str, tensor: Any, *, tied: bool = False, few_rows: bool = False) -> dict[str, Any]:
+def placed(
+    path: str,
+    tensor: Any,
+    *,
+    tied: bool = False,
+    few_rows: bool = False,
+    quantize: str = NONE,
+) -> dict[str, Any]:
     """One parameter [out, in] as decoding holds it, by path; norms and biases stay as they are.
 
     "mlp/up/weight" [F, D] becomes the same path's `Weight` [D, F], or [F, D] for `few_rows`. A
     tied embedding stays for its lookup of rows. XLA's products want a transposed copy of it for
-    the logits, "lm_head".
+    the logits, "lm_head"; a table that will be quantized (`narrowed`) has none.
     """
-    product = path.split("/")[-1] in _WEIGHTS
-    if few_rows and (product or (tied and path == "embed/embedding")):
+    table, product = path == _EMBEDDING, path.split("/")[-1] in ("weight", "lm_head", "vocab")
+    pair = isinstance(tensor, StoredTensor) and tensor.quantized
+    narrow = pair[0].dtype if pair else type_for(path, quantize)
+    # The kernel knows neither other narrow types nor several scales of an output.
+    few_rows &= not narrow or (narrow == "int8" and not (pair and len(pair[1].shape) > 1))
+    if few_rows and (product or (tied and table)):
         return {path: Weight(tensor, few_rows=True)}
     if product:
         return {path: Weight(tensor.mT, "in_out")}
-    if tied and path == "embed/embedding":
+    if table and narrow:
+        return {path: Weight(tensor)}
+    if tied and table:
         return {path: tensor, "lm_head": Weight(tensor.mT, "in_out")}
     return {path: tensor}
 
@@ -57,9 +73,18 @@ def joined(leaves: dict[str, Any], concatenate: Callable[[list[Any]], Any]) -> d
         first = f"/{names[0]}/"
         for path in leaves:
             if first in path:
-                parts = [rest.pop(path.replace(first, f"/{name}/")) for name in names]
+                paths = [path.replace(first, f"/{name}/") for name in names]
+                if len({_form(rest[one]) for one in paths}) > 1:
+                    continue  # files may quantize some of them only
+                parts = [rest.pop(one) for one in paths]
                 rest[path.replace(first, f"/{joint_name(names)}/")] = concatenate(parts)
     return rest
+
+
+def _form(tensor: Any) -> tuple[Any, ...]:
+    """How a tensor is quantized in its file: the type of its numbers, scales of each output."""
+    pair = tensor.quantized if isinstance(tensor, StoredTensor) else None
+    return (pair[0].dtype, pair[1].shape[1:]) if pair else ()
 
 
 def stacked(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
@@ -80,8 +105,33 @@ def stacked(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[s
     return rest
 
 
+def narrowed(path: str, leaf: Any, quantize: str, dtype: str) -> Any:
+    """A leaf of `placed` or `stacked` as it is held: quantized, or in `dtype`.
+
+    A weight that is quantized in its file stays as it is there.
+    """
+    is_weight, tensor = isinstance(leaf, Weight), leaf.data if isinstance(leaf, Weight) else leaf
+    in_file = isinstance(tensor, StoredTensor)
+    if is_weight and in_file and tensor.quantized:
+        data, scale = tensor.quantized
+    elif is_weight and (narrow := type_for(path, quantize)):
+        axis = -1 if leaf.order == "out_in" else -2
+        data, scale = (stored if in_file else quantized)(tensor, narrow, axis)
+    else:
+        dtype = "int32" if path == "token_map" else dtype
+        wide = tensor.cast(dtype) if in_file else tensor.astype(dtype)
+        return dataclasses.replace(leaf, data=wide) if is_weight else wide
+    return dataclasses.replace(leaf, data=data, scale=scale, lookup_dtype=dtype)
+
+
 def for_decoding(
-    params: dict[str, Any], *, tied: bool = False, few_rows: bool = False, joint: bool = True
+    params: dict[str, Any],
+    *,
+    tied: bool = False,
+    few_rows: bool = False,
+    joint: bool = True,
+    quantize: str = NONE,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Nested {"backbone", "heads"} parameters [out, in] as decoding holds them."""
     laid_out = {}
@@ -89,6 +139,10 @@ def for_decoding(
         leaves: dict[str, Any] = {}
         whole = joined(flat(inner), jnp.concatenate) if joint else flat(inner)
         for path, leaf in whole.items():
-            leaves |= placed(path, leaf, tied=tied and part == "backbone", few_rows=few_rows)
-        laid_out[part] = nested(stacked(leaves, jnp.stack))
+            how = {"tied": tied and part == "backbone", "few_rows": few_rows, "quantize": quantize}
+            leaves |= placed(path, leaf, **how)
+        leaves = stacked(leaves, jnp.stack)
+        laid_out[part] = nested(
+            {p: narrowed(p, leaf, quantize, dtype) for p, leaf in leaves.items()}
+        )
     return laid_out

@@ -91,4 +91,4 @@ class Network:
 
 def precision(params: Params) -> jnp.dtype:
     """The type of hidden states, keys and values: that of the embeddings."""
-    return weight_of(params["backbone"]["embed"]["embedding"]).data.dtype
+    return weight_of(params["backbone"]["embed"]["embedding"]).dtype

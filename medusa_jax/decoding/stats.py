@@ -9,9 +9,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.network import precision
 from medusa_jax.decoding.state import Output
 from medusa_jax.distributed.hardware import device_bandwidth
 from medusa_jax.drafting.drafter import Params
@@ -96,6 +95,6 @@ def step_bytes(decoder: Decoder, params: Params, cached_tokens: float) -> float:
         backbone.pop("embed")  # a step reads a few rows of it, not the table
     weights = device_bytes(backbone) + decoder.drafter.read_bytes(params)
     kv_heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
-    itemsize = jax.tree.leaves(backbone)[0].dtype.itemsize
+    itemsize = precision(params).itemsize
     per_token = 2 * config.num_layers * kv_heads * config.head_dim * itemsize
     return weights + cached_tokens * per_token

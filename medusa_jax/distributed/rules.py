@@ -150,7 +150,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def sharding(path: str, leaf: Any) -> Any:
         if isinstance(leaf, Weight):
             axes = spec(path, leaf.data.shape, mesh, leaf.order)
-            return dataclasses.replace(leaf, data=NamedSharding(mesh, axes))
+            scale = None
+            if leaf.scale is not None:  # split as the outputs; an output's groups stay together
+                out = axes[-2 if leaf.order == "out_in" else -1]
+                scale = NamedSharding(mesh, P(*axes[:-2], out))
+            return dataclasses.replace(leaf, data=NamedSharding(mesh, axes), scale=scale)
         return NamedSharding(mesh, spec(path, leaf.shape, mesh))
 
     return map_with_path(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, Weight))

@@ -42,7 +42,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "*dims"]) -> Array:
         """Rows of the table [*dims, D]."""
-        return jnp.take(self.table.data, tokens, axis=0)
+        return self.table.lookup(tokens)
 
 
 class RMSNorm(nn.Module):

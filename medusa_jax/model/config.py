@@ -122,9 +122,11 @@ def _family(fields: Fields) -> str:
         )
     if (quantization := fields.inner("quantization_config")).content:
         method = quantization.text("quant_method", "unknown")
-        raise InputError(
-            f"{fields.origin}: quantized weights ({method}) are not supported; use the full weights"
-        )
+        if method != "compressed-tensors":
+            raise InputError(
+                f"{fields.origin}: quantized weights ({method}) are not supported; expected the "
+                "full weights, which --quantize makes narrow, or compressed-tensors"
+            )
     if (activation := fields.text("hidden_act", "silu")) != "silu":
         raise InputError(
             f"{fields.origin}: hidden_act {short(activation)} is not supported; expected 'silu'"

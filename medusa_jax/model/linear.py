@@ -4,6 +4,9 @@ Files, training and `Module.init` hold a weight as a plain array [out, in]. Deco
 `Weight`, in the order that is fast for the 1 to 64 rows of a tree: [out, in] for the kernel of
 `kernels.few_rows`, [in, out] for XLA's products, which take half the time in that order on a CPU.
 Modules read all of them through `parameter`, so a path means the same weight in every layout.
+
+A quantized weight holds narrow numbers and a scale: W = scale * data. Only weights are narrow;
+sums are float32.
 """
 
 import dataclasses
@@ -89,12 +92,27 @@ class Weight:
       adapter: added to the product, or None.
       few_rows: whether products of few rows are those of `kernels.few_rows`, which has no
         gradient and wants the order "out_in".
+      scale: of a quantized weight, float32: of each output [out], or of each output's G groups
+        of inputs [out, G]; of a stack [M, out] or [M, out, G]. None where data are the numbers.
+      lookup_dtype: type of the rows that `lookup` gives of a quantized table.
     """
 
     data: Any
     order: str = dataclasses.field(default="out_in", metadata={"static": True})
     adapter: Adapter | None = None
     few_rows: bool = dataclasses.field(default=False, metadata={"static": True})
+    scale: Any = None
+    lookup_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of the rows that `lookup` gives."""
+        return self.data.dtype if self.scale is None else jnp.dtype(self.lookup_dtype)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether an output has several scales."""
+        return self.scale is not None and self.scale.ndim == self.data.ndim
 
     @typed
     def dot(self, x: Float[Array, "*dims"]) -> Float[Array, "*out"]:
@@ -105,14 +123,18 @@ class Weight:
         """
         data, letters = self.data, _LETTERS[self.order]
         if self.few_rows and x.size // x.shape[-1] <= few_rows.MOST_ROWS:
-            y = few_rows.product(x, data)
+            y = few_rows.product(x, data, self.scale)
         else:
+            if self.scale is not None:
+                data = self._widened(x)
             if data.ndim == 3 and data.shape[0] == 1:
                 data = data[0]  # XLA would transpose a batch of size 1 on a CPU
             stack = "m" if data.ndim == 3 else ""
             equation = f"...{stack}d,{stack}{letters}->...{stack}f"
             product = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
             y = _in_tiles(product, x.ndim - 1 - len(stack), x, data)
+            if self.scale is not None and not self.grouped:
+                y = y * self.scale
         return y if self.adapter is None else y + self.adapter.dot(x)
 
     def rows(self, ids: Array) -> "Weight":
@@ -121,7 +143,48 @@ class Weight:
         adapter = self.adapter
         if adapter is not None:
             adapter = dataclasses.replace(adapter, b=jnp.take(adapter.b, ids, axis=-2))
-        return dataclasses.replace(self, data=jnp.take(self.data, ids, axis=axis), adapter=adapter)
+        data, scale = jnp.take(self.data, ids, axis=axis), self.scale
+        if scale is not None:
+            scale = jnp.take(scale, ids, axis=-2 if self.grouped else -1)
+        return dataclasses.replace(self, data=data, scale=scale, adapter=adapter)
+
+    def lookup(self, ids: Array) -> Array:
+        """Rows of a table of embeddings [V, D]: ids [*dims] -> [*dims, D]."""
+        rows = jnp.take(self.data, ids, axis=0)
+        if self.scale is None:
+            return rows
+        scale = jnp.take(self.scale, ids, axis=0)
+        groups = scale if self.grouped else scale[..., None]
+        wide = rows.reshape(*groups.shape, -1).astype(jnp.float32) * groups[..., None]
+        return wide.reshape(rows.shape).astype(self.dtype)
+
+    def _widened(self, x: Array) -> Array:
+        """Quantized data in the type of x; times their scales where an output has several."""
+        data = jax.lax.platform_dependent(
+            self.data, x, cpu=_converted_at_use, default=lambda data, x: data.astype(x.dtype)
+        )
+        if not self.grouped:
+            return data
+        inner = data if self.order == "out_in" else data.mT
+        groups = inner.reshape(*self.scale.shape, -1) * self.scale[..., None]
+        groups = groups.reshape(inner.shape).astype(x.dtype)
+        return groups if self.order == "out_in" else groups.mT
+
+
+def _converted_at_use(data: Array, x: Array) -> Array:
+    """The data in the type of x, by a conversion that depends on x.
+
+    XLA:CPU moves other conversions out of the decoding loop, and so keeps all weights wide in
+    memory. TPUs and GPUs convert inside the product.
+    """
+    first = x.reshape(-1)[0]
+    never = jnp.isinf(first) & jnp.isnan(first)
+    if data.dtype.itemsize == 1 and jnp.issubdtype(data.dtype, jnp.floating):
+        # XLA:CPU computes with these types in float16, in which it would keep them.
+        bits = jax.lax.bitcast_convert_type(data, jnp.uint8)
+        bits = jnp.where(never, jnp.zeros((), jnp.uint8), bits)
+        return jax.lax.bitcast_convert_type(bits, data.dtype).astype(x.dtype)
+    return jnp.where(never, jnp.zeros((), data.dtype), data).astype(x.dtype)
 
 
 def weight_of(leaf: Any) -> Weight:

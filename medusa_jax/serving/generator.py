@@ -208,7 +208,8 @@ def load_generator(
     check(options, prefix="")
     acceptance = acceptance_of(options)  # before loading, which takes long
     check_ends(options)
-    where = options.precision, options.mesh, "products" in kernels.used(options.no_kernels)
+    products = "products" in kernels.used(options.no_kernels)
+    where = options.precision, options.mesh, products, options.quantize
     model = load_model(options.model or shipped(), options.heads, *where)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     tree: Tree | DynamicTree = Tree()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from medusa_jax import kernels
 from medusa_jax.checkpoints.load import Model
+from medusa_jax.checkpoints.quantization import CHOICES, NONE
 from medusa_jax.decoding.acceptance import SCHEMES, Acceptance, Greedy, Lossless, Typical
 from medusa_jax.decoding.repetition import penalties
 from medusa_jax.distributed.hardware import accelerated
@@ -57,6 +58,8 @@ class DecodingOptions:
     batch_size: int = option(1, least=1, help="rows decoded together: slots that prompts refill")
     dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
         "CPU, else bfloat16")  # fmt: skip
+    quantize: str = option(NONE, choices=CHOICES, help="hold weights in fewer bits; needs qwix, "
+        "of the extra [quantize]")  # fmt: skip
     mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
         "(default: one)")  # fmt: skip
     no_kernels: list[str] | None = option(None, nargs="*", choices=kernels.NAMES, help="XLA's own "
@@ -134,7 +137,7 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     if not isinstance(tree, str):
         return tree
     if tree == "auto":
-        which = model, scheme, options.batch_size, options.precision
+        which = model, scheme, options.batch_size, model.precision
         tuned = tree_store.find(*which, own_heads=options.heads is None)
         return tuned or default_tree(num_heads, accelerated(), str(options.model))
     if recipe := re.fullmatch(r"grow:(\d{1,99})(?::(\d{1,99}))?", tree):

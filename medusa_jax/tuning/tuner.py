@@ -113,7 +113,7 @@ def destination(options: TuneOptions, generator: Generator) -> Path:
     Raises:
       InputError, OutputError: it cannot be written.
     """
-    kept = tree_store.cache_file(generator.model, options.precision)
+    kept = tree_store.cache_file(generator.model, generator.model.precision)
     path = Path(options.output) if options.output else kept
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def save(
     tuning = {
         "acceptance": tree_store.describe(generator.acceptance),
         "batch_size": options.batch_size,
-        "dtype": options.precision,
+        "dtype": generator.model.precision,
         "backend": jax.default_backend(),
         "device": device(),
         "jax": jax.__version__,
