@@ -4,6 +4,9 @@ A tree of 8 tokens multiplies 8 rows by each weight. XLA's product takes two to 
 long as for a single row; `few_rows.cpp` reads each weight once for all of them. It is compiled
 at first use, by the C++ compiler of the machine, and kept in the cache directory. Where there
 is none, callers go on with XLA's product.
+
+Beside weights in int8, rows are rounded to integers of 16 bits, and products are added up
+exactly. Each row has a factor of its own, a power of two.
 """
 
 import ctypes
@@ -29,16 +32,17 @@ from medusa_jax.shapes import typed
 log = logging.getLogger(__name__)
 
 MOST_ROWS = 128  # from where on XLA's product is as fast
-_SOURCE = Path(__file__).with_name("few_rows.cpp")
+_SOURCES = {
+    name: Path(__file__).with_name(name)
+    for name in ("few_rows.h", "few_rows.cpp", "few_rows_level.cpp")
+}
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
-# What the file is compiled for: names of LEVEL in it, and the compiler's flags.
-LEVELS = {"plain": ()}
+# Instruction sets that the arithmetic is compiled for: names of LEVEL, and the compiler's flags.
+LEVELS: dict[str, tuple[str, ...]] = {"plain": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS |= {
-        "avx2": ("-mavx2", "-mfma"),
-        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma",
-                   "-mprefer-vector-width=512"),
-    }  # fmt: skip
+    _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma",
+               "-mprefer-vector-width=512")  # fmt: skip
+    LEVELS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _AVX512, "vnni": (*_AVX512, "-mavx512vnni")}
 
 
 @functools.cache
@@ -56,6 +60,15 @@ def available() -> bool:
     return True
 
 
+def level() -> str:
+    """The instruction set that `product` uses here: a key of `LEVELS`; "" where not available."""
+    if not available():
+        return ""
+    name = ctypes.CDLL(str(library())).few_rows_level
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
 @typed
 def product(
     x: Float[Array, "*dims"], weight: Array, scale: Float[Array, "*of"] | None = None
@@ -63,6 +76,8 @@ def product(
     """W x of the last axis, accumulated and returned in float32.
 
     The numbers of a row do not depend on the other rows, not even in their last bits.
+    Beside an int8 weight, the numbers of a row are rounded first: none moves by more than 2^-15
+    of the row's largest. From there on, the sums are exact.
 
     Args:
       x: [*dims, in], or for a stack of M weights [*dims, M, in]; float32 or bfloat16.
@@ -90,7 +105,8 @@ def library() -> Path:
     compiler = compiler or shutil.which("clang++")
     include = jax.ffi.include_dir()
     # Whatever would make other code of it.
-    made_of = (_SOURCE.read_text(), repr(LEVELS), repr(_FLAGS), jax.__version__, str(compiler))
+    sources = [source.read_text() for source in _SOURCES.values()]
+    made_of = (*sources, repr(LEVELS), repr(_FLAGS), jax.__version__, str(compiler))
     name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     file = cache_directory() / "kernels" / f"few_rows-{name}.so"
     if file.is_file():
@@ -100,12 +116,13 @@ def library() -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     say(f"compiling products of few rows for this processor, once, into {file.parent}")
     with tempfile.TemporaryDirectory(dir=file.parent) as place, ThreadPoolExecutor() as pool:
-        parts = {level: (*flags, f"-DLEVEL={level}") for level, flags in LEVELS.items()}
-        parts["entry"] = (f"-I{include}",)
+        arithmetic, entry = _SOURCES["few_rows_level.cpp"], _SOURCES["few_rows.cpp"]
+        parts = {level: (arithmetic, *flags, f"-DLEVEL={level}") for level, flags in LEVELS.items()}
+        parts["entry"] = (entry, f"-I{include}")
         objects = {name: f"{place}/{name}.o" for name in parts}
         commands = [
-            [compiler, *_FLAGS, "-c", str(_SOURCE), *flags, "-o", objects[name]]
-            for name, flags in parts.items()
+            [compiler, *_FLAGS, "-c", *map(str, part), "-o", objects[name]]
+            for name, part in parts.items()
         ]
         list(pool.map(_run, commands))
         made = Path(place, "library.so")

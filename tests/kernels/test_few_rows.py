@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medusa_jax.kernels import few_rows
 from medusa_jax.model.linear import Weight
@@ -31,24 +33,47 @@ def expected(x: jax.Array, weight: jax.Array, scale: jax.Array | None) -> np.nda
     return y if scale is None else y * np.asarray(scale)
 
 
+def rounded(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as integers below 2^15 and their factors, powers of two; (3, -0.3) -> (24576, -2458)."""
+    exponent = np.frexp(np.abs(np.asarray(x, np.float64)).max(-1, keepdims=True))[1]
+    factor = 2.0 ** (exponent - 15)
+    return np.minimum(np.round(np.asarray(x, np.float64) / factor), 32767), factor
+
+
+# Lengths around the lanes, the groups and the slices of the kernel, and others.
+OUT = st.sampled_from([1, 7, 24, 25, 100, 577]) | st.integers(1, 300)
+IN = st.sampled_from([1, 15, 16, 17, 576, 1537, 6145]) | st.integers(1, 3000)
+
+
 @needs_compiler
-@pytest.mark.parametrize("seed", range(40))
-def test_products_of_any_shape_and_type(seed: int):
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    rows=st.integers(1, 40), stack=st.integers(0, 3), out=OUT, inner=IN,
+    dtype=st.sampled_from(TYPES), x_dtype=st.sampled_from(TYPES[:2]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_products_of_any_shape_and_type(rows, stack, out, inner, dtype, x_dtype, seed):
     rng = np.random.default_rng(seed)
-    rows, stack = int(rng.integers(1, 40)), int(rng.integers(0, 4))
-    # Lengths around the lanes, the groups and the slices of the kernel, and others.
-    out = int(rng.choice([1, 7, 24, 25, 100, *rng.integers(1, 300, 3)]))
-    inner = int(rng.choice([1, 15, 16, 17, 576, 1025, 6145, *rng.integers(1, 3000, 3)]))
-    dtype = TYPES[seed % 3]
     weight = drawn(rng, (*([stack] if stack else []), out, inner), dtype)
-    x = drawn(rng, (rows, *weight.shape[:-2], inner), TYPES[seed % 2])
+    x = drawn(rng, (rows, *weight.shape[:-2], inner), x_dtype)
     scale = jnp.asarray(rng.uniform(0.5, 2, weight.shape[:-1]), jnp.float32)
     scale = scale if dtype == jnp.int8 or seed % 5 == 0 else None
-    got = jax.jit(few_rows.product)(x, weight, scale)
+    got = few_rows.product(x, weight, scale)
     want = expected(x, weight, scale)
     bound = 2e-6 * np.sqrt(inner) * np.abs(want).max() + 1e-6
-    np.testing.assert_allclose(got, want, rtol=0, atol=bound)
+    if dtype == jnp.int8:
+        integers, factor = rounded(x)
+        np.testing.assert_allclose(got, expected(integers * factor, weight, scale), rtol=3e-7)
+        largest = np.abs(np.asarray(x, np.float32)).max(-1, keepdims=True)
+        bound = 2**-15 * largest * np.abs(np.asarray(weight, np.float32)).sum(-1) * scale + 1e-6
+    assert np.all(np.abs(got - want) <= bound)
     assert got.dtype == jnp.float32
+
+
+@needs_compiler
+def test_sums_of_the_largest_integers_are_exact():
+    x, weight = jnp.full((9, 20_000), 1 - 2**-15), jnp.full((30, 20_000), -128, jnp.int8)
+    want = np.float32((1 - 2**-15) * -128 * 20_000)
+    np.testing.assert_array_equal(few_rows.product(x, weight), want)
 
 
 @needs_compiler
@@ -62,36 +87,61 @@ def test_a_row_is_the_same_alone_and_among_others(dtype: jnp.dtype):
 
 
 @needs_compiler
-def test_numbers_that_are_not_finite_stay_in_their_row():
-    weight = jnp.ones((30, 20))
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: dtype.__name__)
+def test_numbers_that_are_not_finite_stay_in_their_row(dtype: jnp.dtype):
+    weight = jnp.ones((30, 20), dtype)
     x = jnp.ones((3, 20)).at[1, 19].set(jnp.nan).at[2, 0].set(jnp.inf)
     y = few_rows.product(x, weight)
-    assert jnp.all(y[0] == 20) and jnp.isnan(y[1]).all() and jnp.isinf(y[2]).all()
+    assert jnp.all(y[0] == 20) and not jnp.isfinite(y[1:]).any()
+
+
+class Product(ctypes.Structure):
+    """`Product` of few_rows.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("weight", "scale", "x", "x_scale", "y")]
+        + [(name, ctypes.c_long) for name in ("rows", "in_", "x_stride", "y_stride")]
+        + [(name, ctypes.c_long) for name in ("begin", "end")]
+        + [("type", ctypes.c_int)]
+    )
+
+
+def by_level(level: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The product by an instruction set, called as the entry calls it."""
+    flags = {"avx2": "avx2", "avx512": "avx512bw", "vnni": "avx512_vnni"}
+    if level in flags and flags[level] not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {level}")
+    library = ctypes.CDLL(str(few_rows.library()))
+    (rows, inner), out = x.shape, len(weight)
+    y, factors, used = np.zeros((rows, out), np.float32), np.ones(rows, np.float32), x
+    if weight.dtype == np.int8:
+        used, rounding = np.zeros(x.shape, np.int16), getattr(library, f"round_row_{level}")
+        rounding.restype = ctypes.c_float
+        for row in range(rows):
+            places = (ctypes.c_void_p(array[row].ctypes.data) for array in (x, used))
+            factors[row] = rounding(next(places), ctypes.c_long(inner), next(places))
+    pointers = (array.ctypes.data for array in (used, factors, y))
+    numbers = rows, inner, inner, out, 0, out, 2 if weight.dtype == np.int8 else 0
+    product = Product(weight.ctypes.data, None, *pointers, *numbers)
+    getattr(library, f"few_rows_{level}")(ctypes.byref(product))
+    return y
 
 
 @needs_compiler
 @pytest.mark.parametrize("level", few_rows.LEVELS)
 def test_instruction_sets_agree(level: str):
-    """Each set that this processor has, called as the entry calls it."""
-    flags = {"avx2": "avx2", "avx512": "avx512bw"}
-    if level in flags and flags[level] not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {level}")
-
-    class Product(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "x", "y")] + [
-            (name, ctypes.c_long) for name in ("rows", "in_", "stride", "y_stride", "begin", "end")
-        ] + [("type", ctypes.c_int)]  # fmt: skip
-
     rng = np.random.default_rng(0)
-    weight = rng.normal(size=(50, 37)).astype(np.float32)
-    x = np.zeros((9, 48), np.float32)
-    x[:, :37] = rng.normal(size=(9, 37))
-    y = np.zeros((9, 50), np.float32)
-    pointers = weight.ctypes.data, None, x.ctypes.data, y.ctypes.data
-    product = Product(*pointers, 9, 37, 48, 50, 0, 50, 0)
-    compute = getattr(ctypes.CDLL(str(few_rows.library())), f"few_rows_{level}")
-    compute(ctypes.byref(product))
-    np.testing.assert_allclose(y, x[:, :37] @ weight.T, rtol=1e-4, atol=1e-5)
+    x, weight = (rng.normal(size=(size, 1637)).astype(np.float32) for size in (9, 50))
+    np.testing.assert_allclose(by_level(level, x, weight), x @ weight.T, rtol=1e-4, atol=1e-4)
+    integers = rng.integers(-127, 128, weight.shape).astype(np.int8)
+    # The very numbers: products of integers.
+    want = few_rows.product(jnp.asarray(x), jnp.asarray(integers))
+    np.testing.assert_array_equal(by_level(level, x, integers), want)
+
+
+@needs_compiler
+def test_it_says_which_instructions_it_uses():
+    assert few_rows.level() in few_rows.LEVELS
 
 
 @needs_compiler

@@ -1,0 +1,15 @@
+// What the entry of few_rows.cpp asks of the arithmetic in few_rows_level.cpp.
+
+#pragma once
+#include <cstdint>
+
+// What all instruction sets compute: outputs [begin, end) of a single weight for R rows.
+struct Product {
+  const void* weight;    // [out, in]
+  const float* scale;    // [out], or null
+  const void* x;         // R rows of `x_stride` numbers: float32, or int16 for weights in int8
+  const float* x_scale;  // [R], what the integers of a row are multiplied by; or null
+  float* y;              // R rows of `y_stride`
+  long rows, in, x_stride, y_stride, begin, end;
+  int type;  // of the weight: 0 float32, 1 bfloat16, 2 int8
+};
