@@ -161,11 +161,11 @@ def time_training(options: Options, mode: str) -> dict[str, Any]:
     pieces = [Encoded(row, np.ones(len(row), bool), "") for row in ids]
     rows = Rows(pieces, [[row] for row in range(len(pieces))], options.train_tokens)
     batch = global_arrays(rows, np.arange(options.train_rows)[None], NamedSharding(mesh, BATCH))
-    compiled = program.step.lower(state, weights.frozen, batch).compile()
+    compiled = program.step.lower(state, weights.frozen, batch, False).compile()
     times = []
     for _ in range(options.repeats + 1):
         start = time.perf_counter()
-        state, result = jax.block_until_ready(compiled(state, weights.frozen, batch))
+        state, result = jax.block_until_ready(compiled(state, weights.frozen, batch, False))
         times.append(time.perf_counter() - start)
     assert np.isfinite(float(result.grad_norm))
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.distributed.aot import Memory, compile_for
 from medusa_jax.distributed.rules import abstract
@@ -53,4 +53,5 @@ def lower(config: Config, mesh: Mesh) -> Any:
             ("learnt", jnp.bool_),
         )
     }
-    return program.step.lower(state, weights.frozen, batch)
+    with_lm = jax.ShapeDtypeStruct((), jnp.bool_, sharding=NamedSharding(mesh, PartitionSpec()))
+    return program.step.lower(state, weights.frozen, batch, with_lm)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from medusa_jax.data.loader import Batches, global_arrays, in_order
@@ -89,7 +90,9 @@ class Loop:
                 batch = self.batches(number - 1)
                 if behind is not None:
                     clock.look(behind[1].grad_norm)
-                state, result = self.program.step(state, self.frozen, batch)
+                state, result = self.program.step(
+                    state, self.frozen, batch, np.bool_(self._logs(number))
+                )
                 # Until the step is compiled there is nothing to save.
                 stop = stop or stack.enter_context(Stop(hand_on=jax.process_count() > 1))
                 if behind is not None:
@@ -122,9 +125,8 @@ class Loop:
         heads_weight, norm = float(result.heads_weight), float(result.grad_norm)
         values = report(result.terms, heads_weight, self.program.objective)
         rate = clock.tick()
-        last = number == self.total
         self.metrics.advance(rate, values["loss"])
-        if last or number == 1 or _due(number, self.config.run.log_every):
+        if self._logs(number):
             rate_at: Any = learning_rate(self.config.optim, self.total)
             logged = values | {"grad_norm": norm, "learning_rate": float(rate_at(number - 1))}
             if self.config.mode == "medusa2":
@@ -132,7 +134,11 @@ class Loop:
             logged["epoch"] = number / self.batches.steps_per_epoch
             self.metrics.write(number, logged | {"tokens_per_second": rate})
             clock.restart()
-        self.divergence.check(number, values["loss"], norm, last=last)
+        self.divergence.check(number, values["loss"], norm, last=number == self.total)
+
+    def _logs(self, number: int) -> bool:
+        """Whether a step has a line in `metrics.jsonl`."""
+        return number in (1, self.total) or _due(number, self.config.run.log_every)
 
     def _evaluate(self, number: int, state: TrainState) -> float:
         """The held-out loss, which is also reported."""

@@ -1,12 +1,13 @@
 """Losses over a vocabulary, without ever holding the logits of all positions.
 
-Logits of one chunk of positions exist at a time; the backward pass computes
-them again. So memory grows with chunk x V, not with heads x positions x V.
+Logits of one chunk of positions exist at a time, and give the loss and its gradient. So memory
+grows with chunk x V, not with heads x positions x V, and nothing is computed twice.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -90,33 +91,122 @@ def kl_divergence(
     return jnp.sum(jnp.where(counted, each, 0.0))
 
 
-def over_chunks(function: Callable[..., _Sums], chunk: int, *arrays: Array) -> _Sums:
-    """The sum of `function` over chunks of positions, one at a time.
+def over_chunks(
+    function: Callable[..., tuple[Array, _Sums]],
+    chunk: int,
+    params: Any,
+    hidden: Array,
+    counted: Array,
+    *arrays: Array,
+) -> tuple[Array, _Sums]:
+    """A loss and what is reported beside it, added up over chunks of positions.
+
+    Each row's counted positions come first. Chunks behind the last of them are not computed, so
+    prompts and padding cost nothing.
 
     Args:
-      function: arrays [B, t, ...] -> a pytree of sums. It must give zero for
-        positions filled up with zeros (nothing counted).
-      chunk: positions t of one call, 0 for all at once.
-      arrays: [B, T, ...].
+      function: (params, hidden, counted, *arrays) of some positions [B, t, ...] -> (loss [],
+        pytree of sums). Positions that are not counted must add nothing.
+      chunk: positions t of a call, 0 for all at once.
+      params: what `function` reads at all positions.
+      hidden: [B, T, D]. The loss has gradients of `params` and of `hidden` alone.
+      counted, arrays: [B, T, ...].
     """
-    length = arrays[0].shape[1]
-    if chunk == 0:
-        return function(*arrays)
-    if chunk >= length:  # one chunk, which need not be kept for the backward pass either
-        return jax.checkpoint(function)(*arrays)
-    count = -(-length // chunk)
+    length = hidden.shape[1]
+    chunk = min(chunk or length, length)
+    order = counted_first(counted)
 
-    def split(array: Array) -> Array:
-        rest = [(0, 0)] * (array.ndim - 2)
-        array = jnp.pad(array, [(0, 0), (0, count * chunk - length), *rest])
-        return array.reshape(array.shape[0], count, chunk, *array.shape[2:]).swapaxes(0, 1)
+    def pieces(array: Array) -> Array:
+        width = ((0, 0), (0, -length % chunk), *((0, 0),) * (array.ndim - 2))
+        return jnp.pad(_reordered(array, order), width)
 
-    pieces = tuple(map(split, arrays))
-    body = jax.checkpoint(function)
-    first = jax.eval_shape(function, *(piece[0] for piece in pieces))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    return _summed(function, chunk, params, pieces(hidden), tuple(map(pieces, (counted, *arrays))))
 
-    def add(total: _Sums, piece: tuple[Array, ...]) -> tuple[_Sums, None]:
-        return jax.tree.map(jnp.add, total, body(*piece)), None
 
-    return jax.lax.scan(add, zeros, pieces)[0]
+@typed
+def counted_first(counted: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Each row's positions: those that count, then the others.
+
+    counted (0 1 0 1) -> (1 3 0 2).
+    """
+    return jnp.argsort(~counted, axis=1, stable=True)
+
+
+@jax.custom_vjp
+def _reordered(array: Array, order: Array) -> Array:
+    """Positions [B, T, ...] in the order [B, T]; the gradient is a gather too, no scatter."""
+    index = order.reshape(*order.shape, *(1,) * (array.ndim - 2))
+    return jnp.take_along_axis(array, index, axis=1)
+
+
+_reordered.defvjp(
+    lambda array, order: (_reordered(array, order), order),
+    lambda order, change: (_reordered(change, jnp.argsort(order, axis=1)), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(function: Any, chunk: int, params: Any, hidden: Array, arrays: Any) -> Any:
+    def piece(hidden: Array, *arrays: Array) -> Any:
+        return function(params, hidden, *arrays), None
+
+    return _loop(piece, chunk, hidden, *arrays)[0]
+
+
+def _summed_with_gradient(function: Any, chunk: int, params: Any, hidden: Any, arrays: Any) -> Any:
+    """The sums, and the gradient of their loss from the same logits."""
+    leaves, structure = jax.tree.flatten(params)
+    learnt = [leaf.value for leaf in leaves if leaf.perturbed]
+
+    def loss(learnt: list[Array], hidden: Array, *arrays: Array) -> Any:
+        given = iter(learnt)
+        values = [next(given) if leaf.perturbed else leaf.value for leaf in leaves]
+        return function(structure.unflatten(values), hidden, *arrays)
+
+    def piece(*arrays: Array) -> Any:
+        argnums = (0, 1) if hidden.perturbed else (0,)
+        (value, sums), (grads, *rest) = jax.value_and_grad(loss, argnums, has_aux=True)(
+            learnt, *arrays
+        )
+        grads = [grad.astype(jnp.float32) for grad in grads]
+        return ((value, sums), grads), (rest[0] if rest else None)
+
+    values = [array.value for array in arrays]
+    (out, grads), of_hidden = _loop(piece, chunk, hidden.value, *values)
+    given = iter(grads)
+    of_params = [next(given).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves]
+    return out, (structure.unflatten(of_params), of_hidden)
+
+
+def _gradient(function: Any, chunk: int, grads: Any, change: Any) -> Any:
+    """The gradient that was found on the way, times that of what the loss is part of."""
+    scaled = jax.tree.map(lambda grad: (change[0] * grad).astype(grad.dtype), grads)
+    return (*scaled, None)
+
+
+_summed.defvjp(_summed_with_gradient, _gradient, symbolic_zeros=True)
+
+
+def _loop(piece: Callable[..., Any], chunk: int, hidden: Array, counted: Array, *rest: Array) -> Any:
+    """Calls `piece` for chunks up to the last counted position of any row.
+
+    Args:
+      piece: arrays of some positions -> (pytree to add up, array [B, t, ...] to put together).
+    """
+    arrays = (hidden, counted, *rest)
+
+    def part(number: Any) -> list[Array]:
+        slice_at = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
+        return [slice_at(array, number * chunk) for array in arrays]
+
+    def body(number: Array, done: Any) -> Any:
+        (added, placed), (more, here) = done, piece(*part(number))
+        if here is not None:
+            placed = jax.lax.dynamic_update_slice_in_dim(placed, here, number * chunk, axis=1)
+        return jax.tree.map(jnp.add, added, more), placed
+
+    added, here = jax.eval_shape(lambda: piece(*part(0)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added)
+    last = jnp.max(jnp.sum(counted, axis=1))
+    placed = None if here is None else jnp.zeros(hidden.shape, here.dtype)
+    return jax.lax.fori_loop(0, -(-last // chunk), body, (zeros, placed))

@@ -1,7 +1,6 @@
 """One batch to the loss of a training mode, and everything that is reported about it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,8 +9,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, rows_of
-from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.linear import Weight, weight_of
 from medusa_jax.param_paths import joined
 from medusa_jax.training import lora, scanned_backbone, settings
 from medusa_jax.training.losses import (
@@ -66,7 +65,7 @@ class Objective:
       mode: of `settings.Config`.
       decay: head k weighs decay^k.
       distill: KL to the teacher instead of the backbone's cross-entropy.
-      chunk: positions whose logits exist at a time.
+      chunk: positions of each row whose logits exist at a time, 0 for all.
       dtype: of the computation.
       remat: recompute each layer in the backward pass.
       adapter_scale: alpha / R, 0 without adapters.
@@ -127,6 +126,7 @@ class Objective:
         counts: Counts,
         heads_weight: Array | float,
         key: Array | None = None,
+        with_lm: Array | bool = True,
     ) -> tuple[Array, Terms]:
         """This batch's part of a step's loss, and its terms.
 
@@ -136,8 +136,9 @@ class Objective:
           counts: targets in the whole step: parts of its loss add up to it.
           heads_weight: lambda_0 (Medusa-2 only).
           key: for the adapters' dropout; None for none.
+          with_lm: see `terms`.
         """
-        terms = self.terms(trainable, frozen, batch, key)
+        terms = self.terms(trainable, frozen, batch, key, with_lm)
         each = jnp.stack([head.loss for head in terms.heads]) if terms.heads else jnp.zeros(0)
         weights = self.decay ** jnp.arange(1.0, len(terms.heads) + 1.0)
         heads_loss = jnp.sum(weights * each / jnp.maximum(counts.heads, 1.0))
@@ -147,9 +148,19 @@ class Objective:
         return backbone_loss + heads_weight * heads_loss, terms
 
     def terms(
-        self, trainable: Params, frozen: Params, batch: Batch, key: Array | None = None
+        self,
+        trainable: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Array | None = None,
+        with_lm: Array | bool = True,
     ) -> Terms:
-        """Sums over the batch's targets [B, T]."""
+        """Sums over the batch's targets [B, T], the losses with their gradients.
+
+        Args:
+          with_lm: whether Medusa-1, which does not learn from it, computes the lm_head's loss;
+            if not, its sums are zero.
+        """
         dtype = jnp.dtype(self.dtype)
         params = joined(jax.tree.map(lambda leaf: leaf.astype(dtype), trainable), frozen)
         student, teacher = params["backbone"], params.get("teacher", params["backbone"])
@@ -160,17 +171,22 @@ class Objective:
         hidden, theirs = self._hidden(student, batch), ()
         if self.distill:
             theirs = (jax.lax.stop_gradient(self._hidden(teacher, batch)),)
+        projection = _projection(student)
+        projections = (projection, _projection(teacher)) if self.distill else (projection,)
 
-        def lm(hidden: Array, targets: Array, counted: Array, *theirs: Array) -> Any:
-            ours, kl = self._logits(student, hidden), jnp.zeros(())
-            for other in theirs:
-                kl = kl_divergence(self._logits(teacher, other), ours, counted)
-            return cross_entropy(ours, targets, counted), kl
+        def lm() -> tuple[Sums, Array]:
+            targets, counted = _targets(batch, offset=1)
+            return _lm_losses(self.chunk, projections, hidden, counted, targets, *theirs)
 
-        lm_sums, kl = over_chunks(lm, self.chunk, hidden, *_targets(batch, offset=1), *theirs)
-        unembed = functools.partial(self._logits, student)
+        if self.mode == "medusa1":
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(lm))
+            lm_sums, kl = jax.lax.cond(with_lm, lm, lambda: nothing)
+        else:
+            lm_sums, kl = lm()
+        if self.heads.truncated:
+            projection = projection.rows(params["heads"]["token_map"])
         heads = tuple(
-            self._head(k, params["heads"], hidden, batch, unembed)
+            self._head(k, params["heads"], hidden, batch, projection)
             for k in range(self.heads.num_heads)
         )
         return Terms(lm_sums, kl, heads)
@@ -185,23 +201,55 @@ class Objective:
             self.model, backbone, batch, remat=self.remat, constrain=constrain
         )
 
-    def _logits(self, backbone: Params, hidden: Array, rows: Array | None = None) -> Array:
-        variables = {"params": backbone}
-        logits: Any = Backbone(self.model).apply(variables, hidden, rows, method="unembed")
-        return logits
-
-    def _head(self, k: int, heads: Params, hidden: Array, batch: Batch, unembed: Any) -> Sums:
+    def _head(self, k: int, heads: Params, hidden: Array, batch: Batch, shared: Weight) -> Sums:
         targets, counted = _targets(batch, offset=k + 2)
-        head, variables = Head(self.heads), {"params": heads[f"head_{k}"]}
         if self.heads.truncated:
             targets = rows_of(targets, heads["token_map"], self.model.vocab_size)
-            unembed = functools.partial(unembed, rows=heads["token_map"])
+        head = Head(self.heads)
 
-        def losses(hidden: Array, targets: Array, counted: Array) -> Sums:
-            logits: Any = head.apply(variables, hidden, unembed)
-            return cross_entropy(logits, targets, counted)
+        def losses(params: Any, hidden: Array, counted: Array, targets: Array) -> Any:
+            own, shared = params
+            logits: Any = head.apply({"params": own}, hidden, shared.dot)
+            sums = cross_entropy(logits, targets, counted)
+            return sums.loss, sums
 
-        return over_chunks(losses, self.chunk, hidden, targets, counted)
+        params = (heads[f"head_{k}"], shared)
+        loss, sums = over_chunks(losses, self.chunk, params, hidden, counted, targets)
+        return dataclasses.replace(sums, loss=loss)
+
+
+def _projection(backbone: Params) -> Weight:
+    """The lm_head, which in a tied model is the embedding."""
+    tied = "lm_head" not in backbone
+    return weight_of(backbone["embed"]["embedding"] if tied else backbone["lm_head"])
+
+
+def _lm_losses(
+    chunk: int,
+    projections: tuple[Weight, ...],
+    hidden: Array,
+    counted: Array,
+    targets: Array,
+    *theirs: Array,
+) -> tuple[Sums, Array]:
+    """The lm_head's sums, and KL to the teacher; that of both which is learnt from has gradients.
+
+    Args:
+      projections: of the student and, with `theirs`, of the teacher.
+      theirs: the teacher's hidden states [B, T, D], or nothing.
+    """
+
+    def losses(params: Any, hidden: Array, counted: Array, targets: Array, *theirs: Array) -> Any:
+        ours = params[0].dot(hidden)
+        sums = cross_entropy(ours, targets, counted)
+        if not theirs:
+            return sums.loss, sums
+        return kl_divergence(params[1].dot(theirs[0]), ours, counted), sums
+
+    loss, sums = over_chunks(losses, chunk, projections, hidden, counted, targets, *theirs)
+    if theirs:
+        return sums, loss
+    return dataclasses.replace(sums, loss=loss), jnp.zeros(())
 
 
 def _targets(batch: Batch, offset: int) -> tuple[Array, Array]:

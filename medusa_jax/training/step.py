@@ -58,10 +58,11 @@ def make_step(
     seed: int,
     shardings: Any = None,
 ) -> Any:
-    """The compiled step (state, frozen, batch [A, B, T]) -> (state, StepResult).
+    """The compiled step (state, frozen, batch [A, B, T], with_lm) -> (state, StepResult).
 
     Only `trainable` is differentiated: nothing is computed or kept for the
-    gradient of what is frozen. The state is donated.
+    gradient of what is frozen. The state is donated. `with_lm` (bool []) is that of
+    `Objective.terms`, and does not change what is learnt.
 
     Args:
       heads_weight: lambda_0 by step.
@@ -81,6 +82,7 @@ def _step(
     state: TrainState,
     frozen: Params,
     batch: Batch,
+    with_lm: Array | bool,
 ) -> tuple[TrainState, StepResult]:
     counts = objective.counts(batch)
     weight = jnp.asarray(heads_weight(state.step), jnp.float32)
@@ -94,7 +96,7 @@ def _step(
         # Tied to the piece, so that weights split over devices are put together layer by
         # layer in every piece: before the loop, all of them would have to lie there whole.
         learns, fixed, part = jax.lax.optimization_barrier((state.trainable, frozen, part))
-        (_, terms), grads = loss(learns, fixed, part, counts, weight, noise)
+        (_, terms), grads = loss(learns, fixed, part, counts, weight, noise, with_lm)
         return grads, terms
 
     if pieces == 1:

@@ -78,7 +78,7 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
     state, program = assemble(config, weights, mesh, steps=10)
     found: dict[str, Any] = {}
     for number, batch in enumerate(batches):
-        state, result = program.step(state, weights.frozen, batch)
+        state, result = program.step(state, weights.frozen, batch, True)
         found[f"grad_norm_{number}"] = result.grad_norm
         found[f"lm_{number}"] = result.terms.lm.loss
         found[f"kl_{number}"] = result.terms.kl

@@ -117,11 +117,12 @@ def random() -> dict[str, jax.Array]:
 
 
 def mean_loss(chunk: int, hidden: Any, weight: Any, targets: Any, counted: Any) -> jax.Array:
-    def sums(hidden: Any, targets: Any, counted: Any) -> Any:
-        return cross_entropy(Weight(weight).dot(hidden), targets, counted)
+    def losses(weight: Any, hidden: Any, counted: Any, targets: Any) -> Any:
+        found = cross_entropy(weight.dot(hidden), targets, counted)
+        return found.loss, found.count
 
-    found = over_chunks(sums, chunk, hidden, targets, counted)
-    return found.loss / found.count
+    loss, count = over_chunks(losses, chunk, Weight(weight), hidden, counted, targets)
+    return loss / count
 
 
 @pytest.mark.slow

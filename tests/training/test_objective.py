@@ -62,7 +62,7 @@ class Setup:
         objective = dataclasses.replace(self.objective, **changes)
         compiled = make_step(objective, self.rule, optax.constant_schedule(0.2), 0)
         state = init_state(jax.tree.map(jnp.copy, self.trainable), self.rule)
-        return compiled(state, self.frozen, batch)
+        return compiled(state, self.frozen, batch, True)
 
 
 def setup_of(tiny: TinyModel, config: Config) -> Setup:
@@ -365,7 +365,7 @@ def test_medusa1_forms_no_gradient_of_the_backbone():
         rule = optimizer(config, 10)
         state = jax.eval_shape(functools.partial(init_state, optimizer=rule), trainable)
         step = make_step(Objective.of(config, model, heads), rule, optax.constant_schedule(0.2), 0)
-        memory = step.lower(state, frozen, batch).compile().memory_analysis()
+        memory = step.lower(state, frozen, batch, False).compile().memory_analysis()
         temporaries[mode] = memory.temp_size_in_bytes
         backbone = sum(leaf.size for path, leaf in shapes.items() if "backbone" in path) * 4
         assert backbone > 3e6
