@@ -59,7 +59,9 @@ def config_of(options: Options) -> settings.Config:
         heads=settings.Heads(number=options.heads, shared=True, truncated=options.truncated),
         data=settings.Data(sequence_length=options.length),
         loss=settings.Loss(chunk=options.chunk),
-        optim=settings.Optim(batch_size=options.rows, steps=1000, warmup_steps=0, schedule="constant"),
+        optim=settings.Optim(
+            batch_size=options.rows, steps=1000, warmup_steps=0, schedule="constant"
+        ),
         mesh=settings.Mesh(fsdp=1),
     )
 
@@ -119,7 +121,9 @@ def theirs(config: settings.Config, rows: Rows, token_map: list[int]) -> Callabl
         for k, block in enumerate(blocks, start=1):
             read, targets = hidden[:, : -k - 1], places[tokens[:, k + 1 :]]
             logits = functional.linear(read + functional.silu(block(read)), projection)
-            total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            total = functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="sum"
+            )
             loss = loss + config.loss.decay**k * total / targets.numel()
         rule.zero_grad()
         loss.backward()
