@@ -130,16 +130,9 @@ class Generator:
         """The engine, with `options.batch_size` slots."""
         model, options = self.model, self.options
         capacity = options.max_length or model.config.context
-        drafter = medusa_drafter(model.heads, self.tree)
-        decoder = Decoder(
-            model.config,
-            drafter,
-            self.acceptance,
-            capacity,
-            self.suppress,
-            model.mesh,
-            kernels="attention" in kernels.used(options.no_kernels),
-        )
+        recipe = model.config, medusa_drafter(model.heads, self.tree), self.acceptance
+        kernel = "attention" in kernels.used(options.no_kernels)
+        decoder = Decoder(*recipe, capacity, self.suppress, model.mesh, kernel)
         how = {"stop_ids": self.stop_ids, "repetition_penalty": self.repetition_penalty}
         return Engine(decoder, model.params, slots=options.batch_size, seed=options.seed, **how)
 
