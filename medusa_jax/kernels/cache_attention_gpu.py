@@ -49,18 +49,7 @@ def attention(
         begins = jnp.maximum(first.min(axis=1), 0) // SLOT_BLOCK
         windows = [_padded(first, 1, rows)]
 
-    def spec(array: Any, *block: int, of_row: bool = False) -> pl.BlockSpec:
-        """Of a row [B, ...] or a head [B, K, ...]: all of it, or the block of some queries."""
-        parts = 1 if of_row else 2
-        shape = (None,) * parts + (block or array.shape[parts:])
-
-        def place(program: Any, query: Any, _: Any) -> tuple[Any, ...]:
-            row, head = program // kv_heads % array.shape[0], program % kv_heads
-            rest = [query if block else 0] + [0] * (array.ndim - parts - 1)
-            return (row, *(() if of_row else (head,)), *rest)
-
-        return pl.BlockSpec(shape, place)
-
+    spec = functools.partial(_spec, kv_heads)
     shape = splits, *queries.shape
     sums = [jax.ShapeDtypeStruct(shape[:n], jnp.float32) for n in (5, 4, 4)]
     number = pl.BlockSpec((1,), lambda program, *_: (program // kv_heads,))
@@ -87,6 +76,18 @@ def attention(
     faded = jnp.exp(top - top.max(axis=0))
     mixed = (mixed * faded[..., None]).sum(axis=0) / (total * faded).sum(axis=0)[..., None]
     return mixed[:, :, :count].astype(queries.dtype)
+
+
+def _spec(kv_heads: int, array: Any, *block: int, of_row: bool = False) -> pl.BlockSpec:
+    """Of a row [B, ...] or a head [B, K, ...]: all of it, or the block of some queries."""
+    parts = 1 if of_row else 2
+
+    def place(program: Any, query: Any, _: Any) -> tuple[Any, ...]:
+        row, head = program // kv_heads % array.shape[0], program % kv_heads
+        rest = [query if block else 0] + [0] * (array.ndim - parts - 1)
+        return (row, *(() if of_row else (head,)), *rest)
+
+    return pl.BlockSpec((None,) * parts + (block or array.shape[parts:]), place)
 
 
 def _of_split(kv_heads: int, *block: int) -> pl.BlockSpec:

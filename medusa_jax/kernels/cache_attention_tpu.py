@@ -47,6 +47,10 @@ def attention(
     """
     batch, kv_heads, count, width = queries.shape
     capacity = keys.shape[3]
+    if width % LANES:  # such values lie in the order of keys, whose rows fill registers
+        values = values.swapaxes(2, 3)
+    if not interpret:  # else small caches are fetched whole, with slots that are not filled
+        keys, values = (pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (keys, values))
     own_keys, own_values, mask = own
     own_size = own_keys.shape[3]
     block = min(QUERY_BLOCK, ROWS * math.ceil(count / ROWS))
@@ -93,19 +97,21 @@ def _specs(arrays: Sequence[Array], heads: int, block: int, slots: int) -> list[
     def filled(row: Any, number: Any, begins: Any, ends: Any) -> Any:
         return jnp.clip(number, begins[row], jnp.maximum(ends[row] - 1, begins[row]))
 
+    def of_keys(row: Any, head: Any, _: Any, number: Any, lengths: Any, *ends: Any) -> Any:
+        return row, head, 0, filled(row, number, *ends)
+
+    def of_values(row: Any, head: Any, _: Any, number: Any, lengths: Any, *ends: Any) -> Any:
+        return row, head, filled(row, number, *ends), 0
+
+    of_keys_block = (1, heads, width, slots), of_keys
+    of_values_block = (1, heads, slots, width), of_values
     shapes: list[tuple[tuple[int, ...], Callable[..., Any]]] = [
         ((1, heads, block, width), lambda row, head, query, *_: (row, head, query, 0)),
         ((1, heads, width, own_size), lambda row, head, *_: (row, head, 0, 0)),
         ((1, heads, own_size, width), lambda row, head, *_: (row, head, 0, 0)),
         ((1, block, own_size), lambda row, _, query, *rest: (row % mask.shape[0], query, 0)),
-        (
-            (1, heads, width, slots),
-            lambda row, head, _, number, lengths, *ends: (row, head, 0, filled(row, number, *ends)),
-        ),
-        (
-            (1, heads, slots, width),
-            lambda row, head, _, number, lengths, *ends: (row, head, filled(row, number, *ends), 0),
-        ),
+        of_keys_block,
+        of_keys_block if width % LANES else of_values_block,
         ((1, block, 1), lambda row, _, query, *rest: (row, query, 0)),
     ]
     return [pl.BlockSpec(*shape) for shape, _ in zip(shapes, arrays, strict=False)]
@@ -131,13 +137,14 @@ def _kernel(
     """A block of slots, for a block of queries of some heads."""
     *windows, out, mixed, top, total = rest
     row, number = pl.program_id(0), pl.program_id(3)
-    heads, count = queries.shape[1:3]
+    heads, count, width = queries.shape[1:]
+    slot_axis = 1 if width % LANES else 0  # of values
 
-    def add(head: int, key: Array, value: Array, seen: Array) -> None:
-        score = jnp.where(seen, _product(queries[0, head], key), -jnp.inf)
+    def add(head: int, key: Array, value: Array, seen: Array, axis: int = 0) -> None:
+        score = jnp.where(seen, _product(queries[0, head], key, 0), -jnp.inf)
         highest = jnp.maximum(top[head], score.max(axis=1, keepdims=True))
         weight, faded = jnp.exp(score - highest), jnp.exp(top[head] - highest)
-        mixed[head] = faded * mixed[head] + _product(weight.astype(value.dtype), value)
+        mixed[head] = faded * mixed[head] + _product(weight.astype(value.dtype), value, axis)
         total[head] = faded * total[head] + weight.sum(axis=1, keepdims=True)
         top[head] = highest
 
@@ -158,14 +165,17 @@ def _kernel(
         for head in range(heads):
             value = values[0, head]
             if capacity % slots:  # the last block ends after the cache, where anything may lie
-                place = number * slots + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
+                place = jax.lax.broadcasted_iota(jnp.int32, value.shape, slot_axis)
+                place = number * slots + place
                 value = jnp.where(place < capacity, value, jnp.zeros_like(value))
-            add(head, keys[0, head], value, seen)
+            add(head, keys[0, head], value, seen, slot_axis)
 
     @pl.when(number == pl.num_programs(3) - 1)
     def end() -> None:
         out[0] = (mixed[...] / total[...]).astype(out.dtype)
 
 
-def _product(a: Array, b: Array) -> Array:
-    return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
+def _product(a: Array, b: Array, axis: int) -> Array:
+    """Over the columns of a and an axis of b."""
+    which = (((1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, which, preferred_element_type=jnp.float32)
