@@ -15,6 +15,7 @@ from pathlib import Path
 from medusa_jax.checkpoints.conversion import WRITABLE, convert
 from medusa_jax.checkpoints.dialects import DIALECTS
 from medusa_jax.cli import runner
+from medusa_jax.data.gguf_tokenizer import save_tokenizer
 from medusa_jax.options import option
 
 EXAMPLE = (
@@ -48,6 +49,7 @@ def run(options: Options) -> None:
         base=options.base,
         dtype=options.dtype,
         as_is=options.as_is,
+        save_tokenizer=save_tokenizer,
     )
 
 

@@ -14,12 +14,13 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "files", "interrupts", "json_files", "options", "param_paths"}
+BASE = {"errors", "files", "gguf_file", "interrupts", "json_files", "options", "param_paths"}
 BASE |= {"progress", "reports", "shapes"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "interrupts": set(),
+    "gguf_file": {"errors"},
     "json_files": {"errors", "files"},
     "shapes": set(),
     "param_paths": set(),
@@ -40,16 +41,22 @@ MAY_IMPORT = {
 LIBRARY = set(MAY_IMPORT)
 MAY_IMPORT |= {
     "tuning": LIBRARY - {"training"},
+    "server": BASE | {"data", "decoding", "checkpoints", "serving"},
     "cli": LIBRARY - {"training"},
     "bench": (LIBRARY | {"tuning", "cli"}) - {"training"},
 }
-ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "train", "tune"}
-MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli"} for entry in ENTRIES}
+ENTRIES = {"convert", "count_bigrams", "decode", "distill", "export", "serve", "train", "tune"}
+MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli", "server"} for entry in ENTRIES}
 # Third-party packages and the only folders that may import them.
 WALLS = {
     "datasets": {"data"},
+    "fastapi": {"server"},
+    "prometheus_client": {"server"},
+    "pydantic": {"server"},
+    "uvicorn": {"server"},
     "etils": {"training"},
     "matplotlib": {"reports"},
+    "gguf": {"gguf_file"},
     "flax": {"model", "drafting", "decoding", "training", "param_paths"},
     "huggingface_hub": {"checkpoints"},
     "ml_collections": {"training"},

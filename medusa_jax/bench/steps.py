@@ -42,8 +42,8 @@ EXAMPLE = """python -m medusa_jax.bench steps --model llama2-7b --sizes 1 8 64 -
 class StepsOptions:
     """Which steps to time, and how often."""
 
-    model: str | None = option(None, help="Hugging Face directory or hub id (default: the small "
-        f"model that ships with the project); random weights: {', '.join(PRESETS)}")  # fmt: skip
+    model: str | None = option(None, help="Hugging Face directory, hub id, GGUF file, or smollm2 "
+        f"(default: the package's small model); random weights: {', '.join(PRESETS)}")  # fmt: skip
     heads: str | None = option(None, help="directory, file or hub id of Medusa heads (default: "
         "those found with the model, else random ones)")  # fmt: skip
     heads_number: int = option(4, least=1, help="of random heads")

@@ -1,4 +1,4 @@
-"""A backbone's directory: its shape, and its tensors under Hugging Face's names, not read yet."""
+"""A backbone's files: its shape, and its tensors under Hugging Face's names, not read yet."""
 
 import dataclasses
 import logging
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from medusa_jax import json_files
+from medusa_jax.checkpoints import gguf_backbone
 from medusa_jax.checkpoints.heads import divide
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model
+from medusa_jax.gguf_file import is_gguf, open_gguf
 from medusa_jax.model.config import ModelConfig, from_hf
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class StoredBackbone:
     """A backbone in files.
 
     Attributes:
-      directory: where it lies.
+      directory: where it lies; of a GGUF file, the file.
       settings, config: its `config.json` and its shape; not tied where the files hold a
         projection of its own.
       tensors: by Hugging Face's names.
@@ -42,18 +44,34 @@ class StoredBackbone:
     heads: Tensors
 
 
+def settings_file(model: Path) -> Path:
+    """The file that says what a model is: its `config.json`, or the GGUF file that it is."""
+    return model if is_gguf(model) else model / "config.json"
+
+
+def read_settings(model: Path) -> dict[str, Any]:
+    """A model's settings as `config.json` spells them. Raises InputError."""
+    if is_gguf(model):
+        return gguf_backbone.settings(open_gguf(model))
+    return json_files.read_object(settings_file(model))
+
+
 def open_backbone(directory: Path, settings: dict[str, Any] | None = None) -> StoredBackbone:
     """A backbone's shape and tensors.
 
     Args:
-      settings: the content of its `config.json`, where that was read before.
+      directory: or its GGUF file.
+      settings: its `read_settings`, where they were read before.
 
     Raises:
       InputError: its config is not supported, or its files cannot be opened.
     """
-    file = directory / "config.json"
-    settings = json_files.read_object(file) if settings is None else settings
-    config = from_hf(settings, str(file))
+    settings = read_settings(directory) if settings is None else settings
+    config = from_hf(settings, str(settings_file(directory)))
+    if is_gguf(directory):
+        return StoredBackbone(
+            directory, settings, config, gguf_backbone.tensors(open_gguf(directory)), {}
+        )
     heads, tensors = divide(open_model(directory))
     tensors = {name: t for name, t in tensors.items() if not _BUFFER.fullmatch(name)}
     if not any(name.startswith("model.") for name in tensors):  # saved from the inner module

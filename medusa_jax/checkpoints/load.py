@@ -1,4 +1,4 @@
-"""Hugging Face directories and Medusa head files to a model ready for decoding.
+"""Hugging Face directories, GGUF and Medusa head files to a model ready for decoding.
 
 Backbones are Llama-family directories, alone or merged with heads. `heads.py` opens the heads,
 `names.py` names the tensors, and `weight_layout.py` has the layout of the parameters.
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints import bigram_file
-from medusa_jax.checkpoints.backbone import open_backbone
+from medusa_jax.checkpoints.backbone import open_backbone, read_settings
 from medusa_jax.checkpoints.finite import watched
 from medusa_jax.checkpoints.generation_config import read_generation_config
 from medusa_jax.checkpoints.heads import (
@@ -140,13 +140,13 @@ def _locate(
 ) -> tuple[Path, dict[str, Any], str | Path | None]:
     """The backbone's directory, its `config.json`, and where to look for heads."""
     directory = resolve(model)
-    settings = json_files.read_object(directory / "config.json")
+    settings = read_settings(directory)
     # Heads may carry a model_type of their own, but never a backbone's shape.
     if "hidden_size" not in settings and "base_model_name_or_path" in settings:
         heads = heads or directory
         name = json_files.Fields(settings, str(directory / "config.json"))
         directory = _backbone_of(directory, name.text("base_model_name_or_path"))
-        settings = json_files.read_object(directory / "config.json")
+        settings = read_settings(directory)
     return directory, settings, heads
 
 
@@ -165,7 +165,7 @@ def _open_heads(
         return open_heads(source), source
     if merged:
         return open_heads(directory, merged_dialect(merged)), directory
-    file = head_file(directory)
+    file = head_file(directory if directory.is_dir() else directory.parent)  # beside a GGUF file
     return (open_heads(file) if file else None), directory
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax import json_files
+from medusa_jax.data.gguf_tokenizer import load_gguf_tokenizer
 from medusa_jax.errors import InputError
+from medusa_jax.gguf_file import is_gguf
 
 log = logging.getLogger(__name__)
 
+LONGEST = int(1e9)  # the decoder checks lengths, with better words
 _MODEL_OPTIONS = ("byte_fallback", "fuse_unk", "ignore_merges")  # of BPE
 
 
@@ -21,9 +24,16 @@ def load_tokenizer(directory: Path) -> Any:
     of its releases lose the spaces of byte-level tokenizers so, and all write other tokens after
     a special token than Llama 2 was trained with.
 
+    Args:
+      directory: or a GGUF file.
+
     Raises:
       InputError: no tokenizer there that can be read without running code of the directory.
     """
+    if is_gguf(directory):
+        tokenizer = load_gguf_tokenizer(directory)
+        tokenizer.model_max_length = LONGEST
+        return tokenizer
     # transformers says on every start that it found no PyTorch, which we do not use.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
@@ -39,7 +49,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise InputError(f"{directory} holds no readable tokenizer: {reason}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{directory} holds a slow tokenizer; a tokenizer.json is needed")
-    tokenizer.model_max_length = int(1e9)  # the decoder checks lengths, with better words
+    tokenizer.model_max_length = LONGEST
     if file.is_file() and (changed := restore(tokenizer.backend_tokenizer, file)):
         log.warning(
             "transformers %s changes the %s of %s; the file is followed",

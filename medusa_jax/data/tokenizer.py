@@ -10,6 +10,7 @@ from medusa_jax.data.messages import Message
 from medusa_jax.data.pretrained import load_tokenizer
 from medusa_jax.data.rendering import Unwritten, renderer
 from medusa_jax.errors import InputError
+from medusa_jax.gguf_file import is_gguf, open_gguf
 
 MARK = "\ue000text\ue000"  # private-use characters, which no text has
 
@@ -21,11 +22,11 @@ class ChatTokenizer:
       tokenizer: the Hugging Face tokenizer.
       template: a Jinja chat template, or None where the model has none.
       raw: write BOS and the text as it is, never a template.
-      vocab_size: the model's, or None where its config.json does not tell.
+      vocab_size: the model's, or None where its settings do not tell.
     """
 
     def __init__(self, directory: Path, *, raw: bool = False, template: str | None = None) -> None:
-        """Loads the tokenizer of a model directory, and never runs code from there.
+        """Loads the tokenizer of a model directory or GGUF file, and never runs code from there.
 
         Args:
           template: a built-in name, a file with a Jinja template, or the name of a template of
@@ -38,10 +39,7 @@ class ChatTokenizer:
         self.tokenizer = load_tokenizer(directory)
         if self.template is None and (template is not None or not raw):
             self.template = own_template(self.tokenizer.chat_template, template, directory)
-        config = directory / "config.json"
-        settings = json_files.read_object(config) if config.is_file() else {}
-        fields = json_files.Fields(settings, str(config))
-        self.vocab_size = fields.integer("vocab_size", 0) or None
+        self.vocab_size = _vocab_size(directory)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -128,6 +126,16 @@ class ChatTokenizer:
         """The text of `token_ids` after a prompt, special tokens left out."""
         stream = TextStream(self, prompt_ids)
         return stream.push(token_ids) + stream.finish()
+
+
+def _vocab_size(model: Path) -> int | None:
+    """Tokens that a model knows, where its settings tell."""
+    if is_gguf(model):
+        embedding = open_gguf(model).tensors.get("token_embd.weight")
+        return embedding.shape[0] if embedding else None
+    config = model / "config.json"
+    settings = json_files.read_object(config) if config.is_file() else {}
+    return json_files.Fields(settings, str(config)).integer("vocab_size", 0) or None
 
 
 class TextStream:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from medusa_jax.decoding.sampling import argmax, draw, scaled, warp
+from medusa_jax.decoding.sampling import Sampling, argmax, draw, scaled, warp, warp_rows
 from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.shapes import typed
@@ -34,10 +34,12 @@ class Context:
     Attributes:
       keys: one PRNG key a row [B].
       position: place of the root in each row's sequence [B].
+      sampling: settings of the rows, or None where the scheme has those of all.
     """
 
     keys: Array
     position: Array
+    sampling: Sampling | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -104,13 +106,30 @@ class Lossless:
         return draw(context.keys, context.position, target)
 
     def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
-        rows = jnp.arange(tokens.shape[0])
+        return _followed(self, tree, tokens, logits, context)
 
-        def choose(slots: Array, depth: int) -> Array:
-            after = dataclasses.replace(context, position=context.position + depth + 1)
-            return self.root(logits[rows, slots], after)
 
-        return walk(tree, tokens, choose)
+@dataclasses.dataclass(frozen=True)
+class PerRow:
+    """Each row by its own `Sampling`: `Greedy` at temperature 0, else `Lossless`.
+
+    A row's text is that of the same scheme alone, whatever the other rows ask for. Noise is drawn
+    only where a row is sampled.
+    """
+
+    def root(self, logits: Array, context: Context) -> Array:
+        how = context.sampling
+        assert how is not None, "PerRow needs the rows' sampling"
+        best = argmax(logits)
+
+        def sampled() -> Array:
+            return draw(context.keys, context.position, warp_rows(logits, how))
+
+        drawn = jax.lax.cond((how.temperature > 0).any(), sampled, lambda: best)
+        return jnp.where(how.temperature > 0, drawn, best)
+
+    def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
+        return _followed(self, tree, tokens, logits, context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +214,19 @@ def walk(
         last = jnp.where(going, child.argmax(axis=1), last)
         chosen = jnp.where(going, choose(last, depth), chosen)
     return Accepted(last, chosen)
+
+
+def _followed(
+    scheme: Lossless | PerRow, tree: TreeTables, tokens: Array, logits: Array, context: Context
+) -> Accepted:
+    """The path of the tokens that a scheme chooses as it would without a tree."""
+    rows = jnp.arange(tokens.shape[0])
+
+    def choose(slots: Array, depth: int) -> Array:
+        after = dataclasses.replace(context, position=context.position + depth + 1)
+        return scheme.root(logits[rows, slots], after)
+
+    return walk(tree, tokens, choose)
 
 
 @typed

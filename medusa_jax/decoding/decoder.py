@@ -26,7 +26,7 @@ from medusa_jax.decoding.acceptance import Acceptance, Greedy
 from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket, prefill_rows, round_up
 from medusa_jax.decoding.repetition import penalties
-from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.decoding.sampling import Sampling, row_keys
 from medusa_jax.decoding.state import RUNNING, Emitted, State, free, insert, resized
 from medusa_jax.decoding.step import advance
 from medusa_jax.distributed.hardware import memory_bytes
@@ -91,6 +91,7 @@ class Decoder:
         stop_ids: Sequence[int] = (),
         repetition_penalty: float | Sequence[float] = 1.0,
         keys: Array | None = None,
+        sampling: Sampling | None = None,
     ) -> State:
         """Runs the prompts, padded to a common bucket, and chooses each row's first root.
 
@@ -100,6 +101,7 @@ class Decoder:
           stop_ids: end-of-sequence and other tokens that end a row.
           repetition_penalty: of all rows or of each, as transformers applies it; 1 for none.
           keys: one PRNG key a row (`sampling.row_keys`); default: seed 0, row number.
+          sampling: settings of each row, for the scheme `acceptance.PerRow`.
 
         Raises:
           InputError: a prompt is empty, holds ids beyond the vocabulary, or does not fit
@@ -114,7 +116,8 @@ class Decoder:
         if keys is None:
             keys = row_keys(0, [(row, 0) for row in range(len(prompts))])
         penalty = penalties(repetition_penalty, len(prompts))
-        inputs = (*padded(self, prompts, max_new_tokens, stop_ids), keys, penalty)
+        arrays = padded(self, prompts, max_new_tokens, [stop_ids] * len(prompts))
+        inputs = (*arrays, keys, penalty, sampling)
         return self.run_prefill(params, *everywhere(inputs, self.mesh))
 
     @functools.partial(jax.jit, static_argnames=("self", "block"))
@@ -124,14 +127,15 @@ class Decoder:
         tokens: Int[Array, "B T"],
         lengths: Int[Array, " B"],
         limit: Int[Array, " B"],
-        stop_ids: Int[Array, " Q"],
+        stop_ids: Int[Array, "B Q"],
         keys: Array,
         penalty: Float[Array, " B"] | None = None,
+        sampling: Sampling | None = None,
         block: int = PREFILL_BLOCK,
     ) -> State:
         """The compiled part of `prefill`, on arrays of `padded`; see `prefill.prefill_rows`."""
         recipe = self.network, self.drafter, self.acceptance, self.cache_slots
-        inputs = tokens, lengths, limit, stop_ids, keys, penalty
+        inputs = tokens, lengths, limit, stop_ids, keys, penalty, sampling
         return prefill_rows(*recipe, params, *inputs, block)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
@@ -248,12 +252,13 @@ def padded(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: Sequence[int],
-    stop_ids: Sequence[int],
+    stop_ids: Sequence[Sequence[int]],
     width: int | None = None,
 ) -> tuple[np.ndarray, ...]:
     """Prompts as the arrays of `Decoder.run_prefill`: tokens, lengths, limits, stop ids.
 
     Args:
+      stop_ids: of each row; -1 fills up those of fewer.
       width: length of all prompts with their padding; default: that of the longest's bucket.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -262,7 +267,10 @@ def padded(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     limit = np.array(np.add(lengths, max_new_tokens), np.int32)
-    return tokens, np.array(lengths, np.int32), limit, np.array(list(stop_ids) or [-1], np.int32)
+    stops = np.full((len(prompts), max(1, *map(len, stop_ids))), -1, np.int32)
+    for row, ids in enumerate(stop_ids):
+        stops[row, : len(ids)] = ids
+    return tokens, np.array(lengths, np.int32), limit, stops
 
 
 def check_prompt(

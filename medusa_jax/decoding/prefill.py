@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from medusa_jax.decoding.acceptance import Acceptance, Context
 from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.repetition import Repetition
+from medusa_jax.decoding.sampling import Sampling
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, State
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params
@@ -46,9 +47,10 @@ def prefill_rows(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     limit: Int[Array, " B"],
-    stop_ids: Int[Array, " Q"],
+    stop_ids: Int[Array, "B Q"],
     keys: Array,
     penalty: Float[Array, " B"] | None,
+    sampling: Sampling | None,
     block: int,
 ) -> State:
     """The state after the prompts, whose first roots are chosen.
@@ -58,6 +60,7 @@ def prefill_rows(
       lengths: tokens of each prompt.
       limit: length of prompt and text at which a row ends; a row without room ends at once.
       penalty: repetition penalty of each row, or None.
+      sampling: settings of each row, or None.
       block: most tokens of a pass.
     """
     cache, last_hidden = _run_prompts(network, cache_slots, params, tokens, lengths, block)
@@ -70,7 +73,7 @@ def prefill_rows(
     state = State(
         cache=dataclasses.replace(cache, length=lengths),
         sequence=jnp.zeros((batch, cache_slots), jnp.int32).at[:, :padded].set(tokens),
-        root=acceptance.root(logits, Context(keys, lengths)),
+        root=acceptance.root(logits, Context(keys, lengths, sampling)),
         draft=drafter.draft(drafter.prepare(params), network.bound(params), last_hidden),
         keys=keys,
         prompt_length=lengths,
@@ -80,6 +83,7 @@ def prefill_rows(
         steps=jnp.zeros(batch, jnp.int32),
         tokens_per_step=jnp.zeros((batch, cache_slots), jnp.int32),
         repetition=repetition,
+        sampling=sampling,
     )
     return network.placed(state)
 

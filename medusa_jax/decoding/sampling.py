@@ -1,5 +1,8 @@
 """The target distribution, and draws from it that depend on a row's key and a position alone."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,32 @@ from medusa_jax.shapes import typed
 # Below the first temperature, logits count from the greatest, or rounding would be worth more than
 # their differences. The second gives all chance to the greatest; colder logits would overflow.
 COLD, COLDEST = 1e-3, 1e-30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How each row of a batch is sampled.
+
+    Attributes:
+      temperature: 0 decodes greedily [B].
+      top_k: tokens kept; 0 keeps all [B] int32.
+      top_p: probability mass kept; 1 keeps all [B].
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[float, int, float]]) -> "Sampling":
+        """Of each row's (temperature, top_k, top_p)."""
+        temperature, top_k, top_p = zip(*rows, strict=True)
+        return cls(
+            jnp.array(temperature, jnp.float32),
+            jnp.array(top_k, jnp.int32),
+            jnp.array(top_p, jnp.float32),
+        )
 
 
 @typed
@@ -36,13 +65,42 @@ def warp(
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if top_p < 1.0:
-        probabilities = jax.nn.softmax(logits)
-        descending = -jnp.sort(-probabilities, axis=-1)
-        mass_before = jnp.cumsum(descending, axis=-1) - descending
-        kept = jnp.where(mass_before < top_p, descending, jnp.inf)
-        logits = jnp.where(probabilities < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
-    return logits
+    return _nucleus(logits, top_p) if top_p < 1.0 else logits
+
+
+@typed
+def warp_rows(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
+    """`warp` of rows with settings of their own: the same numbers, bit for bit.
+
+    A greedy row comes out as with temperature COLDEST. The vocabulary is sorted only where a row
+    asks for top-k or top-p.
+    """
+    logits = logits.astype(jnp.float32)
+    temperature = how.temperature[:, None]
+    cold = temperature < COLD
+    logits = logits - jnp.where(cold, logits.max(axis=-1, keepdims=True), 0)
+    logits = logits * (1 / jnp.maximum(temperature, COLDEST))
+    top_k, top_p = how.top_k[:, None], how.top_p[:, None]
+
+    def cut(logits: Array) -> Array:
+        descending = -jnp.sort(-logits, axis=-1)
+        last = jnp.clip(top_k - 1, 0, logits.shape[-1] - 1)
+        smallest = jnp.take_along_axis(descending, last, axis=-1)
+        logits = jnp.where((top_k > 0) & (logits < smallest), -jnp.inf, logits)
+        kept = _nucleus(logits, top_p)
+        return jnp.where(top_p < 1, kept, logits)
+
+    asked = (how.temperature > 0) & ((how.top_k > 0) | (how.top_p < 1))
+    return jax.lax.cond(asked.any(), cut, lambda logits: logits, logits)
+
+
+def _nucleus(logits: Array, top_p: Array | float) -> Array:
+    """Logits with -inf for the tokens that top-p removes."""
+    probabilities = jax.nn.softmax(logits)
+    descending = -jnp.sort(-probabilities, axis=-1)
+    mass_before = jnp.cumsum(descending, axis=-1) - descending
+    kept = jnp.where(mass_before < top_p, descending, jnp.inf)
+    return jnp.where(probabilities < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
 
 
 def scaled(logits: Float[Array, "*dims V"], temperature: float) -> Float[Array, "*dims V"]:
@@ -50,7 +108,8 @@ def scaled(logits: Float[Array, "*dims V"], temperature: float) -> Float[Array, 
     logits = logits.astype(jnp.float32)
     if temperature < COLD:
         logits -= logits.max(axis=-1, keepdims=True)
-    return logits / max(temperature, COLDEST)
+    # The division that XLA would make of it, rounded as `warp_rows` rounds it.
+    return logits * (np.float32(1) / np.float32(max(temperature, COLDEST)))
 
 
 @typed
@@ -66,15 +125,17 @@ def argmax(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
     return where.min(axis=-1)
 
 
-def row_keys(seed: int, rows: list[tuple[int, int]]) -> Array:
+def row_keys(seed: int | Sequence[int], rows: list[tuple[int, int]]) -> Array:
     """One key a row [B], from (prompt number, sample number).
 
     A row keeps its key whatever batch it is decoded in.
 
     Args:
-      seed: from -2**63 to 2**64 - 1; each has streams of its own.
+      seed: of all rows or of each, from -2**63 to 2**64 - 1; each has streams of its own.
     """
-    return _row_keys(_key(seed), np.asarray(rows, np.uint32))
+    seeds = [seed] * len(rows) if isinstance(seed, int) else seed
+    keys = {each: _key(each) for each in dict.fromkeys(seeds)}
+    return _row_keys(jnp.stack([keys[each] for each in seeds]), np.asarray(rows, np.uint32))
 
 
 def _key(seed: int) -> Array:
@@ -86,9 +147,9 @@ def _key(seed: int) -> Array:
 
 
 @jax.jit
-def _row_keys(base: Array, rows: Array) -> Array:
+def _row_keys(bases: Array, rows: Array) -> Array:
     fold = jax.random.fold_in
-    return jax.vmap(lambda row: fold(fold(base, row[0]), row[1]))(rows)
+    return jax.vmap(lambda base, row: fold(fold(base, row[0]), row[1]))(bases, rows)
 
 
 @typed

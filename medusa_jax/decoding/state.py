@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from medusa_jax.decoding.repetition import Repetition
+from medusa_jax.decoding.sampling import Sampling
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache
 from medusa_jax.model.layers import rope_tables
@@ -32,12 +33,13 @@ class State:
       keys: one PRNG key a row [B].
       prompt_length: tokens of the prompt [B].
       limit: length of `sequence` at which a row ends [B].
-      stop_ids: tokens that end a row, kept as its last token [Q].
+      stop_ids: tokens that end a row, kept as its last token; -1 ends none [B, Q].
       finish: RUNNING, STOP, LENGTH, or FAILED: the logits of its root were not finite [B].
       steps: steps taken while running [B].
       tokens_per_step: tokens accepted in each, root included, before any cut at
         a stop token or the limit [B, S].
       repetition: penalties of the rows, or None where no row has any.
+      sampling: settings of the rows, or None where the acceptance scheme has those of all.
     """
 
     cache: KVCache
@@ -52,16 +54,17 @@ class State:
     steps: Array
     tokens_per_step: Array
     repetition: Repetition | None = None
+    sampling: Sampling | None = None
 
 
 # Leaves of a state that all rows share.
-_SHARED = ("cache/rope", "stop_ids")
+_SHARED = ("cache/rope",)
 
 
 def insert(state: State, rows: State, row: Array, slot: Array) -> State:
     """Row `row` of one state takes the place of row `slot` of another of the same capacity.
 
-    The stop tokens and the rotary tables stay those of `state`.
+    The rotary tables stay those of `state`.
     """
 
     def put(path: str, whole: Array, new: Array) -> Array:

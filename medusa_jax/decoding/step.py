@@ -35,7 +35,7 @@ def advance(
         logits = state.repetition.in_tree(tree, tokens, logits)
 
     # 2. Accept a path; cut it at the first stop token and at the row's limit.
-    accepted = acceptance.accept(tree, tokens, logits, Context(state.keys, length))
+    accepted = acceptance.accept(tree, tokens, logits, Context(state.keys, length, state.sampling))
     # A token is never negative, but XLA does not know: so the path waits for the logits even
     # where it is constant (the root alone), the cache is read before it is written, and XLA
     # makes no copy of it.
@@ -73,16 +73,16 @@ def advance(
 @typed
 def cut(
     tokens: Int[Array, "B E"], made: Int[Array, " B"], room: Int[Array, " B"],
-    stop_ids: Int[Array, " Q"],
+    stop_ids: Int[Array, "B Q"],
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:  # fmt: skip
     """How many tokens of a path to keep, and whether the row ends with them.
 
-    tokens (5, 2, 9), made 3, stop id 2 -> keep 2, STOP; without it and with
+    tokens (5, 2, 9), made 3, stop ids (2, -1) -> keep 2, STOP; without it and with
     room 3 -> keep 3, LENGTH; with more room -> keep 3, RUNNING.
     """
     cells = jnp.arange(tokens.shape[1])
     kept = jnp.minimum(made, room)
-    stops = jnp.isin(tokens, stop_ids) & (cells < kept[:, None])
+    stops = (tokens[:, :, None] == stop_ids[:, None]).any(axis=-1) & (cells < kept[:, None])
     stopped = stops.any(axis=1)
     finish = jnp.where(stopped, STOP, jnp.where(kept >= room, LENGTH, RUNNING))
     count = jnp.where(stopped, stops.argmax(axis=1) + 1, kept)

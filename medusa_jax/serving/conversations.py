@@ -233,7 +233,7 @@ class _Batch:
                     completion = conversation.hear(self._text, answer, output, seconds)
                 except FloatingPointError as error:
                     conversation.fail(error, turn.before)
-            piece = turn.text.take() if self._stream else ""
+            piece = "".join(turn.text.take()) if self._stream else ""
             if piece or output is not None:
                 yield Update(conversation, piece, completion)
             if completion and not conversation.ended and not self.ask(conversation):

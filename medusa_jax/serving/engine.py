@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import jax
 
-from medusa_jax.decoding.decoder import Decoder, check_prompt, row_bytes
+from medusa_jax.decoding.decoder import Decoder, row_bytes
 from medusa_jax.decoding.state import Output
 from medusa_jax.decoding.stats import Stats, step_bytes
 from medusa_jax.distributed.hardware import memory_bytes
@@ -68,6 +68,11 @@ class Engine:
         return not self._rows and not self._waiting
 
     @property
+    def running(self) -> int:
+        """Jobs in a slot."""
+        return len(self._rows)
+
+    @property
     def hungry(self) -> bool:
         """Whether another job should be submitted: fewer wait than there are slots."""
         return len(self._waiting) < self._most_waiting
@@ -76,10 +81,10 @@ class Engine:
         """Lets a job wait for a slot; with `next`, before all others.
 
         Raises:
-          InputError: its prompt is empty, holds ids beyond the vocabulary, or does not fit;
-            the message begins with `name`.
+          InputError: its prompt is empty, holds ids beyond the vocabulary, or does not fit, or it
+            has too many stop tokens; the message begins with `name`.
         """
-        check_prompt(self.decoder, job.prompt_ids, job.max_new_tokens, name)
+        self._batch.check(job, name)
         (self._waiting.appendleft if next else self._waiting.append)(job)
 
     def cancel(self, job: Job) -> None:

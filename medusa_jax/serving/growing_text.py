@@ -31,11 +31,11 @@ class GrowingText:
                 return number
         return None
 
-    def take(self) -> str:
-        """What became certain since this was last asked for."""
+    def take(self) -> list[str]:
+        """What became certain since this was last asked for, token by token."""
         new = self._shown[self._taken :]
         self._taken = len(self._shown)
-        return "".join(new)
+        return new
 
     def finish(self) -> str:
         """All of the text, whose tokens have ended: what was held back belongs to it."""

@@ -14,6 +14,10 @@ class Job:
       prompt_ids: token ids of the prompt.
       max_new_tokens: most tokens to add.
       stream: the random stream that its row draws from: (prompt number, sample number).
+      seed: of its random draws; None for that of the engine.
+      sampling: its temperature (0 decodes greedily), top_k and top_p, where the engine's scheme
+        is `PerRow`.
+      stop_ids: tokens that end it; None for those of the engine.
       room: tokens that its conversation may grow to, where longer prompts will follow it.
       read: is told new tokens; says how many of them to keep where the text ends among them,
         or None where it goes on. It may end a text that the decoder would continue.
@@ -22,6 +26,9 @@ class Job:
     prompt_ids: Sequence[int]
     max_new_tokens: int
     stream: tuple[int, int] = (0, 0)
+    seed: int | None = None
+    sampling: tuple[float, int, float] = (0.0, 0, 1.0)
+    stop_ids: Sequence[int] | None = None
     room: int = 0
     read: Callable[[list[int]], int | None] = lambda token_ids: None
 
@@ -37,23 +44,26 @@ class Progress:
 
     Attributes:
       token_ids: tokens that are new since the last report.
+      steps: tokens that each step accepted since then, before any cut at a stop.
       output: all of the text, once it has ended.
       seconds: time of the engine since its prefill began, compilation excluded.
     """
 
     job: Job
     token_ids: list[int]
+    steps: list[int]
     output: Output | None
     seconds: float
 
 
 @dataclasses.dataclass
 class Row:
-    """A job in a slot, the engine's time when it began, and the tokens reported so far."""
+    """A job in a slot, the engine's time when it began, tokens and steps reported so far."""
 
     job: Job
     start: float
     reported: int = 0
+    steps: int = 0
 
     def progress(self, output: Output, now: float) -> Progress:
         """What is new in the row's output, which has ended or not."""
@@ -61,5 +71,8 @@ class Row:
         kept = self.job.read(new)
         if kept is not None:
             new, output = new[:kept], output.stopped(self.reported + kept)
+        steps = output.tokens_per_step[self.steps :]
         self.reported += len(new)
-        return Progress(self.job, new, None if output.running else output, now - self.start)
+        self.steps += len(steps)
+        ended = None if output.running else output
+        return Progress(self.job, new, steps, ended, now - self.start)

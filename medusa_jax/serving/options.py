@@ -31,7 +31,7 @@ class DecodingOptions:
     """
 
     model: str | None = option(None, help="Hugging Face directory or hub id, with or without heads "
-        "inside (default: the small model that ships with the project)")  # fmt: skip
+        "inside, GGUF file, or smollm2 (default: the small model of the package)")  # fmt: skip
     heads: str | None = option(None, help="directory, file or hub id of Medusa heads (default: "
         "those found with the model)")  # fmt: skip
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "

@@ -67,8 +67,8 @@ class Programs:
         self, decoder: Decoder, params: Any, inputs: Any, block: int = PREFILL_BLOCK
     ) -> Any:
         """`Decoder.run_prefill` for prompts of these shapes, in blocks of so many tokens."""
-        tokens, _, _, stop_ids, _, penalty = inputs
-        shape = (*tokens.shape, *stop_ids.shape, penalty is None)
+        tokens, _, _, stop_ids, _, penalty, sampling = inputs
+        shape = (*tokens.shape, *stop_ids.shape, penalty is None, sampling is None)
         return self.get("run_prefill", decoder, shape, params, *inputs, block=block)
 
     def run(self, decoder: Decoder, params: Any, state: Any) -> Any:
@@ -99,5 +99,6 @@ class Programs:
 
 
 def _shape(state: Any) -> tuple[int, ...]:
-    """What tells states of one decoder apart: rows B, stop tokens Q, a repetition penalty."""
-    return (*state.root.shape, *state.stop_ids.shape, state.repetition is None)
+    """What tells states of one decoder apart: rows B, stop tokens Q, what rows have settings of."""
+    has = state.repetition is None, state.sampling is None
+    return (*state.stop_ids.shape, *has)

@@ -5,18 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from medusa_jax.decoding.decoder import Decoder, check_memory, padded
+from medusa_jax.decoding.acceptance import PerRow
+from medusa_jax.decoding.decoder import Decoder, check_memory, check_prompt, padded
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, SMALL_BLOCK
 from medusa_jax.decoding.repetition import penalties
-from medusa_jax.decoding.sampling import row_keys
+from medusa_jax.decoding.sampling import Sampling, row_keys
 from medusa_jax.decoding.state import Output, State, outputs
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Params
+from medusa_jax.errors import InputError
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.programs import Programs, fitting
 
 # A running batch outgrows its capacity by so much at least, so that it seldom does again.
 GROWTH = 1.25
+# More tokens that may end a row than those of the engine, where rows have settings of their own.
+OWN_STOP_IDS = 8
 
 
 class Slots:
@@ -24,6 +28,7 @@ class Slots:
 
     Attributes:
       rows: slots of the batch; 0 before it begins.
+      most_stop_ids: most tokens that may end a row.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class Slots:
         self._stop_ids, self._penalty, self._seed = stop_ids, repetition_penalty, seed
         self._now = decoder  # with the capacity of the state
         self._state: Any = None
+        self._per_row = isinstance(decoder.acceptance, PerRow)
+        self.most_stop_ids = len(stop_ids) + (OWN_STOP_IDS if self._per_row else 0)
         self._programs = Programs(params)
 
     @property
@@ -49,6 +56,15 @@ class Slots:
     def compile_seconds(self) -> float:
         """Spent on compilation so far."""
         return self._programs.compile_seconds
+
+    def check(self, job: Job, name: str) -> None:
+        """Raises InputError unless the job can be decoded; the message begins with `name`."""
+        check_prompt(self._decoder, job.prompt_ids, job.max_new_tokens, name)
+        if len(job.stop_ids or ()) > self.most_stop_ids:
+            raise InputError(
+                f"{name} has {len(job.stop_ids or ())} stop tokens; at most "
+                f"{self.most_stop_ids} are possible"
+            )
 
     def begin(self, jobs: list[Job], rows: int, tokens: int) -> None:
         """A batch of so many rows, the first of them with these jobs, for so many tokens each.
@@ -115,7 +131,12 @@ class Slots:
     ) -> tuple[Any, ...]:
         """Arguments of `Decoder.run_prefill`."""
         prompts, new = [job.prompt_ids for job in jobs], [job.max_new_tokens for job in jobs]
-        arrays = padded(decoder, prompts, new, self._stop_ids, width)
-        keys = row_keys(self._seed, [job.stream for job in jobs])
-        inputs = (*arrays, keys, penalties(self._penalty, len(jobs)))
+        stops = [self._stop_ids if job.stop_ids is None else job.stop_ids for job in jobs]
+        # As many for each job, so that all share their programs.
+        stops = [(*ids, *[-1] * (self.most_stop_ids - len(ids))) for ids in stops]
+        arrays = padded(decoder, prompts, new, stops, width)
+        seeds = [self._seed if job.seed is None else job.seed for job in jobs]
+        keys = row_keys(seeds, [job.stream for job in jobs])
+        sampling = Sampling.of([job.sampling for job in jobs]) if self._per_row else None
+        inputs = (*arrays, keys, penalties(self._penalty, len(jobs)), sampling)
         return everywhere(inputs, decoder.mesh)

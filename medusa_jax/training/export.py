@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints.atomic import Replacing, copy_beside
+from medusa_jax.checkpoints.backbone import read_settings
 from medusa_jax.checkpoints.dialects import (
     DIALECTS,
     backbone_settings,
@@ -23,10 +24,12 @@ from medusa_jax.checkpoints.dialects import (
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, head_places
 from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, write_model, write_pickle
+from medusa_jax.data.gguf_tokenizer import save_tokenizer
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.files import writing
+from medusa_jax.gguf_file import is_gguf
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import flat, joined
@@ -93,7 +96,7 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
 def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: bool) -> None:
     params = joined(weights.trainable, weights.frozen)
     source = resolve(config.model.path)
-    settings = backbone_settings(json_files.read_object(source / "config.json"), dtype)
+    settings = backbone_settings(read_settings(source), dtype)
     if weights.heads.num_heads:
         settings |= head_settings("v1.0", weights.heads)
         _warn("v1.0", weights.heads, write)
@@ -108,6 +111,8 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
         write_model(directory, DIALECTS["v1.0"].stem, tensors, write)
         if write:
             copy_beside(source, directory)
+            if is_gguf(source):
+                save_tokenizer(source, directory)
             if config.data.template:  # training used another template than the tokenizer's
                 template = ChatTokenizer(source, template=config.data.template).template
                 file = directory / "chat_template.jinja"

@@ -19,7 +19,7 @@ class Backbone:
     """The model whose hidden states the heads read.
 
     Attributes:
-      path: Hugging Face directory or hub id.
+      path: Hugging Face directory or hub id, a GGUF file, or smollm2.
       shape: a name of `medusa_jax.presets`, for `--compile_only` and random weights.
       random: start from random weights; `path`, if given, names the shape and tokenizer only.
       dtype: of the computation and of frozen weights; what learns is kept in float32.

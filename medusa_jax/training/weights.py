@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from medusa_jax import json_files
-from medusa_jax.checkpoints.backbone import open_backbone
+from medusa_jax.checkpoints.backbone import open_backbone, read_settings, settings_file
 from medusa_jax.checkpoints.heads import head_tensors
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.load import backbone_tensors
@@ -80,8 +79,7 @@ def model_shape(config: Config, *, absent: bool = False) -> ModelConfig:
         raise InputError("model.path names no model: give a directory or a hub id")
     directory = resolve(path)
     if config.model.random or absent:  # its weights need not be there
-        file = directory / "config.json"
-        return from_hf(json_files.read_object(file), str(file))
+        return from_hf(read_settings(directory), str(settings_file(directory)))
     return open_backbone(directory).config
 
 

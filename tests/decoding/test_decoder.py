@@ -176,11 +176,11 @@ def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel):
     decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), capacity=80)
     whole = _decode(decoder, tiny.params, prompts, max_new_tokens=12)
     keys = row_keys(0, [(row, 0) for row in range(4)])
-    inputs = padded(decoder, prompts, [12] * 4, (), width=70)
+    inputs = padded(decoder, prompts, [12] * 4, [()] * 4, width=70)
     state = decoder.run_prefill(tiny.params, *inputs, keys, block=16)
     assert outputs(decoder.generate(tiny.params, state)) == whole
     # Blocks that hold padding alone are not run.
-    inputs = padded(decoder, prompts[1:2], [12], (), width=70)
+    inputs = padded(decoder, prompts[1:2], [12], [()], width=70)
     (alone,) = outputs(
         decoder.generate(
             tiny.params, decoder.run_prefill(tiny.params, *inputs, keys[1:2], block=16)

@@ -4,6 +4,7 @@ Random seeds are fixed: a test passes always or never. The chi-square tests
 would raise a false alarm for one seed in `1 / FALSE_ALARM`, all cases together.
 """
 
+import functools
 import itertools
 
 import jax
@@ -18,7 +19,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from medusa_jax.decoding.sampling import argmax, draw, row_keys, warp
+from medusa_jax.decoding.sampling import Sampling, argmax, draw, row_keys, warp, warp_rows
 
 FALSE_ALARM = 1e-3
 TEMPERATURES = (0.3, 0.7, 1.0, 1.6)
@@ -143,6 +144,25 @@ def test_draw_depends_on_key_and_position_only():
     # ... and on both of them: with one changed, some of 30 rows draw another token.
     assert (np.asarray(draw(keys, positions + 1, logits)) != tokens).any()
     assert (np.asarray(draw(keys[::-1], positions, logits)) != tokens).any()
+
+
+@pytest.mark.parametrize("vocab", [7, 300])
+def test_rows_are_warped_as_each_alone(vocab: int):
+    """Bit for bit, in compiled programs, of greedy and sampled rows in one batch."""
+    logits = 5 * jax.random.normal(jax.random.key(vocab), (5, vocab))
+    rows = [
+        (0.0, 3, 0.5),
+        (0.7, 0, 1.0),
+        (1.3, 4, 1.0),
+        (2.0, 0, 0.6),
+        (0.9, 5, 0.7),
+        (1e-5, 2, 0.9),
+    ]
+    ours = np.asarray(jax.jit(warp_rows)(logits, Sampling.of(rows)))
+    for row, (temperature, top_k, top_p) in list(enumerate(rows))[1:]:
+        alone = jax.jit(functools.partial(warp, temperature=temperature, top_k=top_k, top_p=top_p))
+        np.testing.assert_array_equal(ours[row], np.asarray(alone(logits[row : row + 1]))[0])
+    assert ours[0].argmax() == logits[0].argmax()
 
 
 def test_row_keys_belong_to_the_row():

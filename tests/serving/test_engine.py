@@ -1,10 +1,12 @@
 """The engine: slots that a queue refills write the texts of single rows, whatever runs beside."""
 
+import dataclasses
+
 import jax
 import pytest
 from helpers.models import TinyModel
 
-from medusa_jax.decoding.acceptance import Greedy, Lossless
+from medusa_jax.decoding.acceptance import Greedy, Lossless, PerRow
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import Output, outputs
@@ -31,7 +33,7 @@ def decoder_of(model: TinyModel, tree: Tree | DynamicTree, scheme: object) -> De
 
 def single(decoder: Decoder, params: dict, job: Job, **ends: object) -> Output:
     """The job in a batch of its own."""
-    keys = row_keys(5, [job.stream])
+    keys = row_keys(5 if job.seed is None else job.seed, [job.stream])
     state = decoder.prefill(
         params, [job.prompt_ids], max_new_tokens=job.max_new_tokens, keys=keys, **ends
     )
@@ -59,6 +61,44 @@ def test_refilled_slots_write_what_single_rows_write(
     assert stats.steps == sum(len(output.tokens_per_step) for output in done)
     assert stats.prompts == len(JOBS)
     assert 0 < stats.decode_seconds < stats.seconds
+
+
+# Greedy and sampled rows; hot, cold, cut in both ways; with seeds and stop tokens of their own.
+SETTINGS = [(0.0, 0, 1.0), (0.9, 0, 1.0), (1.3, 5, 1.0), (0.7, 0, 0.8), (1.0, 7, 0.9)]
+SETTINGS += [(1e-40, 0, 1.0), (0.0, 3, 0.5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", TREES[1:], ids=["static", "dynamic"])
+def test_rows_with_settings_of_their_own_write_what_they_write_alone(
+    tiny: TinyModel, tree: Tree | DynamicTree
+):
+    jobs = [
+        dataclasses.replace(
+            job,
+            sampling=SETTINGS[i % len(SETTINGS)],
+            seed=(None, 3, -(2**40))[i % 3],
+            stop_ids=(None, (), (2, 4, 30, 11))[i % 3],
+        )
+        for i, job in enumerate(JOBS)
+    ]
+    decoder = decoder_of(tiny, tree, PerRow())
+    engine = Engine(decoder, tiny.params, slots=4, stop_ids=(2,), seed=5)
+    for job, output in zip(jobs, engine.run(jobs), strict=True):
+        temperature, *cut = job.sampling
+        scheme = Lossless(temperature, *cut) if temperature else Greedy()
+        alone = dataclasses.replace(decoder, acceptance=scheme)
+        stops = (2,) if job.stop_ids is None else job.stop_ids
+        assert output == single(alone, tiny.params, job, stop_ids=stops)
+
+
+def test_stop_tokens_of_a_job_are_bounded(tiny: TinyModel):
+    per_row = Engine(decoder_of(tiny, Tree(), PerRow()), tiny.params)
+    per_row.submit(Job([1], 4, stop_ids=range(3, 11)))
+    with pytest.raises(InputError, match="has 9 stop tokens; at most 8 are"):
+        per_row.submit(Job([1], 4, stop_ids=range(3, 12)))
+    with pytest.raises(InputError, match="at most 0"):
+        Engine(Decoder(tiny.config), tiny.params).submit(Job([1], 4, stop_ids=[3]))
 
 
 @pytest.mark.slow

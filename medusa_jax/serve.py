@@ -1,0 +1,21 @@
+"""Serves a model to many users at once, with OpenAI's interface over HTTP."""
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from medusa_jax.cli.start import start
+
+    start("serve")
+
+from typing import Any
+
+from medusa_jax.cli import runner
+from medusa_jax.errors import needs
+
+with needs("serve"):
+    from medusa_jax.server.run import ServeOptions, serve
+
+EXAMPLE = "python -m medusa_jax.serve --model DIR --heads DIR --slots 16 --port 8000"
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The command `medusa-serve`."""
+    runner.command(serve, ServeOptions, __doc__ or "", EXAMPLE, arguments)

@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's interface to an engine that decodes many requests together."""

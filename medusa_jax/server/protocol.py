@@ -1,0 +1,116 @@
+"""Requests of OpenAI's interface, as the server takes them.
+
+https://platform.openai.com/docs/api-reference/chat and /completions. Fields that would change
+the answer and are not supported are refused; others that are unknown are left alone, as in vLLM.
+"""
+
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+from medusa_jax.server.problems import Problem
+
+MOST_CHOICES, MOST_STOPS, MOST_STOP_IDS = 16, 16, 8
+# Neutral values of fields that are not supported. Any other value is refused.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "min_p": (None, 0),
+    "presence_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "use_beam_search": (None, False),
+}
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(pydantic.BaseModel):
+    """How a stream ends."""
+
+    include_usage: bool = False
+
+
+class Request(pydantic.BaseModel):
+    """What both kinds of requests share. Temperature 0 decodes greedily."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=False)
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: (
+        str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
+    ) | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=MOST_STOP_IDS)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end a text."""
+        return [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or [])
+
+    @property
+    def sampling(self) -> tuple[float, int, float]:
+        """Temperature, top_k and top_p, with OpenAI's defaults."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return temperature, max(self.top_k or 0, 0), top_p
+
+    @property
+    def new_tokens(self) -> int | None:
+        """Most new tokens, or None where the request does not say."""
+        return self.max_tokens
+
+    def refuse_unsupported(self) -> None:
+        """Raises Problem where the request asks for what the server does not do."""
+        for name, value in (self.model_extra or {}).items():
+            if name in _NEUTRAL and value not in _NEUTRAL[name]:
+                raise Problem(400, f"{name} is not supported by this server", name, "unsupported")
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions: a text or token ids, or a list of either."""
+
+    prompt: str | list[str] | list[Token] | list[list[Token]]
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_tokens or 16  # OpenAI's default

@@ -1,0 +1,131 @@
+"""A server from its options to its end."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from medusa_jax import interrupts
+from medusa_jax.checkpoints.hub import shipped
+from medusa_jax.decoding.acceptance import PerRow
+from medusa_jax.errors import InputError
+from medusa_jax.options import option
+from medusa_jax.progress import say
+from medusa_jax.server.app import Service, create_app
+from medusa_jax.server.metrics import Metrics
+from medusa_jax.server.worker import Worker
+from medusa_jax.serving.generator import load_generator
+from medusa_jax.serving.options import DecodingOptions
+
+NEW_TOKENS = 1024  # of a chat that does not say how many
+DRAIN_SECONDS = 120
+
+
+@dataclasses.dataclass(kw_only=True)
+class ServeOptions:
+    """What to serve, and where."""
+
+    model: str | None = option(None, help="Hugging Face directory or hub id, with or without heads "
+        "inside, GGUF file, or smollm2 (default: the small model of the package)")  # fmt: skip
+    heads: str | None = option(None, help="directory, file or hub id of Medusa heads (default: "
+        "those found with the model)")  # fmt: skip
+    served_model_name: str | None = option(None, help="what requests call it (default: as --model)")
+    host: str = option("127.0.0.1", help="address to listen at; 0.0.0.0 for all of this machine's")
+    port: int = option(8000, least=0, most=65535, help="0 takes a free port")
+    slots: int = option(16, least=1, help="texts decoded together")
+    max_waiting: int = option(256, least=0, help="texts that may wait for a slot; more are refused")
+    api_key_env: str | None = option(None, metavar="NAME", help="environment variable with the "
+        "key that clients must send")  # fmt: skip
+    tree: str = option("auto", help="as in decode.py")
+    autoregressive: bool = option(False, help="plain decoding, one token a step")
+    chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
+        "tokenizer's)")  # fmt: skip
+    max_length: int | None = option(None, help="prompt and text together (default: the context)")
+    dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
+        "CPU, else bfloat16")  # fmt: skip
+    mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
+        "(default: one)")  # fmt: skip
+    debug: bool = False
+
+
+def serve(options: ServeOptions) -> None:
+    """Loads the model and serves it until a signal; what runs then is finished.
+
+    Raises:
+      InputError: an option is wrong, or the address cannot be listened at.
+    """
+    key = _key(options.api_key_env)
+    with _listening(options.host, options.port) as listener:
+        service = make_service(options, key)
+        with interrupts.Stop() as stop:
+            asyncio.run(_serve(service, listener, stop))
+
+
+def make_service(options: ServeOptions, key: str | None = None) -> Service:
+    """The model behind a server; its worker runs."""
+    shared = {field.name for field in dataclasses.fields(DecodingOptions)}
+    chosen = {name: value for name, value in vars(options).items() if name in shared}
+    decoding = DecodingOptions(**chosen, batch_size=options.slots)
+    generator = load_generator(decoding, at_most=NEW_TOKENS, need_heads=False)
+    generator = generator.with_tree(generator.tree, PerRow())
+    name = options.served_model_name or options.model or shipped().name
+    metrics = Metrics(name)
+    worker = Worker(generator.engine, generator.text, metrics, options.max_waiting)
+    generator.engine.warm_up(64, 64)
+    worker.start()
+    return Service(name, generator, worker, metrics, key)
+
+
+async def _serve(service: Service, listener: socket.socket, stop: interrupts.Stop) -> None:
+    config = uvicorn.Config(
+        create_app(service), log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
+    )
+    server = _Server(config)
+    host, port = listener.getsockname()[:2]
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    while not stop.number and not serving.done():
+        await asyncio.sleep(0.05)
+    service.worker.draining = True
+    if service.worker.taken:
+        say(f"finishing {service.worker.taken} texts")
+    server.should_exit = True
+    await serving
+    service.worker.stop()
+
+
+class _Server(uvicorn.Server):
+    """Signals are heard by `interrupts`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at an address, before the model is loaded, which takes long."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"--host {host} --port {port}: cannot listen there: {error.strerror or error}"
+            ) from None
+        yield listener
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise InputError(f"--api_key_env {variable}: that variable is not set, or empty")
+    return os.environ[variable]

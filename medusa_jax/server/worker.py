@@ -1,0 +1,207 @@
+"""The engine's thread: requests come from the server's event loop, texts go back to it.
+
+Only this thread touches the engine and the device. So HTTP and tokenization of prompts never
+block a step, and a step never blocks HTTP.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import functools
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from medusa_jax.data.tokenizer import ChatTokenizer
+from medusa_jax.decoding.state import Output
+from medusa_jax.errors import InputError
+from medusa_jax.server.metrics import Metrics
+from medusa_jax.server.problems import Problem
+from medusa_jax.serving.engine import Engine
+from medusa_jax.serving.growing_text import GrowingText
+from medusa_jax.serving.jobs import Job, Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a text gained.
+
+    Attributes:
+      texts: of each token; empty while a character or a stop string is not complete.
+      steps: tokens that each step accepted.
+      output: the whole row, once it has ended.
+    """
+
+    texts: list[str]
+    steps: list[int]
+    output: Output | None = None
+
+
+class Text:
+    """A text that a client waits for, as its pieces come; made by `Worker.open`.
+
+    Whoever has opened it closes it. A text that has not ended gives back its slot then.
+    """
+
+    def __init__(self, worker: "Worker", job: Job, text: GrowingText) -> None:
+        self.job, self.growing = job, text
+        self._worker, self._loop = worker, asyncio.get_running_loop()
+        self._pieces = asyncio.Queue[Piece | Problem]()
+        self._closed = self._ended = False
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Its pieces up to the last, which has the output.
+
+        Raises:
+          Problem: it does not fit, or the engine failed.
+        """
+        while not self._ended:
+            piece = await self._pieces.get()
+            self._ended = isinstance(piece, Problem) or piece.output is not None
+            if isinstance(piece, Problem):
+                raise piece
+            yield piece
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if not self._closed:
+            self._closed = True
+            self._worker.closed(self, self._ended)
+
+    def tell(self, piece: Piece | Problem) -> None:
+        """Takes a piece, or the problem that ends the text, from the engine's thread."""
+        if not self._closed:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended in between
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+
+class Worker:
+    """An engine that runs in a thread of its own.
+
+    Attributes:
+      taken: texts that are open.
+      draining: no further text is taken.
+    """
+
+    def __init__(self, engine: Engine, text: ChatTokenizer, metrics: Metrics, waiting: int) -> None:
+        self.taken, self.draining, self._most_waiting = 0, False, waiting
+        self._engine, self._text, self._metrics = engine, text, metrics
+        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake, self._over = threading.Event(), False
+        self._texts: dict[Job, Text] = {}
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begins to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, and with it what still runs."""
+        self._over = True
+        self._wake.set()
+        self._thread.join(timeout=5)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still works."""
+        return self._thread.is_alive()
+
+    def open(self, jobs: Sequence[Job], stop: Sequence[str]) -> list[Text]:
+        """Texts for jobs, which wait for slots from now on.
+
+        Raises:
+          Problem: so many more would have to wait for too long.
+        """
+        self._check_room(len(jobs))
+        texts = []
+        for job in jobs:
+            growing = GrowingText(self._text, job.prompt_ids, stop)
+            texts.append(Text(self, dataclasses.replace(job, read=growing.read), growing))
+        self.taken += len(texts)
+        for text in texts:
+            self._do(functools.partial(self._submit, text))
+        return texts
+
+    def closed(self, text: Text, ended: bool) -> None:
+        """A text that nobody waits for any more."""
+        self.taken -= 1
+        if not ended:
+            self._do(functools.partial(self._cancel, text))
+
+    def _check_room(self, count: int) -> None:
+        if self.draining:
+            raise Problem(503, "the server is shutting down", headers={"Retry-After": "10"})
+        if not self.alive:
+            raise Problem(500, "the engine has stopped")
+        if self.taken + count > self._engine.slots + self._most_waiting:
+            self._metrics.refused.inc()
+            raise Problem(
+                429,
+                f"{self.taken} texts run or wait already; try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def _do(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def _work(self) -> None:
+        while not self._over:
+            self._wake.clear()
+            while self._commands:
+                self._commands.popleft()()
+            if self._engine.idle:
+                self._wake.wait()
+                continue
+            try:
+                for progress in self._engine.advance():
+                    self._report(progress)
+            except Exception as error:
+                log.exception("the engine failed")
+                self._fail(error)
+            self._metrics.observe(self._engine, len(self._texts))
+
+    def _submit(self, text: Text) -> None:
+        try:
+            self._engine.submit(text.job)
+        except InputError as error:
+            text.tell(Problem(400, str(error), code="context_length_exceeded"))
+            return
+        self._texts[text.job] = text
+
+    def _cancel(self, text: Text) -> None:
+        if self._texts.pop(text.job, None) is not None:
+            self._engine.cancel(text.job)
+            self._metrics.ended("abort")
+            self._metrics.observe(self._engine, len(self._texts))
+
+    def _report(self, progress: Progress) -> None:
+        text = self._texts.get(progress.job)
+        if text is None:
+            return
+        output = progress.output
+        if output is None:
+            text.tell(Piece(text.growing.take(), progress.steps))
+            return
+        del self._texts[progress.job]
+        try:
+            output.check("the answer")
+        except FloatingPointError as error:
+            self._metrics.ended("error")
+            text.tell(Problem(500, str(error)))
+            return
+        text.growing.finish()
+        self._metrics.add(output)
+        text.tell(Piece(text.growing.take(), progress.steps, output))
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all texts: the state of the device may be gone."""
+        self._engine.reset()
+        for text in self._texts.values():
+            self._metrics.ended("error")
+            text.tell(Problem(500, f"the engine failed: {type(error).__name__}"))
+        self._texts.clear()

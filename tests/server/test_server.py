@@ -1,0 +1,232 @@
+"""The server, through the `openai` client: texts are those of `decode.py`, whatever runs beside."""
+
+import concurrent.futures
+import dataclasses
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from helpers import servers
+
+from medusa_jax.data.prompts import Request
+from medusa_jax.decoding.acceptance import Greedy, Lossless
+from medusa_jax.server.app import Service, create_app
+from medusa_jax.server.run import ServeOptions, make_service
+from medusa_jax.serving.conversations import Conversation
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+STORIES = ["Once upon a time", "Lily and Tom", "The dog ran", "One day a big red ball"]
+SLOTS, WAITING = 4, 12
+
+
+@pytest.fixture(scope="module")
+def service() -> Service:
+    return make_service(ServeOptions(slots=SLOTS, max_waiting=WAITING, max_length=256))
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> Iterator[str]:
+    with servers.running(service) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def alone(service: Service, prompt: str, settings: dict[str, Any]) -> str:
+    """The text of `decode.py` for the same token ids and settings."""
+    temperature = settings["temperature"]
+    scheme = Lossless(temperature, top_p=settings.get("top_p", 1.0)) if temperature else Greedy()
+    how = {"seed": settings.get("seed", 0), "batch_size": 1, "stop": settings.get("stop", [])}
+    generator = service.generator.with_tree(service.generator.tree, scheme, **how)
+    conversation = Conversation(Request((), prompt_ids=tuple(service.completion_ids(prompt))))
+    for _ in generator.converse([conversation], max_new_tokens=settings["max_tokens"]):
+        pass
+    return conversation.completions[0].text
+
+
+def metric(address: str, name: str) -> float:
+    """A figure, once the worker has counted what it does now."""
+    text = httpx.get(f"{address}/metrics").text
+    return float(re.findall(rf"^vllm:{name}(?:{{[^}}]*}})? (\S+)$", text, re.M)[0])
+
+
+def settled(address: str) -> bool:
+    """Whether no text runs or waits, soon."""
+    names = "num_requests_running", "num_requests_waiting"
+    for _ in range(200):
+        if not any(metric(address, name) for name in names):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_many_requests_together_write_what_each_writes_alone(
+    service: Service, address: str, client: openai.OpenAI
+):
+    """Greedy and sampled, streamed and whole, with stop strings, some given up."""
+    cases = []
+    for i in range(24):
+        settings: dict[str, Any] = {"max_tokens": (5, 60, 20, 33)[i % 4], "temperature": 0.0}
+        if i % 3:
+            settings |= {"temperature": (0.8, 1.2)[i % 2], "seed": i, "top_p": (1.0, 0.9)[i % 2]}
+        if i % 5 == 0:
+            settings["stop"] = [" and", "."]
+        cases.append((STORIES[i % len(STORIES)], settings, i % 2 == 0, i % 7 == 6))
+
+    def ask(case: tuple[str, dict[str, Any], bool, bool]) -> str | None:
+        prompt, settings, stream, leave = case
+        asked = {"model": service.name, "prompt": prompt} | settings
+        if not stream and not leave:
+            return client.completions.create(**asked).choices[0].text
+        with client.completions.create(**asked, stream=True) as chunks:
+            pieces = []
+            for chunk in chunks:
+                if leave:
+                    return None
+                pieces.append(chunk.choices[0].text)
+        return "".join(pieces)
+
+    with concurrent.futures.ThreadPoolExecutor(SLOTS + WAITING) as pool:
+        texts = list(pool.map(ask, cases))
+    for (prompt, settings, *_), text in zip(cases, texts, strict=True):
+        if text is not None:
+            assert text == alone(service, prompt, settings), settings
+    assert settled(address) and service.worker.taken == 0
+
+
+def test_chat_choices_usage_and_figures(client: openai.OpenAI, service: Service):
+    messages: Any = [{"role": "user", "content": "Tom"}]
+    how: dict[str, Any] = {"model": service.name, "messages": messages, "max_tokens": 12}
+    answer = client.chat.completions.create(**how, n=3, seed=5, temperature=0.9)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    conversations = [Conversation.of(messages, 0) for _ in range(3)]
+    for sample, conversation in enumerate(conversations):
+        conversation.sample = sample
+    one = service.generator.with_tree(service.generator.tree, Lossless(0.9), seed=5, batch_size=1)
+    for _ in one.converse(conversations, max_new_tokens=12):
+        pass
+    expected = [conversation.completions[0] for conversation in conversations]
+    assert [choice.message.content for choice in answer.choices] == [c.text for c in expected]
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == sum(len(c.token_ids) for c in expected)
+    assert answer.usage.prompt_tokens == len(expected[0].prompt_ids)
+    figures = answer.model_dump()["metrics"]["speculative_decoding"]
+    steps = [made for c in expected for made in c.tokens_per_step]
+    assert figures["num_spec_steps"] == len(steps)
+    assert figures["mean_acceptance_length"] == pytest.approx(sum(steps) / len(steps), abs=1e-4)
+    how |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(**how))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage is not None and not chunks[-1].choices
+    assert chunks[-2].choices[0].finish_reason in ("stop", "length")
+
+
+def test_steps_of_a_stream_make_up_its_text(address: str, service: Service):
+    body = {"prompt": STORIES[0], "max_tokens": 30, "temperature": 0, "stream": True}
+    body |= {"stream_steps": True, "stream_options": {"include_usage": True}}
+    text, steps, figures = "", [], {}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                figures = chunk.get("metrics", figures)
+                for choice in chunk["choices"]:
+                    text += choice["text"]
+                    steps += choice["steps"]
+    assert "".join(step["text"] for step in steps) == text and 1 < len(steps) < 30
+    assert sum(step["tokens"] for step in steps) >= 30
+    assert figures["speculative_decoding"]["num_spec_steps"] == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("completions", b"{", 400, "not JSON"),
+        ("completions", b"\xff", 400, "not UTF-8"),
+        ("completions", b"[" * 100_000, 400, "nested too deeply"),
+        ("completions", b"[]", 400, "valid dictionary"),
+        ("completions", b'{"prompt": "a", "temperature": NaN}', 400, "temperature"),
+        ("completions", b'{"prompt": "a", "n": 1000}', 400, "n: "),
+        ("completions", b'{"prompt": [99999999]}', 400, "vocabulary"),
+        ("completions", b'{"prompt": []}', 400, "prompt is empty"),
+        ("completions", b'{"prompt": "a", "max_tokens": 9999}', 400, "exceed"),
+        ("completions", b'{"prompt": "a", "logit_bias": {"3": 5}}', 400, "logit_bias is not"),
+        ("completions", b'{"prompt": "a", "model": "gpt-4"}', 404, "does not exist"),
+        ("chat/completions", b'{"messages": []}', 400, "messages"),
+        ("chat/completions", b'{"messages": [{"role": "user"}]}', 400, "messages[0]"),
+        ("nothing", b"{}", 404, "Not Found"),
+    ],
+)
+def test_what_is_wrong_is_said_in_openais_form(
+    address: str, path: str, body: bytes, status: int, words: str
+):
+    answer = httpx.post(f"{address}/v1/{path}", content=body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert words in error["message"] and error.keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_large_bodies_are_refused(address: str, declared: bool):
+    body = bytes(5 << 20)
+    parts = (body[i : i + 65536] for i in range(0, len(body), 65536))
+    content: Any = body if declared else parts
+    answer = httpx.post(f"{address}/v1/completions", content=content)
+    assert answer.status_code == 413 and "at most" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(address: str, service: Service):
+    body = {"prompt": "a", "max_tokens": 200, "temperature": 1, "n": 16, "ignore_eos": True}
+    seen: list[httpx.Response] = []
+    ask = lambda: seen.append(httpx.post(f"{address}/v1/completions", json=body, timeout=120))  # noqa: E731
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not service.worker.taken:
+        time.sleep(0.005)
+    answer = httpx.post(f"{address}/v1/completions", json=body)
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["code"] == "queue_full"
+    thread.join()
+    assert seen[0].status_code == 200
+    assert all(choice["finish_reason"] == "length" for choice in seen[0].json()["choices"])
+    assert settled(address)
+
+
+def test_who_goes_away_frees_the_slot(address: str, service: Service):
+    """At once, and in the middle of an answer that would be long."""
+    host, port = address.removeprefix("http://").split(":")
+    body = b'{"prompt": "a", "max_tokens": 250, "temperature": 1, "ignore_eos": true, "n": 4%s}'
+    for extra in (b"", b', "stream": true'):
+        content = body % extra
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head % len(content) + content)
+            deadline = time.monotonic() + 60
+            while not service.worker.taken and time.monotonic() < deadline:
+                time.sleep(0.005)
+            assert service.worker.taken
+        begun = time.monotonic()
+        assert settled(address) and not service.worker.taken
+        assert time.monotonic() - begun < 20
+
+
+def test_a_key_is_asked_for(service: Service):
+    locked = dataclasses.replace(service, key="secret")
+    client = TestClient(create_app(locked))
+    assert client.get("/v1/models").status_code == 401
+    assert client.get("/v1/models", headers={"Authorization": "Bearer no"}).status_code == 401
+    right = client.get("/v1/models", headers={"Authorization": "Bearer secret"})
+    assert right.json()["data"][0]["id"] == service.name
+    assert client.get("/health").status_code == 200
