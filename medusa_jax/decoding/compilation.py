@@ -96,7 +96,7 @@ def in_fast_order(decoder: Decoder, params: Params, rows: int) -> Params:
 def abstract_inputs(decoder: Decoder, rows: int, prompt_tokens: int) -> tuple[Any, ...]:
     """Abstract arguments of `Decoder.run_prefill`, but the parameters."""
     keys = jax.eval_shape(lambda: row_keys(0, [(row, 0) for row in range(rows)]))
-    numbers = [(rows, prompt_tokens), (rows,), (rows,), (1,)]  # tokens to stop ids
+    numbers = [(rows, prompt_tokens), (rows,), (rows,), (rows, 1)]  # tokens to stop ids
     inputs = (*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers), keys)
     return decoder.network.abstract(inputs)
 

@@ -122,7 +122,7 @@ def test_a_timing_ends_when_the_device_has_ended(monkeypatch):
 
 def test_no_row_ends_before_its_last_step():
     """Also where each step accepts all that it can, there is room for the steps of a timing."""
-    assert room(PRESETS["llama2-7b"], depth=4, steps=32) == (187, 32)
+    assert room(PRESETS["llama2-7b"], depth=4, steps=32) == (251, 32)
     assert room(PRESETS["llama2-7b"], depth=4, steps=32, max_length=96) == (96, 16)
     assert room(TIED, depth=2, steps=32) == (64, 16)  # its context
     with pytest.raises(InputError, match="18 tokens are too few"):
