@@ -43,7 +43,7 @@ def room(
 
     A step may accept depth + 1 tokens, and no row shall end before its last step. Without
     `max_length` there are hardly more cache slots than that, the same for each tree: 32
-    steps of depth 4 after 16 prompt tokens need 176 tokens, and get 187, in 192 slots.
+    steps of depth 4 after 16 prompt tokens need 176 tokens, and get 251, in 256 slots.
     """
     longest = PROMPT_TOKENS + steps * (depth + 1)
     capacity = max_length or round_up(longest + depth + 1, SLOTS_MULTIPLE) - depth - 1

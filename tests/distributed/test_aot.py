@@ -55,7 +55,7 @@ def test_decoding_compiles_for_devices_that_are_not_here():
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
     for found, ways in ((one, 1), (two, 2)):
         step = found["step of 8, batch 2"]
-        assert size / ways <= step["aliased"] < size / ways + 4096  # and the small state
+        assert size / ways <= step["aliased"] < size / ways + 8192  # and the small state
         assert found["prefill of 16, batch 2"]["outputs"] >= size / ways
         assert step["outputs"] < 4096
     for name in one:
