@@ -35,6 +35,7 @@ from medusa_jax.drafting.drafter import Drafter, NoDraft, Params
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 
+# A row of a TPU's registers: keys of another number of slots would lie in another order.
 SLOTS_MULTIPLE = 128
 DEFAULT_CAPACITY = 4096
 
