@@ -25,10 +25,10 @@ CAPACITY = 512  # tokens of the cache that the question is asked with: hardly an
 
 def on_tpu(params: Params) -> bool:
     """Whether these arrays, or abstract arrays, are on TPUs."""
-    placed = jax.tree.leaves(params)[0].sharding
-    if placed is None:
-        return jax.default_backend() == "tpu"
-    return next(iter(placed.device_set)).platform == "tpu"
+    for leaf in jax.tree.leaves(params):
+        if leaf.sharding is not None:
+            return next(iter(leaf.sharding.device_set)).platform == "tpu"
+    return jax.default_backend() == "tpu"
 
 
 def compiler_options(params: Params) -> dict[str, str] | None:
