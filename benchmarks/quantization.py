@@ -50,7 +50,7 @@ class Options(DecodingOptions):
     prompts: str = option(str(shipped("prompts.jsonl")), metavar="FILE", help="JSON Lines, first "
         "turns (default: those that ship with the project)")  # fmt: skip
     number: int = option(20, least=1, help="prompts")
-    max_new_tokens: int = option(64, least=1, help="of each text")
+    max_new_tokens: int | None = option(64, least=1, help="of each text")
     batch_size: int = option(20, least=1, help="rows decoded together")
     precisions: list[str] = option([NONE, *TYPES], choices=(NONE, *TYPES), nargs="+",
         help="floats come first")  # fmt: skip
@@ -82,7 +82,7 @@ def greedy(options: Options, generator: Generator) -> list[list[int]]:
     """Token ids of the texts after the prompts."""
     requests = itertools.islice(read_requests(options.prompts), options.number)
     prompts = [Conversation(request).ask(generator.text) for request in requests]
-    jobs = [Job(ids, options.max_new_tokens, (row, 0)) for row, ids in enumerate(prompts)]
+    jobs = [Job(ids, options.max_new_tokens or 1, (row, 0)) for row, ids in enumerate(prompts)]
     return [output.token_ids for output in generator.engine.run(jobs)]
 
 

@@ -7,7 +7,6 @@ Here a weight is one tensor: reading it multiplies, and `StoredTensor.quantized`
 """
 
 import logging
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from medusa_jax.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
-METHOD, KEY = "compressed-tensors", "quantization_config"
+KEY = "quantization_config"  # of config.json
 _FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "dense",
             "mixed-precision")  # fmt: skip
 # Scales of activations and of the cache, which stay floats here.
@@ -102,9 +101,9 @@ def _weight(values: StoredTensor, scale: StoredTensor, origin: str) -> StoredTen
 
 def _unpacked(packed: StoredTensor, shape: tuple[int, ...], origin: str) -> StoredTensor:
     """Numbers of 4 or 8 bits out of int32, the lowest bits first, stored plus half their range."""
-    bits = 32 * packed.shape[-1] // max(shape[-1], 1)
-    exact = packed.shape == (shape[0], math.ceil(shape[-1] * bits / 32)) and packed.dtype == "int32"
-    if bits not in (4, 8) or not exact:
+    bits = 32 * packed.shape[-1] // max(shape[-1], 1) if len(shape) == 2 else 0
+    exact = packed.dtype == "int32" and len(shape) == len(packed.shape) == 2
+    if bits not in (4, 8) or not exact or packed.shape != (shape[0], -(-shape[1] * bits // 32)):
         raise InputError(
             f"{origin} {list(shape)}, packed in {packed.dtype} {list(packed.shape)}, "
             "is not supported; expected 4 or 8 bits in int32"

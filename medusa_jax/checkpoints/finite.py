@@ -42,8 +42,8 @@ def watched(tensors: Tensors, ruined: set[str]) -> Tensors:
                 ruined.add(name)
             return array
 
-        values, scale = tensor.quantized or (None, None)
-        pair = values and scale and (watch(name, values), watch(name, scale))
+        narrow = tensor.quantized
+        pair = narrow and (watch(name, narrow[0]), watch(name, narrow[1]))
         return dataclasses.replace(tensor, read=read, quantized=pair)
 
     return {name: watch(name, tensor) for name, tensor in tensors.items()}

@@ -34,7 +34,7 @@ from medusa_jax.checkpoints.weight_layout import joined, narrowed, placed, stack
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
-from medusa_jax.errors import listed
+from medusa_jax.errors import InputError, listed
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.param_paths import nested
 
@@ -214,6 +214,8 @@ def _loaded(
         leaves |= placed(path, tensor, **how)
     leaves = stacked(leaves, StoredTensor.stack)
     tree = nested({path: narrowed(path, leaf, quantize, dtype) for path, leaf in leaves.items()})
+    if mesh is not None and any(leaf.dtype == "int4" for leaf in jax.tree.leaves(tree)):
+        raise InputError("weights of int4 cannot be split over a mesh")
     if mesh is None:
         loaded = jax.tree.map(lambda tensor: put(tensor.read, tensor.shape, None), tree)
     else:

@@ -164,6 +164,8 @@ def test_scales_are_split_as_outputs_are(saved: Path):
     alone = load_model(saved, kernels=False, quantize="int8")
     split = load_model(saved, mesh="tensor=1", quantize="int8")
     chex.assert_trees_all_equal(split.params, alone.params)
+    with pytest.raises(InputError, match="int4 cannot be split"):
+        load_model(saved, mesh="tensor=1", quantize="int4")
 
 
 def test_what_cannot_be_quantized_is_said(saved: Path, monkeypatch):
