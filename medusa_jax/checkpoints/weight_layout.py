@@ -32,6 +32,13 @@ def usable(mesh: Any) -> bool:
     return mesh is None and kernel.available()
 
 
+def products(params: dict[str, Any]) -> str:
+    """How these parameters are multiplied: by the kernel's instruction set, "vnni", or "xla"."""
+    leaves = flat(params["backbone"]).values()
+    kernels = any(isinstance(leaf, Weight) and leaf.few_rows for leaf in leaves)
+    return kernel.level() if kernels else "xla"
+
+
 def placed(
     path: str,
     tensor: Any,

@@ -45,28 +45,25 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {"avx2": ("-mavx2", "-mfma"), "avx512": _AVX512, "vnni": (*_AVX512, "-mavx512vnni")}
 
 
-@functools.cache
 def available() -> bool:
     """Whether `product` works here: on a CPU whose compiler could build it."""
+    return bool(level())
+
+
+@functools.cache
+def level() -> str:
+    """The instruction set that `product` uses here, a key of `LEVELS`; "" where it cannot work."""
     if jax.default_backend() != "cpu":
-        return False
+        return ""
     try:
         loaded = ctypes.CDLL(str(library()))
         jax.ffi.register_ffi_target("medusa_few_rows", jax.ffi.pycapsule(loaded.FewRows), "cpu")
+        loaded.few_rows_level.restype = ctypes.c_char_p
     except (OSError, subprocess.CalledProcessError, AttributeError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning("products of few rows are XLA's, which are slower: %s", *reason[:1])
-        return False
-    return True
-
-
-def level() -> str:
-    """The instruction set that `product` uses here: a key of `LEVELS`; "" where not available."""
-    if not available():
         return ""
-    name = ctypes.CDLL(str(library())).few_rows_level
-    name.restype = ctypes.c_char_p
-    return name().decode()
+    return loaded.few_rows_level().decode()
 
 
 @typed

@@ -16,7 +16,7 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree, default_tree, published_names
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
-from medusa_jax.serving import tree_store
+from medusa_jax.serving.quick_tree import auto_tree
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
         return tree
     if tree == "auto":
         which = model, scheme, options.batch_size, model.precision
-        tuned = tree_store.find(*which, own_heads=options.heads is None)
+        tuned = auto_tree(*which, own_heads=options.heads is None)
         return tuned or default_tree(num_heads, accelerated(), str(options.model))
     if recipe := re.fullmatch(r"grow:(\d{1,99})(?::(\d{1,99}))?", tree):
         return dynamic_tree(model, *(int(part) for part in recipe.groups() if part))

@@ -1,9 +1,9 @@
 """Tuned trees: where `medusa_jax.tune` leaves them and `--tree auto` looks.
 
-Each model, device and precision has a JSON file under $MEDUSA_JAX_CACHE (default:
-~/.cache/medusa_jax). It holds a tuning for each acceptance and batch size that was
-asked for. A model directory may bring trees of its own in `medusa_trees.json`, for
-the devices that its makers had.
+Each model, device, way of computing products and precision has a JSON file under
+$MEDUSA_JAX_CACHE (default: ~/.cache/medusa_jax). It holds a tuning for each acceptance
+and batch size that was asked for. A model directory may bring trees of its own in
+`medusa_trees.json`, for the devices that its makers had.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ import jax
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints.load import Model
+from medusa_jax.checkpoints.weight_layout import products
 from medusa_jax.decoding.acceptance import Acceptance, Greedy
-from medusa_jax.distributed.hardware import device
+from medusa_jax.distributed.hardware import accelerated, device
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import MOST_TOKENS
@@ -30,10 +31,43 @@ BESIDE = "medusa_trees.json"
 LOCK_SECONDS = 10.0  # in which another process adds its tuning
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A tuning for a model.
+
+    Attributes:
+      path: the file that holds it.
+      tuning: as it is written there.
+      here: it was measured on a machine like this, with the same products and precision.
+    """
+
+    path: Path
+    tuning: dict[str, Any]
+    here: bool
+
+
+def conditions(model: Model, dtype: str) -> dict[str, Any]:
+    """What the time of a step depends on, beside the model, as tunings say it.
+
+    {"device": "cpu AMD EPYC 2", "products": "vnni", "dtype": "float32", "devices": 1}
+    """
+    return {
+        "device": device(),
+        "products": products(model.params),
+        "dtype": dtype,
+        "devices": model.mesh.size if model.mesh else 1,
+    }
+
+
 def cache_file(model: Model, dtype: str) -> Path:
-    """Where this model's trees for this device are kept."""
-    kind = re.sub(r"\W+", "-", device()).strip("-").lower()
-    kind += f"-x{model.mesh.size}" if model.mesh else ""
+    """Where this model's trees for this device are kept.
+
+    On a CPU its name ends with "-cpu-amd-epyc-2-vnni-float32.json".
+    """
+    here = conditions(model, dtype)
+    kind = re.sub(r"\W+", "-", here["device"]).strip("-").lower()
+    kind += "" if accelerated() else f"-{here['products']}"
+    kind += f"-x{here['devices']}" if model.mesh else ""
     return cache_directory() / "trees" / f"{model.fingerprint}-{kind}-{dtype}.json"
 
 
@@ -81,6 +115,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             fields.integer("batch_size")
             fields.text("backend", "")
             tree_of(tuning, fields.origin)
+            accepted_lengths(tuning, fields.origin)
     except InputError as error:
         raise InputError(f"{path} is no file of tuned trees ({error}); delete it") from None
     return tunings
@@ -93,9 +128,42 @@ def tree_of(tuning: dict[str, Any], origin: str = "a tuning") -> Tree | DynamicT
       InputError: it is neither; the message begins with `origin`.
     """
     tree = tuning.get("tree")
+    return _tree(tree, f"{origin}: 'tree'")
+
+
+def shape(tree: Tree | DynamicTree) -> list[list[int]] | dict[str, int]:
+    """A tree as tunings write it down."""
+    return [list(node) for node in tree.nodes] if isinstance(tree, Tree) else vars(tree)
+
+
+def accepted_lengths(
+    tuning: dict[str, Any], origin: str = "a tuning"
+) -> list[tuple[Tree | DynamicTree, float]]:
+    """The trees that a tuning describes, and the mean accepted length of each.
+
+    Those are its rows with a "shape", which older tunings lack, and its best tree.
+
+    Raises:
+      InputError: a row is wrong; the message begins with `origin`.
+    """
+    best, rows = tuning.get("best"), tuning.get("table", [])
+    if not isinstance(rows, list):
+        raise InputError(f"{origin}: 'table' must be a list, got {json_files.short(rows)}")
+    if isinstance(best, dict):
+        rows = [best | {"shape": tuning.get("tree")}, *rows]
+    found = []
+    for number, row in enumerate(rows):
+        if isinstance(row, dict) and "shape" in row:
+            fields = json_files.Fields(row, f"{origin}: row {number}")
+            length = fields.number("mean_accepted_length", least=1)
+            found.append((_tree(row["shape"], f"{fields.origin}: 'shape'"), length))
+    return found
+
+
+def _tree(tree: Any, origin: str) -> Tree | DynamicTree:
     if not isinstance(tree, dict):
-        return Tree.from_lists(tree, f"{origin}: 'tree': ")
-    fields = json_files.Fields(tree, f"{origin}: 'tree'")
+        return Tree.from_lists(tree, f"{origin}: ")
+    fields = json_files.Fields(tree, origin)
     return DynamicTree(
         fields.integer("size", most=MOST_TOKENS),
         fields.integer("depth", most=MOST_TOKENS),
@@ -105,8 +173,8 @@ def tree_of(tuning: dict[str, Any], origin: str = "a tuning") -> Tree | DynamicT
 
 def find(
     model: Model, acceptance: Acceptance, batch_size: int, dtype: str, *, own_heads: bool = True
-) -> Tree | DynamicTree | None:
-    """The tree tuned for this model here, else a tree that came with it for such a device.
+) -> Found | None:
+    """The tuning for this model here, else that of another machine of this kind.
 
     The same acceptance is looked for first, then its scheme at another
     temperature, then greedy's, then any; among equals the nearest batch size.
@@ -117,26 +185,37 @@ def find(
     Raises:
       InputError: a file is broken, or its tree is for other heads; names the file.
     """
-    wanted = describe(acceptance)
+    wanted, now = describe(acceptance), conditions(model, dtype)
     here, beside = cache_file(model, dtype), model.directory / BESIDE
-    brought = read(beside) if own_heads else []
-    brought = [tuning for tuning in brought if tuning.get("backend") == jax.default_backend()]
+    others = sorted(here.parent.glob(f"{model.fingerprint}-*-{dtype}.json"))
+    found = [Found(here, tuning, True) for tuning in read(here)]
+    for path in [*(other for other in others if other != here), *([beside] if own_heads else [])]:
+        for tuning in read(path):
+            if tuning.get("backend") == jax.default_backend():
+                same = all(tuning.get(key) == value for key, value in now.items())
+                found.append(Found(path, tuning, same))
 
-    def far(tuning: dict[str, Any]) -> tuple[bool, bool, bool, float]:
-        found = tuning["acceptance"]
-        apart = max(batch_size, tuning["batch_size"]) / min(batch_size, tuning["batch_size"])
-        scheme = found["scheme"]
-        return found != wanted, scheme != wanted["scheme"], scheme != Greedy.__name__, apart
+    def fits(one: Found) -> bool:  # what was timed in haste is for that acceptance and batch
+        same = one.tuning["acceptance"], one.tuning["batch_size"]
+        return not one.tuning.get("quick") or (one.here and same == (wanted, batch_size))
 
-    for path, tunings in ((here, read(here)), (beside, brought)):
-        if tunings:
-            nearest = min(tunings, key=far)
-            if nearest["acceptance"] != wanted:
-                log.info("no tree was tuned for %s: that of %s", wanted, nearest["acceptance"])
-            tree = tree_of(nearest)
-            try:
-                tree.check(model.heads.num_heads, model.heads.truncated or model.config.vocab_size)
-            except InputError as error:
-                raise InputError(f"{path}: 'tree': {error}") from None
-            return tree
-    return None
+    def far(one: Found) -> tuple[bool, bool, bool, bool, float]:
+        tuned, batch = one.tuning["acceptance"], one.tuning["batch_size"]
+        apart = max(batch_size, batch) / min(batch_size, batch)
+        scheme = tuned["scheme"]
+        greedy = Greedy.__name__
+        return not one.here, tuned != wanted, scheme != wanted["scheme"], scheme != greedy, apart
+
+    nearest = min(filter(fits, found), key=far, default=None)
+    if nearest is None:
+        return None
+    if nearest.tuning["acceptance"] != wanted:
+        log.info("no tree was tuned for %s: that of %s", wanted, nearest.tuning["acceptance"])
+    try:
+        heads = model.heads.num_heads, model.heads.truncated or model.config.vocab_size
+        tree_of(nearest.tuning).check(*heads)
+        for tree, _ in accepted_lengths(nearest.tuning):
+            tree.check(*heads)
+    except InputError as error:
+        raise InputError(f"{nearest.path}: 'tree': {error}") from None
+    return nearest

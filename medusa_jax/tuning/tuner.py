@@ -30,7 +30,6 @@ from medusa_jax.data.text_files import check_readable
 from medusa_jax.decoding.acceptance import Typical
 from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.state import Output
-from medusa_jax.distributed.hardware import device
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
@@ -172,6 +171,7 @@ class Measurements:
         for name, row in rows.items():
             known = lengths.get(name)
             row["mean_accepted_length"] = known or self.accepted_length(trees[name])
+            row["shape"] = tree_store.shape(trees[name])
         self.rows |= rows
         predict(self.rows, options.batch_size, options.new_tokens)
 
@@ -250,16 +250,14 @@ def save(
 ) -> None:
     """Adds the tuning to a file, where `--tree auto` looks."""
     top_k = usable_ranks(generator.model)
-    nodes = [list(node) for node in tree.nodes] if isinstance(tree, Tree) else vars(tree)
     tuning = {
         "acceptance": tree_store.describe(generator.acceptance),
         "batch_size": options.batch_size,
-        "dtype": generator.model.precision,
+        **tree_store.conditions(generator.model, generator.model.precision),
         "backend": jax.default_backend(),
-        "device": device(),
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "tree": nodes,
+        "tree": tree_store.shape(tree),
         "best": best,
         "table": rows,
         "accuracy": head_ranks.accuracy(ranks, top_k).round(5).tolist(),

@@ -47,6 +47,12 @@ def tuning(tree: Any, scheme: Any = None, batch_size: int = 1, **more: Any) -> d
     return {"acceptance": found, "batch_size": batch_size, "tree": tree, "backend": "cpu"} | more
 
 
+def found_tree(model: Model, scheme: Any, batch_size: int) -> Tree | DynamicTree:
+    found = tree_store.find(model, scheme, batch_size, "float32")
+    assert found is not None
+    return tree_store.tree_of(found.tuning)
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_tunes_and_is_found_again(
@@ -131,7 +137,7 @@ def test_nearest_acceptance_then_batch_is_found(stories: Model, home: Path):
         tree_store.save(path, tuning(tree, scheme, batch))
 
     def found(scheme: Any, batch: int) -> Tree | DynamicTree | None:
-        return tree_store.find(stories, scheme, batch, "float32")
+        return found_tree(stories, scheme, batch)
 
     assert found(Greedy(), 2) == Tree(((0,),))
     assert found(Greedy(), 16) == Tree(((1,),))
@@ -164,7 +170,7 @@ def test_trees_that_come_with_a_model_serve_its_kind_of_device(stories: Model, h
     model = dataclasses.replace(stories, directory=home)
     brought = [tuning([[0], [1]], backend="tpu"), tuning([[0], [0, 0]])]
     (home / tree_store.BESIDE).write_text(json.dumps({"tunings": brought}))
-    assert tree_store.find(model, Greedy(), 1, "float32") == Tree(((0,), (0, 0)))
+    assert found_tree(model, Greedy(), 1) == Tree(((0,), (0, 0)))
     assert tree_store.find(model, Greedy(), 1, "float32", own_heads=False) is None
 
 
@@ -173,6 +179,7 @@ WRONG = {
     "tuning 1: 'batch_size'": [0, "a", 1.5, 10**30],
     "tuning 1: 'backend'": [5, []],
     "tuning 1: 'acceptance'": ["Greedy", {"scheme": 5}, {}],
+    "tuning 1: 'table'": [{"a": 1}, 5],
     "tuning 1: 'tree'": [
         {"size": "a", "depth": 3},
         {"size": 10**9, "depth": 3},
