@@ -47,7 +47,7 @@ class Options:
     length: int = option(512, least=8, help="tokens of a row")
     heads: int = option(4, least=1, help="heads")
     truncated: int = option(8192, least=1, help="tokens that a head guesses among")
-    chunk: int = option(0, least=0, help="loss.chunk: positions whose logits exist at a time")
+    chunk: int = option(512, least=0, help="loss.chunk: positions whose logits exist at a time")
     output: str | None = option(None, metavar="FILE", help="JSON")
 
 
@@ -59,7 +59,9 @@ def config_of(options: Options) -> settings.Config:
         heads=settings.Heads(number=options.heads, shared=True, truncated=options.truncated),
         data=settings.Data(sequence_length=options.length),
         loss=settings.Loss(chunk=options.chunk),
-        optim=settings.Optim(batch_size=options.rows, steps=1000, warmup_steps=0, schedule="constant"),
+        optim=settings.Optim(
+            batch_size=options.rows, steps=1000, warmup_steps=0, schedule="constant"
+        ),
         mesh=settings.Mesh(fsdp=1),
     )
 
@@ -119,7 +121,9 @@ def theirs(config: settings.Config, rows: Rows, token_map: list[int]) -> Callabl
         for k, block in enumerate(blocks, start=1):
             read, targets = hidden[:, : -k - 1], places[tokens[:, k + 1 :]]
             logits = functional.linear(read + functional.silu(block(read)), projection)
-            total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            total = functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="sum"
+            )
             loss = loss + config.loss.decay**k * total / targets.numel()
         rule.zero_grad()
         loss.backward()

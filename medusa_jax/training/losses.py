@@ -168,13 +168,14 @@ def _summed_with_gradient(function: Any, chunk: int, params: Any, hidden: Any, a
         (value, sums), (grads, *rest) = jax.value_and_grad(loss, argnums, has_aux=True)(
             learnt, *arrays
         )
-        grads = [grad.astype(jnp.float32) for grad in grads]
         return ((value, sums), grads), (rest[0] if rest else None)
 
     values = [array.value for array in arrays]
     (out, grads), of_hidden = _loop(piece, chunk, hidden.value, *values)
     given = iter(grads)
-    of_params = [next(given).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves]
+    of_params = [
+        next(given).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves
+    ]
     return out, (structure.unflatten(of_params), of_hidden)
 
 
@@ -187,7 +188,9 @@ def _gradient(function: Any, chunk: int, grads: Any, change: Any) -> Any:
 _summed.defvjp(_summed_with_gradient, _gradient, symbolic_zeros=True)
 
 
-def _loop(piece: Callable[..., Any], chunk: int, hidden: Array, counted: Array, *rest: Array) -> Any:
+def _loop(
+    piece: Callable[..., Any], chunk: int, hidden: Array, counted: Array, *rest: Array
+) -> Any:
     """Calls `piece` for chunks up to the last counted position of any row.
 
     Args:
