@@ -47,7 +47,7 @@ class Options:
     length: int = option(512, least=8, help="tokens of a row")
     heads: int = option(4, least=1, help="heads")
     truncated: int = option(8192, least=1, help="tokens that a head guesses among")
-    chunk: int = option(0, least=0, help="loss.chunk: positions whose logits exist at a time")
+    chunk: int = option(512, least=0, help="loss.chunk: positions whose logits exist at a time")
     output: str | None = option(None, metavar="FILE", help="JSON")
 
 

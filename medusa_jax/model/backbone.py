@@ -6,6 +6,9 @@ itself is a mask (causal in a prompt, ancestors in a tree); what it sees of the
 past is a `KVCache`, which it only reads.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -57,13 +60,19 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
+
+    Attributes:
+      config: shape of the backbone.
+      attend: mixes values; what `mask` is, is between its caller and itself.
+    """
 
     config: ModelConfig
+    attend: Callable[..., Array] = attend
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Past | None
+        self, x: Array, rope: tuple[Array, Array], mask: Any, past: Past | None
     ) -> tuple[Array, Array, Array]:
         """x [B, T, D], mask [B, T, T], past -> (out [B, T, D], keys, values of a `Block`)."""
         config = self.config
@@ -84,7 +93,7 @@ class Attention(nn.Module):
         queries = rotate(queries, *rope)
         keys = rotate(keys, *rope).transpose(0, 2, 3, 1)
         values = values.swapaxes(1, 2)
-        mixed = attend(queries, keys, values, mask, past)
+        mixed = self.attend(queries, keys, values, mask, past)
         mixed = mixed.reshape(*x.shape[:2], -1)
         out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
         return out, keys, values
@@ -104,17 +113,24 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder block: x + attention(norm x), then x + mlp(norm x)."""
+    """One decoder block: x + attention(norm x), then x + mlp(norm x).
+
+    Attributes:
+      config: shape of the backbone.
+      attend: of `Attention`.
+    """
 
     config: ModelConfig
+    attend: Callable[..., Array] = attend
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array, past: Past | None
+        self, x: Array, rope: tuple[Array, Array], mask: Any, past: Past | None
     ) -> tuple[Array, Array, Array]:
         eps = self.config.norm_eps
         normed = RMSNorm(eps, name="attention_norm")(x)
-        out, keys, values = Attention(self.config, name="attention")(normed, rope, mask, past)
+        attention = Attention(self.config, self.attend, name="attention")
+        out, keys, values = attention(normed, rope, mask, past)
         x = x + out
         x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
         return x, keys, values

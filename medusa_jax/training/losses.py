@@ -168,7 +168,6 @@ def _summed_with_gradient(function: Any, chunk: int, params: Any, hidden: Any, a
         (value, sums), (grads, *rest) = jax.value_and_grad(loss, argnums, has_aux=True)(
             learnt, *arrays
         )
-        grads = [grad.astype(jnp.float32) for grad in grads]
         return ((value, sums), grads), (rest[0] if rest else None)
 
     values = [array.value for array in arrays]

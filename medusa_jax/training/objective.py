@@ -65,7 +65,7 @@ class Objective:
       mode: of `settings.Config`.
       decay: head k weighs decay^k.
       distill: KL to the teacher instead of the backbone's cross-entropy.
-      chunk: positions of each row whose logits exist at a time, 0 for all.
+      chunk: of `settings.Loss`.
       dtype: of the computation.
       remat: recompute each layer in the backward pass.
       adapter_scale: alpha / R, 0 without adapters.
@@ -168,6 +168,7 @@ class Objective:
             student = lora.attached(
                 student, params["adapters"], self.adapter_scale, self.adapter_dropout, key
             )
+        chunk = _chunk(self, batch["tokens"].shape[0])
         hidden, theirs = self._hidden(student, batch), ()
         if self.distill:
             theirs = (jax.lax.stop_gradient(self._hidden(teacher, batch)),)
@@ -176,7 +177,7 @@ class Objective:
 
         def lm() -> tuple[Sums, Array]:
             targets, counted = _targets(batch, offset=1)
-            return _lm_losses(self.chunk, projections, hidden, counted, targets, *theirs)
+            return _lm_losses(chunk, projections, hidden, counted, targets, *theirs)
 
         if self.mode == "medusa1":
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(lm))
@@ -186,36 +187,23 @@ class Objective:
         if self.heads.truncated:
             projection = projection.rows(params["heads"]["token_map"])
         heads = tuple(
-            self._head(k, params["heads"], hidden, batch, projection)
+            _head_losses(self, k, params["heads"], chunk, projection, hidden, batch)
             for k in range(self.heads.num_heads)
         )
         return Terms(lm_sums, kl, heads)
 
     def _hidden(self, backbone: Params, batch: Batch) -> Array:
-        def constrain(x: Array) -> Array:
-            if self.sharding is None:
-                return x
-            return jax.lax.with_sharding_constraint(x, self.sharding)
-
         return scanned_backbone.hidden_states(
-            self.model, backbone, batch, remat=self.remat, constrain=constrain
+            self.model, backbone, batch, remat=self.remat, sharding=self.sharding
         )
 
-    def _head(self, k: int, heads: Params, hidden: Array, batch: Batch, shared: Weight) -> Sums:
-        targets, counted = _targets(batch, offset=k + 2)
-        if self.heads.truncated:
-            targets = rows_of(targets, heads["token_map"], self.model.vocab_size)
-        head = Head(self.heads)
 
-        def losses(params: Any, hidden: Array, counted: Array, targets: Array) -> Any:
-            own, shared = params
-            logits: Any = head.apply({"params": own}, hidden, shared.dot)
-            sums = cross_entropy(logits, targets, counted)
-            return sums.loss, sums
-
-        params = (heads[f"head_{k}"], shared)
-        loss, sums = over_chunks(losses, self.chunk, params, hidden, counted, targets)
-        return dataclasses.replace(sums, loss=loss)
+def _chunk(objective: Objective, rows: int) -> int:
+    """Positions of each row whose logits exist at a time, 0 for all."""
+    ways = 1
+    if objective.sharding is not None:
+        ways = objective.sharding.mesh.shape["data"] * objective.sharding.mesh.shape["fsdp"]
+    return objective.chunk and max(1, objective.chunk * ways // rows)
 
 
 def _projection(backbone: Params) -> Weight:
@@ -250,6 +238,36 @@ def _lm_losses(
     if theirs:
         return sums, loss
     return dataclasses.replace(sums, loss=loss), jnp.zeros(())
+
+
+def _head_losses(
+    objective: Objective,
+    k: int,
+    heads: Params,
+    chunk: int,
+    projection: Weight,
+    hidden: Array,
+    batch: Batch,
+) -> Sums:
+    """The sums of head k (0-based), whose loss has gradients.
+
+    Args:
+      projection: for shared heads, of the tokens that they guess among.
+    """
+    targets, counted = _targets(batch, offset=k + 2)
+    if objective.heads.truncated:
+        targets = rows_of(targets, heads["token_map"], objective.model.vocab_size)
+    head = Head(objective.heads)
+
+    def losses(params: Any, hidden: Array, counted: Array, targets: Array) -> Any:
+        own, shared = params
+        logits: Any = head.apply({"params": own}, hidden, shared.dot)
+        sums = cross_entropy(logits, targets, counted)
+        return sums.loss, sums
+
+    params = (heads[f"head_{k}"], projection)
+    loss, sums = over_chunks(losses, chunk, params, hidden, counted, targets)
+    return dataclasses.replace(sums, loss=loss)
 
 
 def _targets(batch: Batch, offset: int) -> tuple[Array, Array]:

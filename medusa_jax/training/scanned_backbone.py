@@ -9,16 +9,17 @@ Parameters: as the backbone's, with `layers/...` [L, ...] in place of
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 
 from medusa_jax.model.backbone import Backbone, Layer
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.layers import rope_tables, within_window
+from medusa_jax.model.layers import rope_tables
+from medusa_jax.training import packed_attention
 
 _LAYER = re.compile(r"layer_(\d+)/")
 
@@ -54,7 +55,7 @@ def hidden_states(
     batch: dict[str, Array],
     *,
     remat: bool = False,
-    constrain: Callable[[Array], Array] = lambda x: x,
+    sharding: NamedSharding | None = None,
 ) -> Array:
     """Hidden states after the final norm [B, T, D], as `Backbone` gives them.
 
@@ -63,24 +64,25 @@ def hidden_states(
       batch: `tokens`, `segments`, `positions` [B, T]: a token sees those before
         it of its own segment.
       remat: keep each layer's input only, and recompute the rest in the backward pass.
-      constrain: sets the sharding of hidden states [B, T, D].
+      sharding: of hidden states [B, T, D], or None.
     """
-    tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
-    order = jnp.arange(tokens.shape[1])
-    mask = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order)
-    rope = rope_tables(config, positions)
-    windows = sorted(set(config.windows), key=lambda window: window or 0)
-    masks = [mask & within_window(positions, positions, window) for window in windows]
-    layer = Layer(config)
+
+    def constrain(x: Array) -> Array:
+        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+    rope = rope_tables(config, batch["positions"])
+    windows = tuple(sorted(set(config.windows), key=lambda window: window or 0))
+    mesh: Any = None if sharding is None else sharding.mesh
+    layer = Layer(config, packed_attention.attend)
 
     def run_layer(x: Array, stacked: tuple[Any, Array]) -> tuple[Array, None]:
         weights, window = stacked
-        seen = masks[0] if len(masks) == 1 else jax.lax.select_n(window, *masks)
-        out: Any = layer.apply({"params": weights}, x, rope, seen, None)
+        documents = packed_attention.Documents(batch["segments"], window, windows, mesh)
+        out: Any = layer.apply({"params": weights}, x, rope, documents, None)
         return constrain(out[0]), None
 
     which = jnp.asarray([windows.index(window) for window in config.windows])
-    x = constrain(jnp.take(params["embed"]["embedding"], tokens, axis=0))
+    x = constrain(jnp.take(params["embed"]["embedding"], batch["tokens"], axis=0))
     body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
     x, _ = jax.lax.scan(body, x, (params["layers"], which))
     hidden: Any = Backbone(config).apply({"params": params}, x, method="finish")

@@ -110,7 +110,7 @@ class Loss:
       ramp: how lambda_0 grows to that: `constant`, `linear` or `sine` (a quarter wave).
       ramp_fraction: share of the run after which it is reached.
       distill: KL to the backbone as it was in place of its own cross-entropy.
-      chunk: positions of each row whose logits exist at a time, 0 for all.
+      chunk: positions of a device's rows whose logits exist at a time, 0 for all.
     """
 
     decay: float = option(0.8, least=0)

@@ -1,0 +1,158 @@
+"""Attention of training rows, in which several documents lie one behind the other.
+
+On a TPU it is JAX's splash attention (jax.experimental.pallas.ops.tpu.splash_attention), whose
+scores stay on the chip. Elsewhere blocks of queries meet the keys before them in plain products.
+The mesh says which: its devices need not be those of this machine.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from medusa_jax.shapes import typed
+
+LEAST_BLOCK, MOST_BLOCKS = 128, 8  # of queries, whose scores exist at a time
+TILE = 128  # which the kernel's lengths and widths are multiples of
+KERNEL_BLOCKS = (512, 256, TILE)  # queries and keys of the kernel's inner products
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """What each position of a row sees: itself and those before it, of its own document.
+
+    Attributes:
+      segments: the document of each position [B, T].
+      window: index in `windows` of this layer's [].
+      windows: sliding windows that layers have, in positions; None sees all of a document.
+      mesh: with the axes (data, fsdp, tensor); None for the default device.
+    """
+
+    segments: Array
+    window: Array
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def attend(
+    queries: Float[Array, "B T H C"],
+    keys: Float[Array, "B K C T"],
+    values: Float[Array, "B K T C"],
+    documents: Documents,
+    past: None = None,
+) -> Float[Array, "B T H C"]:
+    """Softmax attention within documents, in the place of `model.attention.attend`.
+
+    Returns:
+      [B, T, H, C] in the queries' dtype; scores and softmax are float32.
+    """
+    mesh = documents.mesh
+    on_tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    whole = not (queries.shape[1] % TILE or queries.shape[3] % TILE)
+    attention = splash if on_tpu and whole else blocked
+    return attention(queries * queries.shape[-1] ** -0.5, keys, values, documents)
+
+
+def blocked(queries: Array, keys: Array, values: Array, documents: Documents) -> Array:
+    """Blocks of scaled queries [B, T, H, C], each with all keys up to its last [B, T, H, C]."""
+    batch, length, heads, width = queries.shape
+    kv_heads = keys.shape[1]
+    # A [G*T, C] matrix per key/value head gives plain products of contiguous matrices.
+    grouped = queries.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    window = jnp.asarray([window or length for window in documents.windows])[documents.window]
+    size = max(LEAST_BLOCK, -(-length // MOST_BLOCKS))
+
+    @functools.partial(jax.checkpoint, static_argnums=(0, 1))
+    def block(start: int, stop: int, queries: Array, keys: Array, values: Array) -> Array:
+        mask = seen(documents.segments, window, start, stop)
+        rows = queries.reshape(batch, kv_heads, -1, width)
+        scores = jnp.einsum("bkqc,bkcu->bkqu", rows, keys, preferred_element_type=jnp.float32)
+        scores = scores.reshape(*queries.shape[:-1], stop)
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        total = weights.sum(axis=-1, keepdims=True)
+        rows = weights.reshape(*rows.shape[:-1], stop).astype(values.dtype)
+        mixed = jnp.einsum("bkqu,bkuc->bkqc", rows, values, preferred_element_type=jnp.float32)
+        return (mixed.reshape(queries.shape) / total).astype(queries.dtype)
+
+    mixed = [
+        block(start, stop, grouped[..., start:stop, :], keys[..., :stop], values[..., :stop, :])
+        for start in range(0, length, size)
+        for stop in (min(start + size, length),)
+    ]
+    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+
+
+@typed
+def seen(segments: Int[Array, "B T"], window: Int[Array, ""], start: int, stop: int) -> Array:
+    """True where the queries of a block see a key [B, stop - start, stop].
+
+    segments (1 1 1 2), window 2, queries 2 and 3 -> rows (0 1 1 0) and (0 0 0 1).
+    """
+    query, key = jnp.arange(start, stop)[:, None], jnp.arange(stop)
+    near = (key <= query) & (key > query - window)
+    return (segments[:, start:stop, None] == segments[:, None, :stop]) & near
+
+
+def splash(
+    queries: Array, keys: Array, values: Array, documents: Documents, *, interpret: bool = False
+) -> Array:
+    """The TPU's kernel for scaled queries [B, T, H, C]; each device has its own rows and heads.
+
+    Args:
+      interpret: run the kernel on another device, as a test.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    mesh, length = documents.mesh, queries.shape[1]
+    ways = mesh.shape["tensor"] if mesh else 1
+    split = mesh is not None and keys.shape[1] % ways == 0
+    heads = queries.shape[2] // (ways if split else 1)
+    kernels = [_kernel(heads, length, window, interpret) for window in documents.windows]
+
+    def local(queries: Array, keys: Array, values: Array, segments: Array, window: Array) -> Array:
+        def with_kernel(kernel: Callable[..., Array], *arrays: Array) -> Array:
+            row = lambda q, k, v, ids: kernel(q, k, v, SegmentIds(ids, ids))  # noqa: E731
+            return jax.vmap(row)(*arrays)
+
+        branches = [functools.partial(with_kernel, kernel) for kernel in kernels]
+        return jax.lax.switch(window, branches, queries, keys, values, segments)
+
+    if mesh is not None:
+        rows, by_head = ("data", "fsdp"), "tensor" if split else None
+        arrays = P(rows, by_head, None, None)
+        places = (arrays, arrays, arrays, P(rows, None), P())
+        local = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=arrays, check_vma=False)
+    arrays = queries.swapaxes(1, 2), keys.swapaxes(2, 3), values
+    return local(*arrays, documents.segments, documents.window).swapaxes(1, 2)
+
+
+def _kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any:
+    """Splash attention of a device's heads over whole rows."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    shape = (length, length)
+    mask = library.CausalMask(shape)
+    if window is not None:
+        mask = library.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    size = next(size for size in KERNEL_BLOCKS if length % size == 0)
+    return library.make_splash_mha_single_device(
+        library.MultiHeadMask([mask] * heads),
+        block_sizes=library.BlockSizes(
+            block_q=size,
+            block_kv=size,
+            block_q_dq=size,
+            block_kv_dq=size,
+            block_q_dkv=size,
+            block_kv_dkv=size,
+            block_kv_dkv_compute=size,
+        ),
+        interpret=interpret,
+    )
