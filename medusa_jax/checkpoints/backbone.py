@@ -12,7 +12,8 @@ import numpy as np
 from medusa_jax import json_files
 from medusa_jax.checkpoints import compressed_tensors, gguf_backbone
 from medusa_jax.checkpoints.heads import divide
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_model
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
+from medusa_jax.checkpoints.tensors import open_model
 from medusa_jax.gguf_file import is_gguf, open_gguf
 from medusa_jax.model.config import ModelConfig, from_hf
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from medusa_jax.checkpoints.dialects import folder
-from medusa_jax.checkpoints.tensors import StoredTensor, open_file, write_model
+from medusa_jax.checkpoints.stored_tensor import StoredTensor
+from medusa_jax.checkpoints.tensors import open_file, write_model
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.errors import InputError
 from medusa_jax.files import writing

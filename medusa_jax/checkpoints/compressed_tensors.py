@@ -16,7 +16,7 @@ import numpy as np
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints import float8
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.errors import InputError, listed
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ from medusa_jax.checkpoints.fitting import (
 from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, open_heads
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import ORIGINAL, backbone_places, head_places
+from medusa_jax.checkpoints.stored_tensor import Tensors
 from medusa_jax.checkpoints.tensors import (
     SHARD_BYTES,
-    Tensors,
     open_file,
     open_model,
     write_model,

@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 
 _BLOCK = 2**18  # numbers looked at together: they stay in a processor's cache
 

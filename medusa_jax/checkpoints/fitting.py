@@ -17,7 +17,7 @@ from medusa_jax.checkpoints.dialects import DIALECTS, FOLDER, misread, shares
 from medusa_jax.checkpoints.heads import StoredHeads, check_fit
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.errors import InputError
 from medusa_jax.gguf_file import GgufFile, GgufTensor
 from medusa_jax.json_files import Fields

@@ -15,7 +15,8 @@ import numpy as np
 from medusa_jax import json_files
 from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, VLLM, folder
 from medusa_jax.checkpoints.names import ORIGINAL, HeadNames, head_places, matched
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, open_file, open_model
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
+from medusa_jax.checkpoints.tensors import open_file, open_model
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError, listed
 from medusa_jax.model.config import ModelConfig

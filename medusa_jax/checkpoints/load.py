@@ -29,7 +29,7 @@ from medusa_jax.checkpoints.heads import (
 )
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.checkpoints.weight_layout import joined, narrowed, placed, stacked, usable
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME

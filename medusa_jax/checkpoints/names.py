@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from medusa_jax.checkpoints.tensors import Tensors
+from medusa_jax.checkpoints.stored_tensor import Tensors
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medusa_jax.checkpoints.tensors import StoredTensor
+from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.errors import InputError
 
 NONE = "none"

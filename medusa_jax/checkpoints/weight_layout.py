@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from medusa_jax.checkpoints.quantization import NONE, quantized, stored, type_for
-from medusa_jax.checkpoints.tensors import StoredTensor
+from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.kernels import few_rows as kernel
 from medusa_jax.model.linear import Weight, joint_name
 from medusa_jax.param_paths import flat, nested

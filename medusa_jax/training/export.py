@@ -23,7 +23,8 @@ from medusa_jax.checkpoints.dialects import (
 )
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, head_places
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors, write_model, write_pickle
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
+from medusa_jax.checkpoints.tensors import write_model, write_pickle
 from medusa_jax.data.gguf_tokenizer import save_tokenizer
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.drafting.medusa_heads import HeadsConfig

@@ -15,7 +15,7 @@ from medusa_jax.checkpoints.heads import head_tensors
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.load import backbone_tensors
 from medusa_jax.checkpoints.names import Place, backbone_places, head_places
-from medusa_jax.checkpoints.tensors import StoredTensor, Tensors
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.distributed.rules import put, spec
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError

@@ -28,13 +28,8 @@ from medusa_jax import convert
 from medusa_jax.checkpoints import conversion, heads, tensors
 from medusa_jax.checkpoints.heads import open_heads
 from medusa_jax.checkpoints.load import load_model
-from medusa_jax.checkpoints.tensors import (
-    StoredTensor,
-    Tensors,
-    open_file,
-    write_model,
-    write_pickle,
-)
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
+from medusa_jax.checkpoints.tensors import open_file, write_model, write_pickle
 from medusa_jax.errors import InputError
 from medusa_jax.files import OutputError
 

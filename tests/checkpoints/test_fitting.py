@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from medusa_jax.checkpoints.dialects import DIALECTS
 from medusa_jax.checkpoints.fitting import with_all_rows
 from medusa_jax.checkpoints.load import load_model
-from medusa_jax.checkpoints.tensors import StoredTensor
+from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.errors import InputError
 from medusa_jax.model.linear import Weight

@@ -14,7 +14,7 @@ from helpers.models import TINY, TinyModel
 from medusa_jax.checkpoints import quantization
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.quantization import TYPES, quantized, stored
-from medusa_jax.checkpoints.tensors import StoredTensor
+from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.network import precision

@@ -20,7 +20,8 @@ from helpers.paths import TESTS
 from safetensors.numpy import save_file
 
 from medusa_jax.checkpoints.load import load_model
-from medusa_jax.checkpoints.tensors import StoredTensor, open_file, open_model, write_model
+from medusa_jax.checkpoints.stored_tensor import StoredTensor
+from medusa_jax.checkpoints.tensors import open_file, open_model, write_model
 from medusa_jax.errors import InputError
 
 # Pickles
