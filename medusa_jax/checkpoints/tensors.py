@@ -4,6 +4,7 @@ Opening reads names and shapes only; `StoredTensor.read` brings one tensor into
 memory, so a model is never held twice.
 """
 
+import dataclasses
 import math
 import os
 import pickle
