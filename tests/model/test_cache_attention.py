@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_jax.kernels import NAMES, cache_attention_gpu, cache_attention_tpu, used
+from medusa_jax.cli import flags
+from medusa_jax.kernels import cache_attention_gpu, cache_attention_tpu, used
 from medusa_jax.model import cache_attention
 from medusa_jax.model.attention import QUERY_BLOCK, attend
 from medusa_jax.model.cache_attention import CacheAttention, Past
+from medusa_jax.serving.options import DecodingOptions
 
 B, C = 2, 16
 KERNELS = {
@@ -165,7 +167,16 @@ def test_the_platform_chooses_the_kernel():
         assert other is cache_attention._by_xla
 
 
-def test_kernels_are_switched_off_by_name():
-    assert used(None) == set(NAMES)
-    assert used(["products"]) == {"attention"}
-    assert used([]) == set()
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ([], {"products", "attention"}),
+        (["--no_kernels", "products"], {"attention"}),
+        (["--no_kernels", "attention"], {"products"}),
+        (["--no_kernels"], set()),
+    ],
+)
+def test_kernels_are_switched_off_by_name(given: list[str], left: set[str]):
+    parser = flags.parser("", "")
+    flags.add_flags(parser, DecodingOptions)
+    assert used(parser.parse_args(given).no_kernels) == left
