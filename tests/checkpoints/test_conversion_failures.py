@@ -263,7 +263,7 @@ def reads(monkeypatch: pytest.MonkeyPatch):
     def gone(size: int) -> None:
         alive[0] -= size
 
-    def watched(file: Path) -> Tensors:
+    def watched(file: Path, **how: bool) -> Tensors:
         def watch(name: str, tensor: StoredTensor) -> StoredTensor:
             def read(index: Any = ...) -> np.ndarray:
                 array = tensor.read(index)
@@ -275,7 +275,7 @@ def reads(monkeypatch: pytest.MonkeyPatch):
 
             return StoredTensor(tensor.shape, tensor.dtype, read)
 
-        return {name: watch(name, tensor) for name, tensor in opened(file).items()}
+        return {name: watch(name, tensor) for name, tensor in opened(file, **how).items()}
 
     for module in (tensors, heads, conversion):
         monkeypatch.setattr(module, "open_file", watched)
