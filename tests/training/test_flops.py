@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from medusa_jax.training import aot, flops
-from medusa_jax.training.settings import Backbone, Config, Data, Heads, Lora, Loss, Optim
+from medusa_jax.training.settings import Backbone, Config, Data, Heads, Optim
 
 
 def test_products_in_loops_and_branches():
@@ -28,9 +28,7 @@ def test_products_in_loops_and_branches():
 CASES = {
     "medusa1": {},
     "shared": {"heads": Heads(number=3, shared=True)},
-    "medusa2": {"mode": "medusa2", "lora": Lora(rank=0)},
     "lora": {"mode": "medusa2"},
-    "distilled": {"mode": "medusa2", "loss": Loss(distill=True)},
 }
 
 
