@@ -9,8 +9,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from medusa_jax.distributed.aot import Memory, compile_for
 from medusa_jax.distributed.rules import abstract
 from medusa_jax.distributed.topology import devices
-from medusa_jax.training import settings
+from medusa_jax.training import flops, settings
 from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
+from medusa_jax.training.objective import rows_chunk
 from medusa_jax.training.settings import Config
 from medusa_jax.training.setup import assemble
 from medusa_jax.training.trainer import check_length
@@ -29,11 +30,27 @@ def compile_step(config: Config, topology: str) -> Memory:
     check_batch(mesh, config.optim)
     check_length(config, model_shape(config, absent=True))
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return compile_for(topology, f"{topology} ({shape})", lambda: lower(config, mesh))
+    memory = compile_for(topology, f"{topology} ({shape})", lambda: trace(config, mesh).lower())
+    done, least = step_flops(config)
+    print(f"{done:.4g} FLOPs in products of a step, {done / least:.2f} times the model's")
+    return memory
 
 
-def lower(config: Config, mesh: Mesh) -> Any:
-    """The step of a run, lowered for a mesh from shapes alone."""
+def step_flops(config: Config) -> tuple[float, float]:
+    """FLOPs of a step's products as they are traced, and those that the model needs."""
+    model = model_shape(config, absent=True)
+    alone = make_mesh(settings.Mesh(1, 1, 1), jax.devices()[:1])
+    rows = config.optim.batch_size // config.optim.accumulation
+    chunk = rows_chunk(config.loss.chunk, rows) or config.data.sequence_length
+    passes = -(-config.data.sequence_length // chunk)
+    return (
+        flops.traced(trace(config, alone).jaxpr.jaxpr, passes),
+        flops.needed(config, model, heads_shape(config, model)),
+    )
+
+
+def trace(config: Config, mesh: Mesh) -> Any:
+    """The step of a run, traced for a mesh from shapes alone."""
     model = model_shape(config, absent=True)
     heads = heads_shape(config, model)
     table = plan(config, model, heads)
@@ -54,4 +71,4 @@ def lower(config: Config, mesh: Mesh) -> Any:
         )
     }
     with_lm = jax.ShapeDtypeStruct((), jnp.bool_, sharding=NamedSharding(mesh, PartitionSpec()))
-    return program.step.lower(state, weights.frozen, batch, with_lm)
+    return program.step.trace(state, weights.frozen, batch, with_lm)

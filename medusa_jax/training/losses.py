@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.shapes import typed
@@ -98,6 +99,7 @@ def over_chunks(
     hidden: Array,
     counted: Array,
     *arrays: Array,
+    sharding: NamedSharding | None = None,
 ) -> tuple[Array, _Sums]:
     """A loss and what is reported beside it, added up over chunks of positions.
 
@@ -111,6 +113,7 @@ def over_chunks(
       params: what `function` reads at all positions.
       hidden: [B, T, D]. The loss has gradients of `params` and of `hidden` alone.
       counted, arrays: [B, T, ...].
+      sharding: of `hidden`, which its chunks keep; None leaves it to the compiler.
     """
     length = hidden.shape[1]
     chunk = min(chunk or length, length)
@@ -120,7 +123,8 @@ def over_chunks(
         width = ((0, 0), (0, -length % chunk), *((0, 0),) * (array.ndim - 2))
         return jnp.pad(_reordered(array, order), width)
 
-    return _summed(function, chunk, params, pieces(hidden), tuple(map(pieces, (counted, *arrays))))
+    arrays = tuple(map(pieces, (counted, *arrays)))
+    return _summed(function, (chunk, sharding), params, pieces(hidden), arrays)
 
 
 @typed
@@ -146,14 +150,14 @@ _reordered.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(function: Any, chunk: int, params: Any, hidden: Array, arrays: Any) -> Any:
+def _summed(function: Any, chunks: Any, params: Any, hidden: Array, arrays: Any) -> Any:
     def piece(hidden: Array, *arrays: Array) -> Any:
         return function(params, hidden, *arrays), None
 
-    return _loop(piece, chunk, hidden, *arrays)[0]
+    return _loop(piece, *chunks, hidden, *arrays)[0]
 
 
-def _summed_with_gradient(function: Any, chunk: int, params: Any, hidden: Any, arrays: Any) -> Any:
+def _summed_with_gradient(function: Any, chunks: Any, params: Any, hidden: Any, arrays: Any) -> Any:
     """The sums, and the gradient of their loss from the same logits."""
     leaves, structure = jax.tree.flatten(params)
     learnt = [leaf.value for leaf in leaves if leaf.perturbed]
@@ -171,7 +175,7 @@ def _summed_with_gradient(function: Any, chunk: int, params: Any, hidden: Any, a
         return ((value, sums), grads), (rest[0] if rest else None)
 
     values = [array.value for array in arrays]
-    (out, grads), of_hidden = _loop(piece, chunk, hidden.value, *values)
+    (out, grads), of_hidden = _loop(piece, *chunks, hidden.value, *values)
     given = iter(grads)
     of_params = [
         next(given).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves
@@ -179,7 +183,7 @@ def _summed_with_gradient(function: Any, chunk: int, params: Any, hidden: Any, a
     return out, (structure.unflatten(of_params), of_hidden)
 
 
-def _gradient(function: Any, chunk: int, grads: Any, change: Any) -> Any:
+def _gradient(function: Any, chunks: Any, grads: Any, change: Any) -> Any:
     """The gradient that was found on the way, times that of what the loss is part of."""
     scaled = jax.tree.map(lambda grad: (change[0] * grad).astype(grad.dtype), grads)
     return (*scaled, None)
@@ -189,18 +193,25 @@ _summed.defvjp(_summed_with_gradient, _gradient, symbolic_zeros=True)
 
 
 def _loop(
-    piece: Callable[..., Any], chunk: int, hidden: Array, counted: Array, *rest: Array
+    piece: Callable[..., Any],
+    chunk: int,
+    sharding: NamedSharding | None,
+    hidden: Array,
+    counted: Array,
+    *rest: Array,
 ) -> Any:
     """Calls `piece` for chunks up to the last counted position of any row.
 
     Args:
       piece: arrays of some positions -> (pytree to add up, array [B, t, ...] to put together).
     """
-    arrays = (hidden, counted, *rest)
 
     def part(number: Any) -> list[Array]:
         slice_at = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
-        return [slice_at(array, number * chunk) for array in arrays]
+        mine, *others = (slice_at(a, number * chunk) for a in (hidden, counted, *rest))
+        if sharding is not None:  # else the compiler may split D, and add up logits over devices
+            mine = jax.lax.with_sharding_constraint(mine, sharding)
+        return [mine, *others]
 
     def body(number: Array, done: Any) -> Any:
         (added, placed), (more, here) = done, piece(*part(number))

@@ -168,7 +168,7 @@ class Objective:
             student = lora.attached(
                 student, params["adapters"], self.adapter_scale, self.adapter_dropout, key
             )
-        chunk = _chunk(self, batch["tokens"].shape[0])
+        chunk = rows_chunk(self.chunk, batch["tokens"].shape[0], self.sharding)
         hidden, theirs = self._hidden(student, batch), ()
         if self.distill:
             theirs = (jax.lax.stop_gradient(self._hidden(teacher, batch)),)
@@ -177,7 +177,8 @@ class Objective:
 
         def lm() -> tuple[Sums, Array]:
             targets, counted = _targets(batch, offset=1)
-            return _lm_losses(chunk, projections, hidden, counted, targets, *theirs)
+            arrays = hidden, counted, targets, *theirs
+            return _lm_losses(chunk, self.sharding, projections, *arrays)
 
         if self.mode == "medusa1":
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(lm))
@@ -198,12 +199,14 @@ class Objective:
         )
 
 
-def _chunk(objective: Objective, rows: int) -> int:
-    """Positions of each row whose logits exist at a time, 0 for all."""
-    ways = 1
-    if objective.sharding is not None:
-        ways = objective.sharding.mesh.shape["data"] * objective.sharding.mesh.shape["fsdp"]
-    return objective.chunk and max(1, objective.chunk * ways // rows)
+def rows_chunk(chunk: int, rows: int, sharding: NamedSharding | None = None) -> int:
+    """Positions of each row whose logits exist at a time, 0 for all.
+
+    chunk 512: 128 of each of 4 rows; 256 where two devices share them.
+    """
+    shape = {} if sharding is None else sharding.mesh.shape
+    ways = shape.get("data", 1) * shape.get("fsdp", 1)
+    return chunk and max(1, chunk * ways // rows)
 
 
 def _projection(backbone: Params) -> Weight:
@@ -214,6 +217,7 @@ def _projection(backbone: Params) -> Weight:
 
 def _lm_losses(
     chunk: int,
+    sharding: NamedSharding | None,
     projections: tuple[Weight, ...],
     hidden: Array,
     counted: Array,
@@ -234,7 +238,8 @@ def _lm_losses(
             return sums.loss, sums
         return kl_divergence(params[1].dot(theirs[0]), ours, counted), sums
 
-    loss, sums = over_chunks(losses, chunk, projections, hidden, counted, targets, *theirs)
+    arrays = hidden, counted, targets, *theirs
+    loss, sums = over_chunks(losses, chunk, projections, *arrays, sharding=sharding)
     if theirs:
         return sums, loss
     return dataclasses.replace(sums, loss=loss), jnp.zeros(())
@@ -266,7 +271,8 @@ def _head_losses(
         return sums.loss, sums
 
     params = (heads[f"head_{k}"], projection)
-    loss, sums = over_chunks(losses, chunk, params, hidden, counted, targets)
+    place = objective.sharding
+    loss, sums = over_chunks(losses, chunk, params, hidden, counted, targets, sharding=place)
     return dataclasses.replace(sums, loss=loss)
 
 

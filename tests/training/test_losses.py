@@ -20,6 +20,7 @@ from medusa_jax.data.packing import row
 from medusa_jax.model.linear import Weight
 from medusa_jax.training.losses import (
     TOP,
+    counted_first,
     cross_entropy,
     kl_divergence,
     over_chunks,
@@ -102,6 +103,11 @@ def test_targets_stay_within_their_document():
     arrays["learnt"] = jnp.array([[True, True, False, True, True]])  # of the target, not the source
     assert not targets_at(*arrays.values(), 2)[1].any()
     assert targets_at(*arrays.values(), 1)[1].tolist() == [[True, False, False, True, False]]
+
+
+def test_counted_positions_come_first():
+    counted = jnp.array([[False, True, False, True]])
+    np.testing.assert_array_equal(counted_first(counted), [[1, 3, 0, 2]])
 
 
 @pytest.fixture(scope="module")

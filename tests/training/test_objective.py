@@ -58,11 +58,11 @@ class Setup:
     trainable: dict[str, Any]
     frozen: dict[str, Any]
 
-    def step(self, batch: dict[str, jax.Array], **changes: Any) -> Any:
+    def step(self, batch: dict[str, jax.Array], *, with_lm: bool = True, **changes: Any) -> Any:
         objective = dataclasses.replace(self.objective, **changes)
         compiled = make_step(objective, self.rule, optax.constant_schedule(0.2), 0)
         state = init_state(jax.tree.map(jnp.copy, self.trainable), self.rule)
-        return compiled(state, self.frozen, batch, True)
+        return compiled(state, self.frozen, batch, np.bool_(with_lm))
 
 
 def setup_of(tiny: TinyModel, config: Config) -> Setup:
@@ -114,6 +114,16 @@ def test_pieces_remat_and_chunks_give_the_same_step(tiny: TinyModel, mode: str):
     chex.assert_trees_all_close(same, result, rtol=1e-5)
     # Adam's first update is the gradient's sign: where it is all but zero, signs may differ.
     chex.assert_trees_all_close(other.opt_state, state.opt_state, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_medusa1_learns_does_not_depend_on_the_loss_of_the_lm_head(tiny: TinyModel):
+    setup = setup_of(tiny, MODES["medusa1"])
+    state, result = setup.step(make_batch())
+    same, without = setup.step(make_batch(), with_lm=False)
+    chex.assert_trees_all_equal(same, state)
+    assert (float(without.terms.lm.loss), float(without.terms.lm.count)) == (0, 0)
+    assert float(result.terms.lm.loss) > 1
 
 
 @pytest.mark.slow
