@@ -57,7 +57,13 @@ class StoredTensor:
         rows = sum(tensor.shape[0] for tensor in tensors)
 
         def read(index: Any = ...) -> np.ndarray:
-            whole = np.concatenate([tensor.read() for tensor in tensors])
+            first = tensors[0].read()
+            whole = np.empty((rows, *first.shape[1:]), first.dtype)  # never all of it twice
+            end = len(first)
+            whole[:end] = first
+            for tensor in tensors[1:]:
+                start, end = end, end + tensor.shape[0]
+                whole[start:end] = tensor.read()
             return whole if index is ... else whole[index]
 
         pairs = [tensor.quantized for tensor in tensors if tensor.quantized]

@@ -115,7 +115,7 @@ def step_seconds(
 def empty_state(decoder: Decoder, params: Params, batch_size: int) -> State:
     """Rows that have no prompt and go on to the end: no prefill must be compiled for them."""
     keys = row_keys(0, [(row, 0) for row in range(batch_size)])
-    inputs = padded(decoder, [[0]] * batch_size, [0] * batch_size, ())
+    inputs = padded(decoder, [[0]] * batch_size, [0] * batch_size, [()] * batch_size)
     state = jax.eval_shape(decoder.run_prefill, params, *inputs, keys)
     state = dataclasses.replace(state, keys=None)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)

@@ -92,12 +92,12 @@ def test_weights_stay_narrow_and_mean_the_same(saved: Path, copy: Path, caplog, 
     assert "only weights are quantized" in caplog.text
     assert model.precision == KINDS[kind][1]
     params, theirs = (flat(m.params["backbone"]) for m in (model, load_model(whole)))
-    for path in ("layer_0/attention/key/weight", "layer_1/mlp/down/weight"):
+    for path in ("layer_0/attention/query_key_value/weight", "layer_1/mlp/down/weight"):
         weight = params[path]
         assert isinstance(weight, Weight) and weight.data.dtype.itemsize == 1
         into = weight.data.shape[-1 if weight.order == "out_in" else -2]
         x = jax.random.normal(jax.random.key(0), (3, into))
-        np.testing.assert_allclose(weight.dot(x), theirs[path].dot(x), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(weight.dot(x), theirs[path].dot(x), rtol=1e-3, atol=1e-3)
     assert params["lm_head"].data.dtype == jnp.float32
     more = flat(load_model(narrow, quantize="int8").params["backbone"])
     assert more["lm_head"].data.dtype == jnp.int8

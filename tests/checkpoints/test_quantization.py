@@ -163,7 +163,11 @@ def test_greedy_text_with_a_tree_equals_plain_text(tiny: TinyModel):
 def test_scales_are_split_as_outputs_are(saved: Path):
     alone = load_model(saved, kernels=False, quantize="int8")
     split = load_model(saved, mesh="tensor=1", quantize="int8")
-    chex.assert_trees_all_equal(split.params, alone.params)
+    ours, theirs = flat(split.params["backbone"]), flat(alone.params["backbone"])
+    for path in ("embed/embedding", "layer_0/attention/out/weight", "layer_1/mlp/down/weight"):
+        chex.assert_trees_all_equal(ours[path], theirs[path])
+    parts = [ours[f"layer_0/mlp/{name}/weight"].scale for name in ("gate", "up")]
+    np.testing.assert_array_equal(np.concatenate(parts), theirs["layer_0/mlp/gate_up/weight"].scale)
     with pytest.raises(InputError, match="int4 cannot be split"):
         load_model(saved, mesh="tensor=1", quantize="int4")
 

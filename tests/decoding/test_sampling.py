@@ -149,7 +149,7 @@ def test_draw_depends_on_key_and_position_only():
 @pytest.mark.parametrize("vocab", [7, 300])
 def test_rows_are_warped_as_each_alone(vocab: int):
     """Bit for bit, in compiled programs, of greedy and sampled rows in one batch."""
-    logits = 5 * jax.random.normal(jax.random.key(vocab), (5, vocab))
+    logits = 5 * jax.random.normal(jax.random.key(vocab), (6, vocab))
     rows = [
         (0.0, 3, 0.5),
         (0.7, 0, 1.0),

@@ -34,7 +34,7 @@ def masked(queries: jax.Array, keys: jax.Array, values: jax.Array, seen: Documen
         order[:, :, None] >= order[:, None]
     )
     near = within_window(order, order, seen.windows[int(seen.window)])
-    return attend(queries * queries.shape[-1] ** 0.5, [(keys, values, mask & near)])
+    return attend(queries * queries.shape[-1] ** 0.5, keys, values, mask & near)
 
 
 def values_and_gradients(function: Callable[..., jax.Array], arrays: list, seen: Documents) -> list:
