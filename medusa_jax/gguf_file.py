@@ -37,7 +37,8 @@ class GgufTensor:
         from gguf import GGMLQuantizationType, quants
 
         with np.errstate(all="ignore"):  # damaged blocks hold NaN, which loading looks for
-            return quants.dequantize(self.data[rows], GGMLQuantizationType[self.kind])
+            # A copy: of floats the library gives the file's own pages, which others may overwrite.
+            return np.array(quants.dequantize(self.data[rows], GGMLQuantizationType[self.kind]))
 
 
 @dataclasses.dataclass(frozen=True)

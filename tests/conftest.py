@@ -16,6 +16,7 @@ from helpers import environment
 
 environment.prepare()  # before JAX is imported
 
+import jax
 import pytest
 import transformers
 from helpers.head_files import random_llama
@@ -25,12 +26,28 @@ from helpers.runs import finished, place  # noqa: F401 (fixtures)
 
 from medusa_jax.checkpoints import conversion
 from medusa_jax.checkpoints.load import Model, load_model
+from medusa_jax.serving import programs
+
+MOST_MAPS = 20_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of whole programs come first: a long file that begins last keeps a worker waiting."""
     long = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs when a file ends, where there are many.
+
+    Each has hundreds of memory maps. A process may have 65,530 on Linux, behind which XLA crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+        programs._COMPILED.clear()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,6 @@ from medusa_jax.model.layers import within_window
 from medusa_jax.training.packed_attention import Documents, blocked, seen, splash
 
 
-@pytest.fixture
-def uncached():
-    """XLA:CPU has crashed on reading a program of thousands of small loops from a cache."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
 def inputs(length: int, width: int = 8, heads: int = 6, kv_heads: int = 2) -> list[jax.Array]:
     """Queries [B, T, H, C], keys [B, K, C, T], values [B, K, T, C], and the weights of outputs."""
     shapes = [(2, length, heads, width), (2, kv_heads, width, length)]
@@ -75,7 +67,6 @@ def test_gradients_of_blocks_equal_those_of_one_mask():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_kernel_of_a_tpu_equals_the_blocks(layer: int):
     """Interpreted, with its gradients."""
