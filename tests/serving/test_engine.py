@@ -69,10 +69,7 @@ SETTINGS += [(1e-40, 0, 1.0), (0.0, 3, 0.5)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tree", TREES[1:], ids=["static", "dynamic"])
-def test_rows_with_settings_of_their_own_write_what_they_write_alone(
-    tiny: TinyModel, tree: Tree | DynamicTree
-):
+def test_rows_with_settings_of_their_own_write_what_they_write_alone(tiny: TinyModel):
     jobs = [
         dataclasses.replace(
             job,
@@ -82,7 +79,7 @@ def test_rows_with_settings_of_their_own_write_what_they_write_alone(
         )
         for i, job in enumerate(JOBS)
     ]
-    decoder = decoder_of(tiny, tree, PerRow())
+    decoder = decoder_of(tiny, TREES[1], PerRow())
     engine = Engine(decoder, tiny.params, slots=4, stop_ids=(2,), seed=5)
     for job, output in zip(jobs, engine.run(jobs), strict=True):
         temperature, *cut = job.sampling

@@ -69,9 +69,9 @@ def test_a_growing_text_holds_back_what_may_become_a_stop_string(shipped: Genera
     (whole,) = shipped.generate([PROMPT])
     stop = f"{whole.text[:12]}#", f"{whole.text[-4:]}#"
     text = GrowingText(shipped.text, whole.prompt_ids, stop)
-    shown = [text.read([token]) or text.take() for token in whole.token_ids]
+    shown = [text.read([token]) or "".join(text.take()) for token in whole.token_ids]
     assert shown[0] == "" and len(whole.text) - len("".join(shown)) == 4
-    assert text.finish() == "".join(shown) + text.take() == whole.text
+    assert text.finish() == "".join([*shown, *text.take()]) == whole.text
     assert not text.stopped
 
 
