@@ -145,9 +145,7 @@ async def _ids(encode: Any, content: Any, field: str) -> list[int]:
     try:
         return await asyncio.to_thread(encode, content)
     except InputError as error:
-        raise Problem(
-            400, str(error), "messages" if encode.__name__ == "chat_ids" else "prompt"
-        ) from None
+        raise Problem(400, str(error), field) from None
 
 
 async def _answer(

@@ -16,7 +16,8 @@ import numpy as np
 
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.decoding.acceptance import Acceptance
-from medusa_jax.decoding.decoder import Decoder, padded
+from medusa_jax.decoding.compilation import abstract_state
+from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import State
 from medusa_jax.drafting.drafter import Params
@@ -115,9 +116,7 @@ def step_seconds(
 def empty_state(decoder: Decoder, params: Params, batch_size: int) -> State:
     """Rows that have no prompt and go on to the end: no prefill must be compiled for them."""
     keys = row_keys(0, [(row, 0) for row in range(batch_size)])
-    inputs = padded(decoder, [[0]] * batch_size, [0] * batch_size, [()] * batch_size)
-    state = jax.eval_shape(decoder.run_prefill, params, *inputs, keys)
-    state = dataclasses.replace(state, keys=None)
+    state = dataclasses.replace(abstract_state(decoder, params, batch_size), keys=None)
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     limit = jnp.full(batch_size, decoder.capacity, jnp.int32)
     return dataclasses.replace(state, keys=keys, limit=limit, stop_ids=state.stop_ids - 1)
