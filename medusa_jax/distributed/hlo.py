@@ -62,7 +62,7 @@ class Instruction:
 
     @property
     def label(self) -> str:
-        """Name in the Python function: "params['head']['kernel']" of an argument."""
+        """Name in the Python function: `params['head']['kernel']` of an argument."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return (found[1] if found else self.name).replace("\\'", "'")
 
