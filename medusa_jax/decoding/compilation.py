@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 
 from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.prompt_blocks import RowSettings
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.drafting.drafter import Params
 
@@ -103,5 +104,5 @@ def abstract_inputs(decoder: Decoder, rows: int, prompt_tokens: int) -> tuple[An
 
 def abstract_state(decoder: Decoder, params: Params, rows: int) -> Any:
     """The abstract state of so many rows."""
-    inputs = abstract_inputs(decoder, rows, 16)
-    return decoder.network.abstract(jax.eval_shape(decoder.run_prefill, params, *inputs))
+    shapes = decoder.empty.eval_shape(decoder, params, rows, RowSettings())
+    return decoder.network.abstract(shapes)

@@ -6,7 +6,7 @@
       .generate     steps until all rows have ended, in one device loop
       .run          the same loop, bounded: until a row ends, or some number of steps
       .stream       step after step, yielding tokens as they are accepted
-      .insert, .free, .resize    rows of a running batch come and go
+      .empty, .read, .free, .regroup    rows of a running batch come and go
     outputs         State -> one `Output` a row
 
 This package knows nothing about text or files. Letters: see `shapes.py`.
@@ -25,9 +25,10 @@ from jaxtyping import Array, Float, Int
 from medusa_jax.decoding.acceptance import Acceptance, Greedy
 from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket, prefill_rows, round_up
+from medusa_jax.decoding.prompt_blocks import PromptBlock, RowSettings, empty_rows, read_block
 from medusa_jax.decoding.repetition import penalties
 from medusa_jax.decoding.sampling import Sampling, row_keys
-from medusa_jax.decoding.state import RUNNING, Emitted, State, free, insert, resized
+from medusa_jax.decoding.state import RUNNING, Emitted, State, free, regrouped
 from medusa_jax.decoding.step import advance
 from medusa_jax.distributed.hardware import memory_bytes
 from medusa_jax.distributed.rules import everywhere
@@ -156,10 +157,16 @@ class Decoder:
         """Steps while `least` rows run, 1 or more, at most `max_steps` times; also the steps."""
         return _loop(self, params, state, max_steps, least)
 
+    @functools.partial(jax.jit, static_argnames=("self", "rows", "settings"))
+    def empty(self, params: Params, rows: int, settings: RowSettings) -> State:
+        """`prompt_blocks.empty_rows`: a batch that prompts are read into."""
+        return empty_rows(self.network, self.drafter, self.cache_slots, params, rows, settings)
+
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
-    def insert(self, state: State, rows: State, row: Array, slot: Array) -> State:
-        """`state.insert`: a prefilled row takes the place of an ended row."""
-        return self.network.placed(insert(state, rows, row, slot))
+    def read(self, params: Params, state: State, slot: Array, block: PromptBlock) -> State:
+        """`prompt_blocks.read_block`: a block of a prompt goes into the row of its slot."""
+        recipe = self.network, self.drafter, self.acceptance, self.drafter.prepare(params)
+        return read_block(*recipe, state, slot, block)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def free(self, state: State, slot: Array) -> State:
@@ -167,9 +174,9 @@ class Decoder:
         return self.network.placed(free(state, slot))
 
     @functools.partial(jax.jit, static_argnames="self")
-    def resize(self, state: State) -> State:
-        """`state.resized`: a state of a smaller capacity, as this decoder's."""
-        return self.network.placed(resized(state, self.config, self.cache_slots))
+    def regroup(self, state: State, rows: Int[Array, " B"]) -> State:
+        """`state.regrouped`: a batch with other rows, or with this decoder's larger capacity."""
+        return self.network.placed(regrouped(state, rows, self.config, self.cache_slots))
 
     def stream(self, params: Params, state: State) -> Generator[Emitted, None, State]:
         """Yields what each step added, as NumPy; returns the final state.

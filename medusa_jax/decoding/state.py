@@ -61,28 +61,24 @@ class State:
 _SHARED = ("cache/rope",)
 
 
-def insert(state: State, rows: State, row: Array, slot: Array) -> State:
-    """Row `row` of one state takes the place of row `slot` of another of the same capacity.
-
-    The rotary tables stay those of `state`.
-    """
-
-    def put(path: str, whole: Array, new: Array) -> Array:
-        if path.startswith(_SHARED):
-            return whole
-        taken = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=0)
-        return jax.lax.dynamic_update_slice_in_dim(whole, taken, slot, axis=0)
-
-    return map_with_path(put, state, rows)
-
-
 def free(state: State, slot: Array) -> State:
     """Ends a row: it takes no further step, and another may take its place."""
     return dataclasses.replace(state, finish=state.finish.at[slot].set(STOP))
 
 
-def resized(state: State, config: ModelConfig, cache_slots: int) -> State:
-    """The same rows with more cache slots."""
+def regrouped(state: State, rows: Array, config: ModelConfig, cache_slots: int) -> State:
+    """These rows of a batch, with so many cache slots, as many as before or more.
+
+    Of rows (a, b, c), rows (2, 0, -1) -> c, a, and an ended row.
+
+    Args:
+      rows: which row each row becomes; -1 for none [B].
+    """
+
+    def taken(path: str, leaf: Array) -> Array:
+        return leaf if path.startswith(_SHARED) else leaf[jnp.maximum(rows, 0)]
+
+    state = map_with_path(taken, state)
     cache, more = state.cache, cache_slots - state.cache.capacity
 
     def padded(array: Array, axis: int) -> Array:
@@ -96,9 +92,10 @@ def resized(state: State, config: ModelConfig, cache_slots: int) -> State:
             keys=tuple(padded(keys, 3) for keys in cache.keys),
             values=tuple(padded(values, 2) for values in cache.values),
             length=cache.length,
-            rope=rope_tables(config, jnp.arange(cache_slots)),
+            rope=rope_tables(config, jnp.arange(cache_slots)) if more else cache.rope,
         ),
         sequence=padded(state.sequence, 1),
+        finish=jnp.where(rows < 0, STOP, state.finish),
         tokens_per_step=padded(state.tokens_per_step, 1),
     )
 

@@ -53,7 +53,9 @@ def advance(
     finish = jnp.where(running, finish, state.finish)
 
     # 3. Commit the path, and draft again from its last token.
-    draft = drafter.draft(params, network.bound(params), hidden[rows, accepted.last])
+    draft = state.draft
+    if drafter.size > 1:  # plain steps between those of a tree leave its draft as it is
+        draft = drafter.draft(params, network.bound(params), hidden[rows, accepted.last])
     state = dataclasses.replace(
         state,
         cache=commit(state.cache, block, path, count),

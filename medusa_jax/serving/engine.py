@@ -17,11 +17,13 @@ from collections.abc import Sequence
 import jax
 
 from medusa_jax.decoding.decoder import Decoder, row_bytes
+from medusa_jax.decoding.prompt_blocks import longest_block
 from medusa_jax.decoding.state import Output
 from medusa_jax.decoding.stats import Stats, step_bytes
 from medusa_jax.distributed.hardware import memory_bytes
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.serving.jobs import Job, Progress, Row
+from medusa_jax.serving.ladder import Chooser, Ladder
 from medusa_jax.serving.programs import fitting
 from medusa_jax.serving.slots import Slots
 
@@ -50,12 +52,20 @@ class Engine:
         stop_ids: Sequence[int] = (),
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        ladder: Ladder | None = None,
     ) -> None:
+        """Args:
+        stop_ids, repetition_penalty, seed: of jobs that have none of their own.
+        ladder: batch sizes and trees to choose from by load; default: those of the decoder alone.
+        """
         self.decoder, self.slots, self.stats = decoder, slots, Stats()
         self._batch = Slots(decoder, params, tuple(stop_ids), repetition_penalty, seed)
         self._waiting: collections.deque[Job] = collections.deque()
         self._rows: dict[int, Row] = {}
         self._steps = FIRST_STEPS
+        if ladder is None or jax.process_count() > 1:  # whose clocks would choose differently
+            ladder = Ladder((), (decoder.drafter,), (1.0,))
+        self._chooser, self._ladder = Chooser(ladder), ladder
         # More rows than that cannot be decoded, so that no more jobs need to wait for them.
         most_rows = memory_bytes() // row_bytes(fitting(decoder, 1), params)
         self._most_waiting = min(slots, most_rows + 1)
@@ -103,11 +113,22 @@ class Engine:
         self._batch.clear()
 
     def warm_up(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Compiles what jobs of this shape need, before the first of them arrives."""
-        self._batch.warm_up(Job([0] * prompt_tokens, max_new_tokens), self.slots)
+        """Compiles what jobs of this shape need, before the first of them arrives.
+
+        Of a ladder, a tree for a single row and plain decoding in all slots: others follow while
+        those are used.
+        """
+        job = Job([0] * prompt_tokens, max_new_tokens)
+        if self._ladder.rows:
+            self._batch.warm_up(job, 1, self._ladder.drafters[-1])
+        self._batch.warm_up(job, self.slots, self._ladder.drafters[0])
+
+    def close(self) -> None:
+        """Compiles no further program in the background."""
+        self._batch.close()
 
     def advance(self, *, more: bool = True) -> list[Progress]:
-        """Fills free slots, steps until a row ends or for a bounded time, and reports.
+        """Fills free slots, reads prompts, and steps until a row ends or for a bounded time.
 
         Args:
           more: other jobs may come. Without them, an idle engine begins with no more rows than
@@ -117,15 +138,21 @@ class Engine:
         self._fill(more)
         if not self._rows:
             return []
+        writing = self._read()
         start = time.perf_counter() - self._batch.compile_seconds
-        passes = self._batch.run(self._steps, len(self._rows))
+        choice = self._choice()
+        passes = self._batch.run(self._steps, writing, self._ladder.drafters[choice])
         seconds = time.perf_counter() - self._batch.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)
         done = self._batch.outputs()
         self.stats.compile_seconds = self._batch.compile_seconds
         self.stats.add_passes(passes, seconds)
         self.stats.seconds += time.perf_counter() - self._batch.compile_seconds - begun
-        return self._report(passes, done)
+        rows, report = self._batch.rows, self._report(passes, done)
+        if passes:
+            accepted = [tokens for progress in report for tokens in progress.steps]
+            self._chooser.saw(rows, choice, seconds / passes, accepted)
+        return report
 
     def run(self, jobs: Sequence[Job]) -> list[Output]:
         """Decodes all jobs; their outputs in the order of the jobs."""
@@ -139,18 +166,62 @@ class Engine:
         return [done[job] for job in jobs]
 
     def _fill(self, more: bool) -> None:
-        """Prefills waiting jobs: many at once into an idle engine, else each into a free slot."""
+        """Gives free slots to waiting jobs."""
         if not self._rows and self._waiting:
-            tokens = max(max(job.tokens, job.room) for job in self._waiting)
-            jobs = [self._waiting.popleft() for _ in range(min(self.slots, len(self._waiting)))]
-            rows = self.slots if more else min(self.slots, 1 << (len(jobs) - 1).bit_length())
-            self._batch.begin(jobs, rows, tokens)
-            self._rows = {slot: self._row(job) for slot, job in enumerate(jobs)}
+            waiting = list(self._waiting)[: self.slots]
+            self._batch.fit(max(max(job.tokens, job.room) for job in waiting))
+            self._batch.begin(self._size(len(waiting), more))
+        elif self._rows and self._ladder.rows:
+            self._regroup(min(len(self._rows) + len(self._waiting), self.slots))
         while self._waiting and len(self._rows) < self._batch.rows:
             slot = next(slot for slot in range(self._batch.rows) if slot not in self._rows)
             job = self._waiting.popleft()
-            self._batch.put(job, slot)
+            self._batch.grow(job.tokens)
             self._rows[slot] = self._row(job)
+
+    def _size(self, needed: int, more: bool) -> int:
+        """Rows of a batch for so many jobs."""
+        if not self._ladder.rows:
+            return self.slots if more else min(self.slots, 1 << (needed - 1).bit_length())
+
+        def ready(rows: int) -> bool:
+            return any(self._batch.can_run(rows, drafter) for drafter in self._ladder.drafters)
+
+        return self._chooser.rows(needed, ready)
+
+    def _regroup(self, needed: int) -> None:
+        """Lets the batch have as many rows as are needed."""
+        size = self._size(needed, True)
+        if size != self._batch.rows:
+            self._batch.regroup([*self._rows, *[-1] * (size - len(self._rows))])
+            self._rows = dict(enumerate(self._rows.values()))
+
+    def _choice(self) -> int:
+        """The step of the ladder for the next call; others are compiled meanwhile."""
+        drafters, rows = self._ladder.drafters, self._batch.rows
+        trees_first = drafters[::-1]
+        self._batch.prepare([(size, each) for size in self._ladder.rows for each in trees_first])
+        ready = [i for i, each in enumerate(drafters) if self._batch.can_run(rows, each)]
+        return self._chooser.step(rows, ready or [0 if rows > 1 else len(drafters) - 1])
+
+    def _read(self) -> int:
+        """Reads blocks of prompts; how many rows write then.
+
+        A call reads about a block, so that rows that write go on soon. It takes the oldest prompt
+        and the shortest in turn: short prompts overtake long ones, and none waits for ever.
+        """
+        unread = {slot: row for slot, row in self._rows.items() if row.unread}
+        tokens, oldest = 0, False
+        while unread and (len(unread) == len(self._rows) or tokens < longest_block()):
+            oldest = not oldest
+            slots = iter(unread) if oldest else sorted(unread, key=lambda slot: unread[slot].unread)
+            slot = next(iter(slots))
+            row = unread[slot]
+            count = self._batch.read(row.job, slot, row.read)
+            row.read, tokens = row.read + count, tokens + count
+            if not row.unread:
+                del unread[slot]
+        return len(self._rows) - len(unread)
 
     def _row(self, job: Job) -> Row:
         """A job that begins now."""
@@ -167,6 +238,8 @@ class Engine:
         """What is new in each row; rows that have ended leave their slots."""
         progress, cached = [], 0
         for slot, row in list(self._rows.items()):
+            if row.unread:
+                continue
             cached += len(done[slot].prompt_ids) + len(done[slot].token_ids)
             progress.append(row.progress(done[slot], self.stats.seconds))
             if (output := progress[-1].output) is not None:

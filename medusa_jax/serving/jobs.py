@@ -58,12 +58,24 @@ class Progress:
 
 @dataclasses.dataclass
 class Row:
-    """A job in a slot, the engine's time when it began, tokens and steps reported so far."""
+    """A job in a slot.
+
+    Attributes:
+      start: the engine's time when it began.
+      read: tokens of its prompt that were read.
+      reported, steps: new tokens and steps that were reported.
+    """
 
     job: Job
     start: float
+    read: int = 0
     reported: int = 0
     steps: int = 0
+
+    @property
+    def unread(self) -> int:
+        """Tokens of its prompt that are still to be read; it writes once there are none."""
+        return len(self.job.prompt_ids) - self.read
 
     def progress(self, output: Output, now: float) -> Progress:
         """What is new in the row's output, which has ended or not."""

@@ -1,5 +1,6 @@
 """The compiled programs of engines: ahead of time, each shape once a process."""
 
+import collections
 import dataclasses
 import time
 from typing import Any
@@ -8,29 +9,28 @@ import jax
 import numpy as np
 
 from medusa_jax.decoding.compilation import compiler_options
-from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
-from medusa_jax.decoding.prefill import PREFILL_BLOCK, round_up
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.prompt_blocks import RowSettings
+from medusa_jax.drafting.drafter import Drafter
 
-SMALLEST_CAPACITY = 128
-FINE_CAPACITY = 512
+SMALLEST_CAPACITY = 512
+# A program has some 300 maps of memory on a CPU, and Linux gives a process 65,530.
+MOST_PROGRAMS = 128
 
 
 def fitting(decoder: Decoder, tokens: int) -> Decoder:
     """The decoder with a capacity for so many tokens, at most its own.
 
-    Attention reads each slot of the cache, so there are hardly more than needed. Long texts
-    get a power of two, so that few capacities are compiled.
+    Attention reads filled slots only, so room costs no time. Capacities are powers of two, so that
+    few are compiled.
     """
     capacity = max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())
-    if capacity <= FINE_CAPACITY:
-        tail = decoder.drafter.depth + 1
-        capacity = max(SMALLEST_CAPACITY, round_up(tokens + tail, SLOTS_MULTIPLE) - tail)
     return dataclasses.replace(decoder, capacity=min(capacity, decoder.capacity))
 
 
 # By signature of the parameters, method, decoder and shapes: engines of one model share them,
-# as the caches of `jax.jit` are shared.
-_COMPILED: dict[Any, Any] = {}
+# as the caches of `jax.jit` are shared. Those not used for longest are forgotten.
+_COMPILED: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
 
 class Programs:
@@ -40,11 +40,15 @@ class Programs:
       compile_seconds: spent on compilation so far.
     """
 
-    def __init__(self, params: Any) -> None:
-        """Of programs for parameters of these shapes, types, places and orders in memory."""
+    def __init__(self, params: Any, drafter: Drafter) -> None:
+        """Of programs for parameters of these shapes, types, places and orders in memory.
+
+        Args:
+          drafter: whose drafts are in states; it may be another that runs.
+        """
         leaves, structure = jax.tree.flatten(params)
         places = tuple((leaf.shape, leaf.dtype, leaf.format) for leaf in leaves)
-        self.compile_seconds, self._signature = 0.0, (structure, places)
+        self.compile_seconds, self._signature = 0.0, (structure, places, drafter)
         self._options = compiler_options(params)
 
     def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any, **static: Any) -> Any:
@@ -56,49 +60,48 @@ class Programs:
           static: arguments that are compiled in.
         """
         key = self._signature, name, decoder, shape, *static.values()
-        if key not in _COMPILED:
+        program = _COMPILED.get(key)
+        if program is None:
             start = time.perf_counter()
             lowered = getattr(Decoder, name).lower(decoder, *inputs, **static)
-            _COMPILED[key] = lowered.compile(self._options)
+            program = lowered.compile(self._options)
             self.compile_seconds += time.perf_counter() - start
-        return _COMPILED[key]
+        _COMPILED[key] = program
+        _COMPILED.move_to_end(key)
+        while len(_COMPILED) > MOST_PROGRAMS:
+            _COMPILED.popitem(last=False)
+        return program
 
-    def prefill(
-        self, decoder: Decoder, params: Any, inputs: Any, block: int = PREFILL_BLOCK
-    ) -> Any:
-        """`Decoder.run_prefill` for prompts of these shapes, in blocks of so many tokens."""
-        tokens, _, _, stop_ids, _, penalty, sampling = inputs
-        shape = (*tokens.shape, *stop_ids.shape, penalty is None, sampling is None)
-        return self.get("run_prefill", decoder, shape, params, *inputs, block=block)
+    def empty(self, decoder: Decoder, params: Any, rows: int, settings: RowSettings) -> Any:
+        """`Decoder.empty` for so many rows."""
+        return self.get("empty", decoder, (), params, rows=rows, settings=settings)
+
+    def read(self, decoder: Decoder, params: Any, state: Any, block: Any) -> Any:
+        """`Decoder.read` of blocks of this shape into states of this shape."""
+        shape = _shape(state) + block.tokens.shape
+        return self.get("read", decoder, shape, params, state, np.int32(0), block)
 
     def run(self, decoder: Decoder, params: Any, state: Any) -> Any:
         """`Decoder.run` for states of this shape."""
         limits = np.int32(1), np.int32(1)
         return self.get("run", decoder, _shape(state), params, state, *limits)
 
-    def insert(self, decoder: Decoder, state: Any, rows: Any) -> Any:
-        """`Decoder.insert` of one row of `rows`."""
-        shape = _shape(state) + rows.root.shape
-        return self.get("insert", decoder, shape, state, rows, np.int32(0), np.int32(0))
+    def can_run(self, decoder: Decoder, slots: int, rows: int, settings: RowSettings) -> bool:
+        """Whether `run` has its program for so many rows of so many cache slots already."""
+        has = not settings.penalized, not settings.sampled
+        shape = rows, slots, settings.stop_ids, *has
+        return (self._signature, "run", decoder, shape) in _COMPILED
 
     def free(self, decoder: Decoder, state: Any) -> Any:
         """`Decoder.free` for states of this shape."""
         return self.get("free", decoder, _shape(state), state, np.int32(0))
 
-    def resize(self, decoder: Decoder, state: Any) -> Any:
-        """`Decoder.resize` to this decoder's capacity."""
-        return self.get("resize", decoder, _shape(state) + state.sequence.shape, state)
-
-    def warm_up(self, decoder: Decoder, params: Any, inputs: Any) -> Any:
-        """Compiles prefill and loop for prompts of these shapes; the abstract state."""
-        self.prefill(decoder, params, inputs)
-        state = jax.eval_shape(decoder.run_prefill, params, *inputs)
-        state = decoder.network.abstract(state)
-        self.run(decoder, params, state)
-        return state
+    def regroup(self, decoder: Decoder, state: Any, rows: Any) -> Any:
+        """`Decoder.regroup` to so many rows, with this decoder's capacity."""
+        return self.get("regroup", decoder, _shape(state) + rows.shape, state, rows)
 
 
 def _shape(state: Any) -> tuple[int, ...]:
-    """What tells states of one decoder apart: rows B, stop tokens Q, what rows have settings of."""
+    """What tells states apart: B, S, stop tokens Q, and what rows have settings of."""
     has = state.repetition is None, state.sampling is None
-    return (*state.stop_ids.shape, *has)
+    return (*state.sequence.shape, state.stop_ids.shape[1], *has)

@@ -16,10 +16,9 @@ import numpy as np
 
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.decoding.acceptance import Acceptance
-from medusa_jax.decoding.compilation import abstract_state
 from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.decoding.sampling import row_keys
-from medusa_jax.decoding.state import State
+from medusa_jax.decoding.prompt_blocks import RowSettings
+from medusa_jax.decoding.state import RUNNING, State
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
@@ -94,12 +93,12 @@ def step_seconds(
     model: Model, acceptance: Acceptance, batch_size: int, trees: list[Tree | DynamicTree]
 ) -> list[float]:
     """The least time of a step with each tree, over rounds in which they take turns."""
-    batches, programs = [], Programs(model.params)
+    batches = []
     for tree in trees:
         drafter = medusa_drafter(model.heads, tree)
         decoder = fitting(Decoder(model.config, drafter, acceptance), ROUNDS * STEPS * TOKENS)
         state = empty_state(decoder, model.params, batch_size)
-        run = programs.run(decoder, model.params, state)
+        run = Programs(model.params, drafter).run(decoder, model.params, state)
         state, _ = run(model.params, state, np.int32(1), np.int32(1))
         batches.append((run, state))
     times: list[list[float]] = [[] for _ in trees]
@@ -114,12 +113,10 @@ def step_seconds(
 
 
 def empty_state(decoder: Decoder, params: Params, batch_size: int) -> State:
-    """Rows that have no prompt and go on to the end: no prefill must be compiled for them."""
-    keys = row_keys(0, [(row, 0) for row in range(batch_size)])
-    state = dataclasses.replace(abstract_state(decoder, params, batch_size), keys=None)
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    """Rows that have no prompt and go on to the end: no prompt must be read for them."""
+    state = decoder.empty(params, batch_size, RowSettings())
     limit = jnp.full(batch_size, decoder.capacity, jnp.int32)
-    return dataclasses.replace(state, keys=keys, limit=limit, stop_ids=state.stop_ids - 1)
+    return dataclasses.replace(state, limit=limit, finish=jnp.full_like(state.finish, RUNNING))
 
 
 def predicted(trees: Trees, sizes: list[int], seconds: list[float]) -> list[dict[str, Any]]:

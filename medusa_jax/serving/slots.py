@@ -1,24 +1,25 @@
 """The rows of a running batch on the device, and the compiled programs that change them."""
 
+import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from medusa_jax.decoding.acceptance import PerRow
-from medusa_jax.decoding.decoder import Decoder, check_memory, check_prompt, padded
-from medusa_jax.decoding.prefill import PREFILL_BLOCK, SMALL_BLOCK
+from medusa_jax.decoding.decoder import Decoder, check_memory, check_prompt
+from medusa_jax.decoding.prefill import SMALL_BLOCK
+from medusa_jax.decoding.prompt_blocks import PromptBlock, RowSettings, longest_block, next_block
 from medusa_jax.decoding.repetition import penalties
 from medusa_jax.decoding.sampling import Sampling, row_keys
-from medusa_jax.decoding.state import Output, State, outputs
+from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.distributed.rules import everywhere
-from medusa_jax.drafting.drafter import Params
+from medusa_jax.drafting.drafter import Drafter, Params
 from medusa_jax.errors import InputError
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.programs import Programs, fitting
 
-# A running batch outgrows its capacity by so much at least, so that it seldom does again.
-GROWTH = 1.25
 # More tokens that may end a row than those of the engine, where rows have settings of their own.
 OWN_STOP_IDS = 8
 
@@ -46,7 +47,11 @@ class Slots:
         self._state: Any = None
         self._per_row = isinstance(decoder.acceptance, PerRow)
         self.most_stop_ids = len(stop_ids) + (OWN_STOP_IDS if self._per_row else 0)
-        self._programs = Programs(params)
+        penalized = penalties(repetition_penalty, 1) is not None
+        self._settings = RowSettings(max(self.most_stop_ids, 1), penalized, self._per_row)
+        self._programs = Programs(params, decoder.drafter)
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
 
     @property
     def rows(self) -> int:
@@ -66,27 +71,40 @@ class Slots:
                 f"{self.most_stop_ids} are possible"
             )
 
-    def begin(self, jobs: list[Job], rows: int, tokens: int) -> None:
-        """A batch of so many rows, the first of them with these jobs, for so many tokens each.
+    def fit(self, tokens: int) -> None:
+        """Says, before it begins, how many tokens a row of the batch must hold."""
+        self._now = fitting(self._decoder, tokens)
+
+    def begin(self, rows: int) -> None:
+        """A batch of so many ended rows.
 
         Raises:
           InputError: its cache exceeds the memory.
         """
-        self._now = fitting(self._decoder, tokens)
         check_memory(self._now, self._params, rows)
-        empty = [Job([0], 0)] * (rows - len(jobs))
-        self._state = self._prefill([*jobs, *empty], grows=rows == 1 and jobs[0].room > 0)
+        empty = self._programs.empty(self._now, self._params, rows, self._settings)
+        self._state = empty(self._params)
 
-    def put(self, job: Job, slot: int) -> None:
-        """A job takes the place of a row that has ended; the batch grows where it must."""
-        if job.tokens > self._now.capacity:
-            roomy = min(int(self._now.capacity * GROWTH), self._decoder.capacity)
-            self._now = fitting(self._decoder, max(job.tokens, roomy))
-            check_memory(self._now, self._params, self.rows)
-            self._state = self._programs.resize(self._now, self._state)(self._state)
-        row = self._prefill([job])
-        insert = self._programs.insert(self._now, self._state, row)
-        self._state = insert(self._state, row, np.int32(0), np.int32(slot))
+    def grow(self, tokens: int) -> None:
+        """Makes room for so many tokens a row, where there is less."""
+        if tokens > self._now.capacity:
+            self._regroup(np.arange(self.rows), fitting(self._decoder, tokens))
+
+    def regroup(self, rows: Sequence[int]) -> None:
+        """A batch of other rows: row i becomes what row rows[i] was, -1 an ended row."""
+        self._regroup(np.array(rows), self._now)
+
+    def read(self, job: Job, slot: int, start: int) -> int:
+        """Reads a block of a prompt into a row, after so many tokens; how many it read.
+
+        Where longer prompts will follow, all blocks are small: a single program serves them.
+        """
+        left, room = len(job.prompt_ids) - start, self._now.cache_slots - start
+        size = SMALL_BLOCK if job.room else next_block(left, room, longest_block())
+        block = self._block(job, start, size)
+        read = self._programs.read(self._now, self._params, self._state, block)
+        self._state = read(self._params, self._state, np.int32(slot), block)
+        return min(left, size)
 
     def free(self, slot: int) -> None:
         """Ends a row."""
@@ -97,46 +115,82 @@ class Slots:
         """Ends the batch, whose cache is given back."""
         self._state = None
 
-    def run(self, max_steps: int, least: int) -> int:
-        """Steps while `least` rows run, at most so many times; how many steps it took."""
-        run = self._programs.run(self._now, self._params, self._state)
+    def run(self, max_steps: int, least: int, drafter: Drafter) -> int:
+        """Steps while `least` rows run, at most so many times; how many steps it took.
+
+        Args:
+          drafter: the decoder's, or another of the same drafts.
+        """
+        decoder = dataclasses.replace(self._now, drafter=drafter)
+        run = self._programs.run(decoder, self._params, self._state)
         self._state, steps = run(self._params, self._state, np.int32(max_steps), np.int32(least))
         return int(steps)
+
+    def can_run(self, rows: int, drafter: Drafter) -> bool:
+        """Whether batches of so many rows, of the present capacity, have their program already."""
+        decoder = dataclasses.replace(self._now, drafter=drafter)
+        return self._programs.can_run(decoder, self._now.cache_slots, rows, self._settings)
+
+    def prepare(self, choices: Sequence[tuple[int, Drafter]]) -> None:
+        """Compiles in a thread what these batches, of the present capacity, lack."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        missing = [choice for choice in choices if not self.can_run(*choice)]
+        if missing and not self._closed.is_set():
+            self._thread = threading.Thread(target=self._compile, args=(self._now, missing))
+            self._thread.start()
+
+    def close(self) -> None:
+        """Compiles no further program."""
+        self._closed.set()
+
+    def _compile(self, decoder: Decoder, choices: Sequence[tuple[int, Drafter]]) -> None:
+        programs = Programs(self._params, decoder.drafter)  # whose time is not the engine's
+        for rows, drafter in choices:
+            if not self._closed.is_set():
+                state = self._abstract(decoder, rows)
+                programs.run(dataclasses.replace(decoder, drafter=drafter), self._params, state)
 
     def outputs(self) -> list[Output]:
         """Each row so far."""
         return outputs(self._state)
 
-    def warm_up(self, job: Job, rows: int) -> None:
+    def warm_up(self, job: Job, rows: int, drafter: Drafter) -> None:
         """Compiles what jobs of this shape need."""
         decoder = fitting(self._decoder, job.tokens)
-        inputs = self._inputs(decoder, [job] * rows)
-        state = self._programs.warm_up(decoder, self._params, inputs)
-        if rows > 1:
-            row = self._programs.warm_up(decoder, self._params, self._inputs(decoder, [job]))
-            self._programs.insert(decoder, state, row)
+        self._programs.empty(decoder, self._params, rows, self._settings)
+        state = self._abstract(decoder, rows)
+        size = next_block(len(job.prompt_ids), decoder.cache_slots, longest_block())
+        self._programs.read(decoder, self._params, state, self._block(job, 0, size))
+        self._programs.run(dataclasses.replace(decoder, drafter=drafter), self._params, state)
 
-    def _prefill(self, jobs: list[Job], *, grows: bool = False) -> State:
-        """The state of these jobs.
+    def _abstract(self, decoder: Decoder, rows: int) -> Any:
+        """The abstract state of so many rows."""
+        shapes = decoder.empty.eval_shape(decoder, self._params, rows, self._settings)
+        return decoder.network.abstract(shapes)
 
-        Args:
-          grows: longer prompts will follow, which shall share the program.
-        """
-        width, block = (self._now.cache_slots, SMALL_BLOCK) if grows else (None, PREFILL_BLOCK)
-        inputs = self._inputs(self._now, jobs, width)
-        return self._programs.prefill(self._now, self._params, inputs, block)(self._params, *inputs)
+    def _regroup(self, rows: np.ndarray, decoder: Decoder) -> None:
+        check_memory(decoder, self._params, len(rows))
+        regroup = self._programs.regroup(decoder, self._state, rows)
+        self._now, self._state = decoder, regroup(self._state, everywhere(rows, decoder.mesh))
 
-    def _inputs(
-        self, decoder: Decoder, jobs: list[Job], width: int | None = None
-    ) -> tuple[Any, ...]:
-        """Arguments of `Decoder.run_prefill`."""
-        prompts, new = [job.prompt_ids for job in jobs], [job.max_new_tokens for job in jobs]
-        stops = [self._stop_ids if job.stop_ids is None else job.stop_ids for job in jobs]
+    def _block(self, job: Job, start: int, size: int) -> PromptBlock:
+        """The next tokens of a prompt, padded to so many."""
+        tokens = np.zeros(size, np.int32)
+        new = job.prompt_ids[start : start + size]
+        tokens[: len(new)] = new
+        stops = self._stop_ids if job.stop_ids is None else job.stop_ids
         # As many for each job, so that all share their programs.
-        stops = [(*ids, *[-1] * (self.most_stop_ids - len(ids))) for ids in stops]
-        arrays = padded(decoder, prompts, new, stops, width)
-        seeds = [self._seed if job.seed is None else job.seed for job in jobs]
-        keys = row_keys(seeds, [job.stream for job in jobs])
-        sampling = Sampling.of([job.sampling for job in jobs]) if self._per_row else None
-        inputs = (*arrays, keys, penalties(self._penalty, len(jobs)), sampling)
-        return everywhere(inputs, decoder.mesh)
+        stops = [*stops, *[-1] * (self._settings.stop_ids - len(stops))]
+        block = PromptBlock(
+            tokens=tokens,
+            start=np.int32(start),
+            count=np.int32(len(new)),
+            length=np.int32(len(job.prompt_ids)),
+            limit=np.int32(job.tokens),
+            stop_ids=np.array([stops], np.int32),
+            keys=row_keys(self._seed if job.seed is None else job.seed, [job.stream]),
+            penalty=penalties(self._penalty, 1),
+            sampling=Sampling.of([job.sampling]) if self._per_row else None,
+        )
+        return everywhere(block, self._decoder.mesh)

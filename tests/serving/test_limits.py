@@ -1,5 +1,6 @@
 """What an engine compiles, holds and refuses: long conversations, large batches, broken numbers."""
 
+import collections
 import dataclasses
 import json
 
@@ -32,7 +33,7 @@ def generator() -> Generator:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> dict:
     """The programs that are compiled from now on, by their key."""
-    monkeypatch.setattr(programs, "_COMPILED", {})
+    monkeypatch.setattr(programs, "_COMPILED", collections.OrderedDict())
     return programs._COMPILED
 
 
@@ -49,7 +50,7 @@ def test_eight_turns_of_a_chat_share_their_programs(generator: Generator, compil
     for turn in range(8):
         list(chat.say("And then? " * (1 + 2 * (turn % 3))))
     assert len(chat.completion.prompt_ids) > 100
-    assert names(compiled) == ["run", "run_prefill"]
+    assert names(compiled) == ["empty", "read", "run"]
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_forty_turns_compile_as_often_as_the_cache_doubles(compiled: dict):
         job = Job([1 + i % 30 for i in range(20 + 20 * turn)], 2, room=512)
         (output,) = engine.run([job])
         assert output.prompt_ids == job.prompt_ids
-    assert names(compiled) == ["run", "run", "run_prefill", "run_prefill"]
+    assert names(compiled) == ["empty", "empty", "read", "read", "run", "run"]
 
 
 def test_room_is_what_the_first_turn_suggests():

@@ -1,0 +1,199 @@
+"""Prompts of a running batch: read into their rows block by block, between steps of other rows.
+
+So nobody waits for another's long prompt, and a block's program serves prompts of each length.
+A row whose prompt is not complete has ended as far as steps are concerned.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from medusa_jax.decoding.acceptance import Acceptance, Context
+from medusa_jax.decoding.network import Network, precision
+from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket
+from medusa_jax.decoding.repetition import Repetition, marked
+from medusa_jax.decoding.sampling import Sampling
+from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State
+from medusa_jax.decoding.step import finite
+from medusa_jax.drafting.drafter import Drafter, Params
+from medusa_jax.model.backbone import causal_mask
+from medusa_jax.model.kv_cache import Block, KVCache, init_cache
+
+# A CPU takes about as long for so many tokens as for a call of some steps.
+CPU_BLOCK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBlock:
+    """Tokens that a pass reads, and what their row is decoded with.
+
+    Attributes:
+      tokens: padded on the right [T].
+      start: tokens of the prompt before them.
+      count: tokens that are no padding, 1 or more.
+      length: tokens of the whole prompt.
+      limit: length of prompt and text at which the row ends.
+      stop_ids: tokens that end it; -1 ends none [1, Q].
+      keys: its PRNG key [1].
+      penalty: its repetition penalty [1], or None where no row has any.
+      sampling: its settings [1], or None where the acceptance scheme has those of all.
+    """
+
+    tokens: Any
+    start: Any
+    count: Any
+    length: Any
+    limit: Any
+    stop_ids: Any
+    keys: Array
+    penalty: Any
+    sampling: Sampling | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """What the rows of a batch may have settings of.
+
+    Attributes:
+      stop_ids: Q, most tokens that may end a row.
+      penalized: repetition penalties.
+      sampled: temperature, top-k and top-p.
+    """
+
+    stop_ids: int = 1
+    penalized: bool = False
+    sampled: bool = False
+
+
+def longest_block() -> int:
+    """Most tokens of a block on this machine."""
+    return CPU_BLOCK if jax.default_backend() == "cpu" else PREFILL_BLOCK
+
+
+def next_block(left: int, room: int, most: int) -> int:
+    """Padded length of the next block, of a prompt of which so many tokens are left.
+
+    (left, room, most): (300, 640, 128) -> 128, (44, 384, 128) -> 64, (200, 128, 512) -> 128.
+
+    Args:
+      room: slots that the row has left; blocks of whole buckets may need more than there are.
+    """
+    return min(bucket(left), most, room)
+
+
+def read_block(
+    network: Network,
+    drafter: Drafter,
+    acceptance: Acceptance,
+    params: Params,
+    state: State,
+    slot: Array,
+    block: PromptBlock,
+) -> State:
+    """The state whose row `slot` has read a block; after its last block, the row runs.
+
+    Args:
+      params: as `drafter.prepare` returns them.
+    """
+    cache, size = state.cache, block.tokens.shape[0]
+    own = functools.partial(_row, slot=slot)
+    layers = tuple(map(own, cache.keys)), tuple(map(own, cache.values))
+    past = KVCache(*layers, block.start[None], cache.rope)
+    positions = (block.start + jnp.arange(size))[None]
+    inputs = block.tokens[None], positions, causal_mask(size), past, block.length[None]
+    hidden, read = network.hidden(params, *inputs)
+    last = own(hidden[0], slot=block.count - 1)
+    # Zero, but XLA does not know: so all layers read the cache before it is written.
+    zero = jnp.minimum(jnp.argmax(last[0]), 0)
+
+    length = (block.start + block.count)[None]
+    logits, repetition = network.logits(params, last), None
+    if state.repetition is not None:
+        seen = own(state.repetition.seen) & (block.start > 0)
+        repetition = Repetition(block.penalty, marked(seen, block.tokens[None], block.count[None]))
+        logits = repetition.at_end(logits)
+    begun = jnp.where(finite(logits), RUNNING, FAILED)
+    begun = jnp.where(block.limit > length, begun, LENGTH)
+    row: dict[str, Any] = {
+        "root": acceptance.root(logits, Context(block.keys, length, block.sampling)),
+        "draft": drafter.draft(params, network.bound(params), last),
+        "keys": block.keys,
+        "prompt_length": block.length[None],
+        "limit": block.limit[None],
+        "stop_ids": block.stop_ids,
+        "finish": jnp.where(length < block.length, STOP, begun).astype(jnp.int32),
+        "steps": jnp.zeros(1, jnp.int32),
+        "repetition": repetition,
+        "sampling": block.sampling,
+    }
+    put = functools.partial(_put, slot=slot)
+    rows = {name: jax.tree.map(put, getattr(state, name), new) for name, new in row.items()}
+    sequence = jax.lax.dynamic_update_slice(state.sequence, block.tokens[None], (slot, block.start))
+    cache = _written(cache, read, slot, block.start + zero)
+    cache = dataclasses.replace(cache, length=put(cache.length, length))
+    return network.placed(dataclasses.replace(state, cache=cache, sequence=sequence, **rows))
+
+
+def empty_rows(
+    network: Network,
+    drafter: Drafter,
+    cache_slots: int,
+    params: Params,
+    rows: int,
+    settings: RowSettings,
+) -> State:
+    """So many ended rows without a prompt."""
+    dtype, numbers = precision(params), jnp.zeros(rows, jnp.int32)
+
+    def draft(hidden: Array) -> Any:
+        return drafter.draft(drafter.prepare(params), network.bound(params), hidden)
+
+    shapes = jax.eval_shape(draft, jax.ShapeDtypeStruct((rows, network.config.hidden_size), dtype))
+    sampling = Sampling.of([(0.0, 0, 1.0)] * rows) if settings.sampled else None
+    seen = jnp.zeros((rows, network.config.vocab_size), bool)
+    state = State(
+        cache=init_cache(network.config, rows, cache_slots, dtype),
+        sequence=jnp.zeros((rows, cache_slots), jnp.int32),
+        root=numbers,
+        draft=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+        keys=jax.random.wrap_key_data(jnp.zeros((rows, 2), jnp.uint32), impl="threefry2x32"),
+        prompt_length=numbers,
+        limit=numbers,
+        stop_ids=jnp.full((rows, settings.stop_ids), -1, jnp.int32),
+        finish=numbers + STOP,
+        steps=numbers,
+        tokens_per_step=jnp.zeros((rows, cache_slots), jnp.int32),
+        repetition=Repetition(jnp.ones(rows), seen) if settings.penalized else None,
+        sampling=sampling,
+    )
+    return network.placed(state)
+
+
+def _row(array: Array, slot: Array) -> Array:
+    """Row `slot`, whose dimension stays; a batch of a single row is that row, without a copy."""
+    return array if len(array) == 1 else jax.lax.dynamic_slice_in_dim(array, slot, 1)
+
+
+def _put(whole: Array, row: Array, slot: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, row, slot, 0)
+
+
+def _written(cache: KVCache, block: Block, slot: Array, start: Array) -> KVCache:
+    """The cache with a block of row `slot`, from slot `start` of the row on."""
+
+    def write(layers: tuple[Array, ...], block: tuple[Array, ...], *place: Any) -> Any:
+        update = jax.lax.dynamic_update_slice
+        new = [part.astype(old.dtype) for old, part in zip(layers, block, strict=True)]
+        return tuple(update(old, part, place) for old, part in zip(layers, new, strict=True))
+
+    keys, values = block
+    return dataclasses.replace(
+        cache,
+        keys=write(cache.keys, keys, slot, 0, 0, start),
+        values=write(cache.values, values, slot, 0, start, 0),
+    )

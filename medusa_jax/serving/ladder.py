@@ -1,0 +1,131 @@
+"""Batch sizes and trees by load: few rows and a wide tree for a single user, plain steps for many.
+
+A step costs what its batch costs, whether its rows write or not; a tree pays where its tokens are
+nearly free. How long steps take is seen as they run. How much a tree accepts is known from its
+tuning, and scaled by what is accepted now. No text depends on either choice.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from medusa_jax.drafting.drafter import Drafter, NoDraft
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_drafter import MedusaDrafter
+from medusa_jax.drafting.tree import Tree
+
+ROW_FACTOR = 4  # between one batch size and the next
+SMALLER = (0.5, 0.25)  # sizes of grown trees, as parts of the tuned size
+SMOOTHING = 0.2  # weight of the newest call in a mean
+PROBE_CALLS = 100  # so often a tree that is not the best is tried again
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """What an engine chooses from.
+
+    Attributes:
+      rows: batch sizes, rising; the last has all slots. None: all slots, always.
+      drafters: plain decoding first, then trees by size. All draft alike, so that a state fits.
+      lengths: mean accepted length of each, as it was tuned.
+    """
+
+    rows: tuple[int, ...]
+    drafters: tuple[Drafter, ...]
+    lengths: tuple[float, ...]
+
+
+def row_sizes(slots: int) -> tuple[int, ...]:
+    """Batch sizes up to all slots: 16 -> (1, 4, 16), 6 -> (1, 4, 6)."""
+    sizes, size = [], 1
+    while size < slots:
+        sizes.append(size)
+        size *= ROW_FACTOR
+    return (*sizes, slots)
+
+
+def ladder_of(
+    drafter: Drafter, slots: int, tuned: Sequence[tuple[Tree | DynamicTree, float]]
+) -> Ladder:
+    """The ladder below a drafter's tree.
+
+    A grown tree has smaller trees below it, which read the same drafts.
+
+    Args:
+      tuned: trees, and the mean accepted length of each; may be empty.
+    """
+    drafters: list[Drafter] = [NoDraft()]
+    if isinstance(drafter, MedusaDrafter):
+        tree = drafter.tree
+        if isinstance(tree, DynamicTree):
+            sizes = sorted({max(2, int(tree.size * part)) for part in SMALLER} - {tree.size})
+            smaller = [dataclasses.replace(tree, size=size) for size in sizes]
+            drafters += [dataclasses.replace(drafter, tree=each) for each in smaller]
+        drafters.append(drafter)
+    lengths = tuple(accepted_length(each.size, tuned) for each in drafters)
+    return Ladder(row_sizes(slots), tuple(drafters), lengths)
+
+
+def accepted_length(size: int, tuned: Sequence[tuple[Tree | DynamicTree, float]]) -> float:
+    """What a tree of this size is expected to accept, between those that were tuned.
+
+    Where none was, each doubling is expected to add 0.4 tokens, as it does at first for most.
+    """
+    best = {1: 1.0}
+    for tree, length in tuned:
+        best[tree.size] = max(length, best.get(tree.size, 1.0))
+    if len(best) == 1:
+        return 1 + 0.4 * float(np.log2(size))
+    sizes = sorted(best)
+    return float(np.interp(size, sizes, [best[each] for each in sizes]))
+
+
+class Chooser:
+    """Chooses a step of the ladder for each call of the device loop.
+
+    Attributes:
+      gain: tokens beyond the root that are accepted now, over those of the tuning.
+    """
+
+    def __init__(self, ladder: Ladder) -> None:
+        self.ladder, self.gain, self._calls = ladder, 1.0, 0
+        self._seconds: dict[tuple[int, int], float] = {}
+
+    def rows(self, needed: int, ready: Callable[[int], bool]) -> int:
+        """The smallest batch for so many rows whose programs are ready; else that of all slots."""
+        for rows in self.ladder.rows:
+            if rows >= needed and ready(rows):
+                return rows
+        return self.ladder.rows[-1]
+
+    def step(self, rows: int, ready: Sequence[int]) -> int:
+        """Which step promises most tokens per second, of those whose programs are ready.
+
+        A step that was never timed is tried first.
+        """
+        for number in ready:
+            if (rows, number) not in self._seconds:
+                return number
+        ranked = sorted(ready, key=lambda number: -self.promise(rows, number))
+        self._calls += 1
+        return ranked[min(self._calls % PROBE_CALLS == 0, len(ranked) - 1)]
+
+    def promise(self, rows: int, number: int) -> float:
+        """Tokens per second of a row that writes."""
+        length = 1 + self.gain * (self.ladder.lengths[number] - 1)
+        return length / self._seconds[rows, number]
+
+    def saw(self, rows: int, number: int, seconds: float, accepted: Sequence[int]) -> None:
+        """Learns from a call.
+
+        Args:
+          seconds: of each step.
+          accepted: tokens of each step of each row.
+        """
+        before = self._seconds.get((rows, number), seconds)
+        self._seconds[rows, number] = before + SMOOTHING * (seconds - before)
+        expected = self.ladder.lengths[number] - 1
+        if accepted and expected > 0:
+            gain = (float(np.mean(accepted)) - 1) / expected
+            self.gain += SMOOTHING * (gain - self.gain)
