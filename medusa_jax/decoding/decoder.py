@@ -54,6 +54,8 @@ class Decoder:
       mesh: devices of `rules.decode_mesh` that share the work; parameters must be placed
         as `load_model` places them. One device by default.
       kernels: attention to the cache is computed by a kernel where there is one.
+      most_logprobs: likeliest tokens of each place whose log-probabilities are kept, beside those
+        of the text, for rows that ask for them; None keeps none.
 
     Raises:
       InputError: the drafter does not fit the backbone, the capacity exceeds the
@@ -67,6 +69,7 @@ class Decoder:
     suppress: tuple[int, ...] = ()
     mesh: Mesh | None = None
     kernels: bool = True
+    most_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.capacity:
@@ -137,7 +140,7 @@ class Decoder:
         """The compiled part of `prefill`, on arrays of `padded`; see `prefill.prefill_rows`."""
         recipe = self.network, self.drafter, self.acceptance, self.cache_slots
         inputs = tokens, lengths, limit, stop_ids, keys, penalty, sampling
-        return prefill_rows(*recipe, params, *inputs, block)
+        return prefill_rows(*recipe, self.most_logprobs, params, *inputs, block)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def step(self, params: Params, state: State) -> tuple[State, Emitted]:

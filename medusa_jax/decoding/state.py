@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from medusa_jax.decoding.logprobs import Logprobs, TextLogprobs, text_logprobs
 from medusa_jax.decoding.repetition import Repetition
 from medusa_jax.decoding.sampling import Sampling
 from medusa_jax.model.config import ModelConfig
@@ -40,6 +41,7 @@ class State:
         a stop token or the limit [B, S].
       repetition: penalties of the rows, or None where no row has any.
       sampling: settings of the rows, or None where the acceptance scheme has those of all.
+      logprobs: log-probabilities of the texts, or None where the decoder keeps none.
     """
 
     cache: KVCache
@@ -55,6 +57,7 @@ class State:
     tokens_per_step: Array
     repetition: Repetition | None = None
     sampling: Sampling | None = None
+    logprobs: Logprobs | None = None
 
 
 # Leaves of a state that all rows share.
@@ -90,6 +93,10 @@ def resized(state: State, config: ModelConfig, cache_slots: int) -> State:
         width[axis] = (0, more)
         return jnp.pad(array, width)
 
+    logprobs = state.logprobs
+    if logprobs is not None:
+        cells = {name: padded(getattr(logprobs, name), 1) for name in ("chosen", "top_ids", "top")}
+        logprobs = dataclasses.replace(logprobs, **cells)
     return dataclasses.replace(
         state,
         cache=KVCache(
@@ -100,6 +107,7 @@ def resized(state: State, config: ModelConfig, cache_slots: int) -> State:
         ),
         sequence=padded(state.sequence, 1),
         tokens_per_step=padded(state.tokens_per_step, 1),
+        logprobs=logprobs,
     )
 
 
@@ -122,12 +130,14 @@ class Output:
         a stop token.
       tokens_per_step: as the decoder made them, before the cut.
       finish_reason: "stop" or "length"; "running" or "failed" in the middle of a text.
+      logprobs: of `token_ids`, where its row has asked for them.
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
     tokens_per_step: list[int]
     finish_reason: str
+    logprobs: TextLogprobs | None = dataclasses.field(default=None, compare=False)
 
     def stopped(self, count: int) -> "Output":
         """The row as if its first `count` tokens had ended it; later steps are left out.
@@ -141,6 +151,7 @@ class Output:
             token_ids=self.token_ids[:count],
             tokens_per_step=self.tokens_per_step[:steps],
             finish_reason=FINISH_REASONS[STOP],
+            logprobs=self.logprobs and self.logprobs[:count],
         )
 
     def check(self, name: str) -> None:
@@ -175,12 +186,16 @@ def outputs(state: State) -> list[Output]:
             state.finish,
         )
     )
+    logprobs: list[TextLogprobs | None] = [None] * len(length)
+    if state.logprobs is not None:
+        logprobs = text_logprobs(state.logprobs, prompt, length)
     return [
         Output(
             prompt_ids=sequence[row, : prompt[row]].tolist(),
             token_ids=sequence[row, prompt[row] : length[row]].tolist(),
             tokens_per_step=tokens_per_step[row, : steps[row]].tolist(),
             finish_reason=FINISH_REASONS[finish[row]],
+            logprobs=logprobs[row],
         )
         for row in range(len(length))
     ]

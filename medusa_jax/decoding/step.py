@@ -30,7 +30,8 @@ def advance(
     tokens, tree = drafter.propose(params, state.draft, state.root)
     positions = length[:, None] + tree.depths
     hidden, block = network.hidden(params, tokens, positions, jnp.asarray(tree.mask), state.cache)
-    logits = network.logits(params, hidden)
+    own = network.logits(params, hidden)
+    logits = network.allowed(own)
     if state.repetition is not None:
         logits = state.repetition.in_tree(tree, tokens, logits)
 
@@ -54,6 +55,7 @@ def advance(
 
     # 3. Commit the path, and draft again from its last token.
     draft = drafter.draft(params, network.bound(params), hidden[rows, accepted.last])
+    said = path, path_tokens, made, accepted.root, length, running
     state = dataclasses.replace(
         state,
         cache=commit(state.cache, block, path, count),
@@ -66,6 +68,7 @@ def advance(
             jnp.where(running, made, 0)
         ),
         repetition=state.repetition and state.repetition.after(path_tokens, count),
+        logprobs=state.logprobs and state.logprobs.after(own, *said),
     )
     return network.placed((state, Emitted(path_tokens, count, finish)))
 
