@@ -193,7 +193,8 @@ def decoder_of(generator: Generator) -> Decoder:
     drafter = medusa_drafter(model.heads, generator.tree)
     how = generator.acceptance, capacity, generator.suppress, model.mesh
     attention = "attention" in kernels.used(generator.options.no_kernels)
-    return Decoder(model.config, drafter, *how, kernels=attention)
+    most = generator.options.most_logprobs
+    return Decoder(model.config, drafter, *how, kernels=attention, most_logprobs=most)
 
 
 def load_generator(

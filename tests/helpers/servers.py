@@ -8,7 +8,8 @@ from typing import Any
 
 import uvicorn
 
-from medusa_jax.server.app import Service, create_app
+from medusa_jax.server.app import create_app
+from medusa_jax.server.service import Service
 
 
 @contextlib.contextmanager
@@ -27,4 +28,4 @@ def running(service: Service) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(timeout=10)
-        service.worker.stop()
+        service.stop()

@@ -1,7 +1,7 @@
 """The server, through the `openai` client: texts are those of `decode.py`, whatever runs beside."""
 
 import concurrent.futures
-import dataclasses
+import copy
 import json
 import re
 import socket
@@ -18,8 +18,9 @@ from helpers import servers
 
 from medusa_jax.data.prompts import Request
 from medusa_jax.decoding.acceptance import Greedy, Lossless
-from medusa_jax.server.app import Service, create_app
+from medusa_jax.server.app import create_app
 from medusa_jax.server.run import ServeOptions, make_service
+from medusa_jax.server.service import Service
 from medusa_jax.serving.conversations import Conversation
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -223,7 +224,8 @@ def test_who_goes_away_frees_the_slot(address: str, service: Service):
 
 
 def test_a_key_is_asked_for(service: Service):
-    locked = dataclasses.replace(service, key="secret")
+    locked = copy.copy(service)
+    locked.key = "secret"
     client = TestClient(create_app(locked))
     assert client.get("/v1/models").status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "Bearer no"}).status_code == 401
