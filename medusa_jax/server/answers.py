@@ -56,13 +56,14 @@ class Form:
         """What a choice gained, and how it ended.
 
         Args:
-          steps: also write the text of each step.
+          steps: also write the text of each step, and the engine's time so far.
           offset: characters of the tokens before these.
         """
         text = "".join(piece.texts)
         said: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
         if steps:
             said["steps"] = by_step(piece.texts, piece.steps)
+            said["seconds"] = round(piece.seconds, 5)
         said |= self._logprobs(piece.token_ids, piece.logprobs, offset)
         reason = piece.output.finish_reason if piece.output else None
         return self._chunk(index, said, reason)

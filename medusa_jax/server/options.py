@@ -16,6 +16,6 @@ class ServeOptions(ModelOptions):
     slots: int = option(16, least=1, help="texts decoded together")
     max_waiting: int = option(256, least=0, help="texts that may wait for a slot; more are refused")
     max_logprobs: int = option(20, least=0, most=1000, help="most alternatives to a token "
-        "whose log-probabilities a request may ask for; each takes 8 bytes a token of a slot")  # fmt: skip
+        "with log-probabilities in an answer; each takes 8 bytes a token of a slot")  # fmt: skip
     api_key_env: str | None = option(None, metavar="NAME", help="environment variable with the "
         "key that clients must send")  # fmt: skip

@@ -34,6 +34,7 @@ class Piece:
       texts: of each token; empty while a character or a stop string is not complete.
       steps: tokens that each step accepted.
       token_ids: the tokens.
+      seconds: time of the engine since its prefill began, compilation excluded.
       logprobs: of the tokens, where the request asks for them.
       output: the whole row, once it has ended.
     """
@@ -41,6 +42,7 @@ class Piece:
     texts: list[str]
     steps: list[int]
     token_ids: list[int]
+    seconds: float
     logprobs: TextLogprobs | None = None
     output: Output | None = None
 
@@ -194,7 +196,7 @@ class Worker:
         if text is None:
             return
         output = progress.output
-        gained = progress.steps, progress.token_ids, progress.logprobs
+        gained = progress.steps, progress.token_ids, progress.seconds, progress.logprobs
         if output is None:
             text.tell(Piece(text.growing.take(), *gained))
             return
