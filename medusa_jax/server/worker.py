@@ -158,8 +158,10 @@ class Worker:
         self._wake.set()
 
     def _work(self) -> None:
-        while not self._over:
+        while True:
             self._wake.clear()
+            if self._over:
+                return
             try:
                 while self._commands:
                     self._commands.popleft()()
