@@ -41,7 +41,7 @@ MAY_IMPORT = {
 LIBRARY = set(MAY_IMPORT)
 MAY_IMPORT |= {
     "tuning": LIBRARY - {"training"},
-    "server": BASE | {"data", "decoding", "checkpoints", "serving"},
+    "server": BASE | {"data", "drafting", "decoding", "checkpoints", "serving"},
     "cli": LIBRARY - {"training"},
     "bench": (LIBRARY | {"tuning", "cli"}) - {"training"},
 }
@@ -51,6 +51,7 @@ MAY_IMPORT |= {entry: LIBRARY | {"tuning", "cli", "server"} for entry in ENTRIES
 WALLS = {
     "datasets": {"data"},
     "fastapi": {"server"},
+    "starlette": {"server"},
     "prometheus_client": {"server"},
     "pydantic": {"server"},
     "uvicorn": {"server"},

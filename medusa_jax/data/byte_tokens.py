@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # of bytes, in sentencepiece vocabularies
+PIECES = [f"<0x{byte:02X}>" for byte in range(256)]  # of bytes, in sentencepiece vocabularies
 
 
 class ByteTokens:
@@ -20,7 +20,7 @@ class ByteTokens:
     def __init__(self, backend: Any) -> None:
         """Takes a tokenizer of the library `tokenizers`."""
         decoder = backend.decoder.__getstate__() if backend.decoder else b""
-        ids = [backend.token_to_id(piece) for piece in _PIECES]
+        ids = [backend.token_to_id(piece) for piece in PIECES]
         mends = b'"ByteFallback"' in decoder and None not in ids
         self._byte_of = {token_id: byte for byte, token_id in enumerate(ids)} if mends else {}
         self._id_of = ids

@@ -12,6 +12,7 @@ be accepted by accident.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from medusa_jax.decoding.sampling import Sampling, argmax, draw, scaled, warp, warp_rows
+from medusa_jax.decoding.sampling import (
+    Sampling,
+    argmax,
+    draw,
+    scaled,
+    scaled_rows,
+    warp,
+    warp_rows,
+)
 from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.shapes import typed
@@ -110,29 +119,6 @@ class Lossless:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerRow:
-    """Each row by its own `Sampling`: `Greedy` at temperature 0, else `Lossless`.
-
-    A row's text is that of the same scheme alone, whatever the other rows ask for. Noise is drawn
-    only where a row is sampled.
-    """
-
-    def root(self, logits: Array, context: Context) -> Array:
-        how = context.sampling
-        assert how is not None, "PerRow needs the rows' sampling"
-        best = argmax(logits)
-
-        def sampled() -> Array:
-            return draw(context.keys, context.position, warp_rows(logits, how))
-
-        drawn = jax.lax.cond((how.temperature > 0).any(), sampled, lambda: best)
-        return jnp.where(how.temperature > 0, drawn, best)
-
-    def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
-        return _followed(self, tree, tokens, logits, context)
-
-
-@dataclasses.dataclass(frozen=True)
 class Typical:
     """Typical acceptance (paper section 2.3.1): a guess passes if it is likely enough.
 
@@ -185,6 +171,39 @@ class Typical:
         p = jnp.exp(log_p)
         entropy = -jnp.sum(p * jnp.log(p + 1e-5), axis=-1, keepdims=True)
         return log_p, jnp.minimum(self.epsilon, self.alpha * jnp.exp(-entropy))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerRow:
+    """Each row by its own `Sampling`: `Greedy` at temperature 0, else `Lossless` or `Typical`.
+
+    A row's text is that of the same scheme alone, whatever the other rows ask for. Noise is drawn
+    only where a row is sampled, and entropies are computed only where a row is typical.
+    """
+
+    def root(self, logits: Array, context: Context) -> Array:
+        how = context.sampling
+        assert how is not None, "PerRow needs the rows' sampling"
+        best = argmax(logits)
+
+        def sampled() -> Array:
+            return draw(context.keys, context.position, warp_rows(logits, how))
+
+        drawn = jax.lax.cond(how.drawn.any(), sampled, lambda: best)
+        return jnp.where(how.drawn, drawn, best)
+
+    def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
+        how = context.sampling
+        assert how is not None, "PerRow needs the rows' sampling"
+
+        def typical() -> Accepted:
+            warm = scaled_rows(logits, how.temperature)
+            return Typical(temperature=1.0).accept(tree, tokens, warm, context)
+
+        followed = _followed(self, tree, tokens, logits, context)
+        passed = jax.lax.cond(how.typical.any(), typical, lambda: followed)
+        choose = functools.partial(jnp.where, how.typical)
+        return jax.tree.map(choose, passed, followed)
 
 
 SCHEMES = {"greedy": Greedy, "typical": Typical, "lossless": Lossless}

@@ -55,6 +55,8 @@ class Decoder:
       mesh: devices of `rules.decode_mesh` that share the work; parameters must be placed
         as `load_model` places them. One device by default.
       kernels: attention to the cache is computed by a kernel where there is one.
+      most_logprobs: likeliest tokens of each place whose log-probabilities are kept, beside those
+        of the text, for rows that ask for them; None keeps none.
 
     Raises:
       InputError: the drafter does not fit the backbone, the capacity exceeds the
@@ -68,6 +70,7 @@ class Decoder:
     suppress: tuple[int, ...] = ()
     mesh: Mesh | None = None
     kernels: bool = True
+    most_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.capacity:
@@ -138,7 +141,7 @@ class Decoder:
         """The compiled part of `prefill`, on arrays of `padded`; see `prefill.prefill_rows`."""
         recipe = self.network, self.drafter, self.acceptance, self.cache_slots
         inputs = tokens, lengths, limit, stop_ids, keys, penalty, sampling
-        return prefill_rows(*recipe, params, *inputs, block)
+        return prefill_rows(*recipe, self.most_logprobs, params, *inputs, block)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def step(self, params: Params, state: State) -> tuple[State, Emitted]:
@@ -160,7 +163,8 @@ class Decoder:
     @functools.partial(jax.jit, static_argnames=("self", "rows", "settings"))
     def empty(self, params: Params, rows: int, settings: RowSettings) -> State:
         """`prompt_blocks.empty_rows`: a batch that prompts are read into."""
-        return empty_rows(self.network, self.drafter, self.cache_slots, params, rows, settings)
+        recipe = self.network, self.drafter, self.cache_slots, self.most_logprobs
+        return empty_rows(*recipe, params, rows, settings)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def read(self, params: Params, state: State, slot: Array, block: PromptBlock) -> State:

@@ -60,9 +60,13 @@ class Network:
         return self.placed(hidden), block
 
     def logits(self, params: Params, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:
-        """Logits of the next token, -inf for suppressed tokens, float32."""
+        """Logits of the next token, float32, as the model has them."""
         variables = {"params": params["backbone"]}
         logits: Any = Backbone(self.config).apply(variables, hidden, method="unembed")
+        return logits
+
+    def allowed(self, logits: Float[Array, "*dims V"]) -> Float[Array, "*dims V"]:
+        """Logits with -inf for suppressed tokens."""
         if self.suppress:
             logits = logits.at[..., np.array(self.suppress)].set(-jnp.inf)
         return logits

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.decoding.acceptance import Acceptance, Context
+from medusa_jax.decoding.logprobs import Logprobs
 from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.repetition import Repetition
 from medusa_jax.decoding.sampling import Sampling
@@ -43,6 +44,7 @@ def prefill_rows(
     drafter: Drafter,
     acceptance: Acceptance,
     cache_slots: int,
+    most_logprobs: int | None,
     params: Params,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -56,6 +58,7 @@ def prefill_rows(
     """The state after the prompts, whose first roots are chosen.
 
     Args:
+      most_logprobs: see `Decoder`.
       tokens: prompts, padded on the right.
       lengths: tokens of each prompt.
       limit: length of prompt and text at which a row ends; a row without room ends at once.
@@ -64,16 +67,21 @@ def prefill_rows(
       block: most tokens of a pass.
     """
     cache, last_hidden = _run_prompts(network, cache_slots, params, tokens, lengths, block)
-    logits, repetition = network.logits(params, last_hidden), None
+    own, repetition = network.logits(params, last_hidden), None
+    logits = network.allowed(own)
     batch, padded = tokens.shape
     if penalty is not None:
         repetition = Repetition.of_prompts(penalty, tokens, lengths, logits.shape[-1])
         logits = repetition.at_end(logits)
     begun = jnp.where(finite(logits), RUNNING, FAILED)
+    root, logprobs = acceptance.root(logits, Context(keys, lengths, sampling)), None
+    if most_logprobs is not None:
+        asked = jnp.ones(batch, bool) if sampling is None else sampling.logprobs
+        logprobs = Logprobs.of_prompts(asked, most_logprobs, cache_slots, own, root, lengths)
     state = State(
         cache=dataclasses.replace(cache, length=lengths),
         sequence=jnp.zeros((batch, cache_slots), jnp.int32).at[:, :padded].set(tokens),
-        root=acceptance.root(logits, Context(keys, lengths, sampling)),
+        root=root,
         draft=drafter.draft(drafter.prepare(params), network.bound(params), last_hidden),
         keys=keys,
         prompt_length=lengths,
@@ -81,9 +89,11 @@ def prefill_rows(
         stop_ids=stop_ids,
         finish=jnp.where(limit > lengths, begun, LENGTH).astype(jnp.int32),
         steps=jnp.zeros(batch, jnp.int32),
+        drafted=jnp.zeros(batch, jnp.int32),
         tokens_per_step=jnp.zeros((batch, cache_slots), jnp.int32),
         repetition=repetition,
         sampling=sampling,
+        logprobs=logprobs,
     )
     return network.placed(state)
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from medusa_jax.decoding.acceptance import Acceptance, Context
+from medusa_jax.decoding.logprobs import Logprobs
 from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket
 from medusa_jax.decoding.repetition import Repetition, marked
-from medusa_jax.decoding.sampling import Sampling
+from medusa_jax.decoding.sampling import RowSampling, Sampling
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params
@@ -112,15 +113,21 @@ def read_block(
     zero = jnp.minimum(jnp.argmax(last[0]), 0)
 
     length = (block.start + block.count)[None]
-    logits, repetition = network.logits(params, last), None
+    model_logits, repetition = network.logits(params, last), None
+    logits = network.allowed(model_logits)
     if state.repetition is not None:
         seen = own(state.repetition.seen) & (block.start > 0)
         repetition = Repetition(block.penalty, marked(seen, block.tokens[None], block.count[None]))
         logits = repetition.at_end(logits)
     begun = jnp.where(finite(logits), RUNNING, FAILED)
     begun = jnp.where(block.limit > length, begun, LENGTH)
+    root, logprobs = acceptance.root(logits, Context(block.keys, length, block.sampling)), None
+    if state.logprobs is not None:
+        asked = jnp.ones(1, bool) if block.sampling is None else block.sampling.logprobs
+        logprobs = dataclasses.replace(jax.tree.map(own, state.logprobs), asked=asked)
+        logprobs = logprobs.with_text(model_logits[:, None], root[:, None], length - 1, asked)
     row: dict[str, Any] = {
-        "root": acceptance.root(logits, Context(block.keys, length, block.sampling)),
+        "root": root,
         "draft": drafter.draft(params, network.bound(params), last),
         "keys": block.keys,
         "prompt_length": block.length[None],
@@ -128,8 +135,10 @@ def read_block(
         "stop_ids": block.stop_ids,
         "finish": jnp.where(length < block.length, STOP, begun).astype(jnp.int32),
         "steps": jnp.zeros(1, jnp.int32),
+        "drafted": jnp.zeros(1, jnp.int32),
         "repetition": repetition,
         "sampling": block.sampling,
+        "logprobs": logprobs,
     }
     put = functools.partial(_put, slot=slot)
     rows = {name: jax.tree.map(put, getattr(state, name), new) for name, new in row.items()}
@@ -143,19 +152,28 @@ def empty_rows(
     network: Network,
     drafter: Drafter,
     cache_slots: int,
+    most_logprobs: int | None,
     params: Params,
     rows: int,
     settings: RowSettings,
 ) -> State:
-    """So many ended rows without a prompt."""
+    """So many ended rows without a prompt.
+
+    Args:
+      most_logprobs: see `Decoder`.
+    """
     dtype, numbers = precision(params), jnp.zeros(rows, jnp.int32)
 
     def draft(hidden: Array) -> Any:
         return drafter.draft(drafter.prepare(params), network.bound(params), hidden)
 
     shapes = jax.eval_shape(draft, jax.ShapeDtypeStruct((rows, network.config.hidden_size), dtype))
-    sampling = Sampling.of([(0.0, 0, 1.0)] * rows) if settings.sampled else None
+    sampling = Sampling.of([RowSampling()] * rows) if settings.sampled else None
     seen = jnp.zeros((rows, network.config.vocab_size), bool)
+    logprobs = None
+    if most_logprobs is not None:
+        most = min(most_logprobs, network.config.vocab_size)
+        logprobs = Logprobs.empty(jnp.zeros(rows, bool), most, cache_slots)
     state = State(
         cache=init_cache(network.config, rows, cache_slots, dtype),
         sequence=jnp.zeros((rows, cache_slots), jnp.int32),
@@ -167,9 +185,11 @@ def empty_rows(
         stop_ids=jnp.full((rows, settings.stop_ids), -1, jnp.int32),
         finish=numbers + STOP,
         steps=numbers,
+        drafted=numbers,
         tokens_per_step=jnp.zeros((rows, cache_slots), jnp.int32),
         repetition=Repetition(jnp.ones(rows), seen) if settings.penalized else None,
         sampling=sampling,
+        logprobs=logprobs,
     )
     return network.placed(state)
 

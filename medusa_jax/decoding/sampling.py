@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +16,46 @@ from medusa_jax.shapes import typed
 COLD, COLDEST = 1e-3, 1e-30
 
 
+class RowSampling(NamedTuple):
+    """How a row is sampled.
+
+    Attributes:
+      temperature: 0 decodes greedily.
+      top_k: tokens kept; 0 keeps all.
+      top_p: probability mass kept; 1 keeps all.
+      typical: paths by typical acceptance at this temperature, instead of exact samples.
+      logprobs: whether log-probabilities of its text are wanted.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical: bool = False
+    logprobs: bool = False
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How each row of a batch is sampled.
-
-    Attributes:
-      temperature: 0 decodes greedily [B].
-      top_k: tokens kept; 0 keeps all [B] int32.
-      top_p: probability mass kept; 1 keeps all [B].
-    """
+    """How each row of a batch is sampled: the fields of `RowSampling`, each [B]."""
 
     temperature: Array
     top_k: Array
     top_p: Array
+    typical: Array
+    logprobs: Array
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[float, int, float]]) -> "Sampling":
-        """Of each row's (temperature, top_k, top_p)."""
-        temperature, top_k, top_p = zip(*rows, strict=True)
-        return cls(
-            jnp.array(temperature, jnp.float32),
-            jnp.array(top_k, jnp.int32),
-            jnp.array(top_p, jnp.float32),
-        )
+    def of(cls, rows: Sequence[tuple]) -> "Sampling":
+        """Of each row's `RowSampling`, or the first fields of it."""
+        columns = zip(*(RowSampling(*row) for row in rows), strict=True)
+        types = jnp.float32, jnp.int32, jnp.float32, bool, bool
+        return cls(*(jnp.array(column, t) for column, t in zip(columns, types, strict=True)))
+
+    @property
+    def drawn(self) -> Array:
+        """Rows whose tokens are random [B]."""
+        return (self.temperature > 0) & ~self.typical
 
 
 @typed
@@ -75,11 +92,7 @@ def warp_rows(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]
     A greedy row comes out as with temperature COLDEST. The vocabulary is sorted only where a row
     asks for top-k or top-p.
     """
-    logits = logits.astype(jnp.float32)
-    temperature = how.temperature[:, None]
-    cold = temperature < COLD
-    logits = logits - jnp.where(cold, logits.max(axis=-1, keepdims=True), 0)
-    logits = logits * (1 / jnp.maximum(temperature, COLDEST))
+    logits = scaled_rows(logits, how.temperature)
     top_k, top_p = how.top_k[:, None], how.top_p[:, None]
 
     def cut(logits: Array) -> Array:
@@ -90,8 +103,17 @@ def warp_rows(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]
         kept = _nucleus(logits, top_p)
         return jnp.where(top_p < 1, kept, logits)
 
-    asked = (how.temperature > 0) & ((how.top_k > 0) | (how.top_p < 1))
+    asked = how.drawn & ((how.top_k > 0) | (how.top_p < 1))
     return jax.lax.cond(asked.any(), cut, lambda logits: logits, logits)
+
+
+def scaled_rows(logits: Float[Array, "B *dims V"], temperature: Array) -> Array:
+    """`scaled` of rows with a temperature each [B], the same numbers."""
+    logits = logits.astype(jnp.float32)
+    temperature = temperature.reshape(-1, *[1] * (logits.ndim - 1))
+    cold = temperature < COLD
+    logits = logits - jnp.where(cold, logits.max(axis=-1, keepdims=True), 0)
+    return logits * (1 / jnp.maximum(temperature, COLDEST))
 
 
 def _nucleus(logits: Array, top_p: Array | float) -> Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from medusa_jax.decoding.logprobs import Logprobs, TextLogprobs, text_logprobs
 from medusa_jax.decoding.repetition import Repetition
 from medusa_jax.decoding.sampling import Sampling
 from medusa_jax.model.config import ModelConfig
@@ -36,10 +37,12 @@ class State:
       stop_ids: tokens that end a row, kept as its last token; -1 ends none [B, Q].
       finish: RUNNING, STOP, LENGTH, or FAILED: the logits of its root were not finite [B].
       steps: steps taken while running [B].
+      drafted: tokens that those steps verified, beside their roots [B].
       tokens_per_step: tokens accepted in each, root included, before any cut at
         a stop token or the limit [B, S].
       repetition: penalties of the rows, or None where no row has any.
       sampling: settings of the rows, or None where the acceptance scheme has those of all.
+      logprobs: log-probabilities of the texts, or None where the decoder keeps none.
     """
 
     cache: KVCache
@@ -52,9 +55,11 @@ class State:
     stop_ids: Array
     finish: Array
     steps: Array
+    drafted: Array
     tokens_per_step: Array
     repetition: Repetition | None = None
     sampling: Sampling | None = None
+    logprobs: Logprobs | None = None
 
 
 # Leaves of a state that all rows share.
@@ -86,6 +91,10 @@ def regrouped(state: State, rows: Array, config: ModelConfig, cache_slots: int) 
         width[axis] = (0, more)
         return jnp.pad(array, width)
 
+    logprobs = state.logprobs
+    if logprobs is not None:
+        cells = {name: padded(getattr(logprobs, name), 1) for name in ("chosen", "top_ids", "top")}
+        logprobs = dataclasses.replace(logprobs, **cells)
     return dataclasses.replace(
         state,
         cache=KVCache(
@@ -97,6 +106,7 @@ def regrouped(state: State, rows: Array, config: ModelConfig, cache_slots: int) 
         sequence=padded(state.sequence, 1),
         finish=jnp.where(rows < 0, STOP, state.finish),
         tokens_per_step=padded(state.tokens_per_step, 1),
+        logprobs=logprobs,
     )
 
 
@@ -119,12 +129,16 @@ class Output:
         a stop token.
       tokens_per_step: as the decoder made them, before the cut.
       finish_reason: "stop" or "length"; "running" or "failed" in the middle of a text.
+      drafted: tokens that its steps verified, beside their roots.
+      logprobs: of `token_ids`, where its row has asked for them.
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
     tokens_per_step: list[int]
     finish_reason: str
+    drafted: int = dataclasses.field(default=0, compare=False)
+    logprobs: TextLogprobs | None = dataclasses.field(default=None, compare=False)
 
     def stopped(self, count: int) -> "Output":
         """The row as if its first `count` tokens had ended it; later steps are left out.
@@ -138,6 +152,8 @@ class Output:
             token_ids=self.token_ids[:count],
             tokens_per_step=self.tokens_per_step[:steps],
             finish_reason=FINISH_REASONS[STOP],
+            drafted=round(self.drafted * min(steps / max(len(ends), 1), 1)),
+            logprobs=self.logprobs and self.logprobs[:count],
         )
 
     def check(self, name: str) -> None:
@@ -162,22 +178,28 @@ class Output:
 
 def outputs(state: State) -> list[Output]:
     """Brings a state to the host, one `Output` a row."""
-    sequence, prompt, length, tokens_per_step, steps, finish = jax.device_get(
+    sequence, prompt, length, tokens_per_step, steps, drafted, finish = jax.device_get(
         (
             state.sequence,
             state.prompt_length,
             state.cache.length,
             state.tokens_per_step,
             state.steps,
+            state.drafted,
             state.finish,
         )
     )
+    logprobs: list[TextLogprobs | None] = [None] * len(length)
+    if state.logprobs is not None:
+        logprobs = text_logprobs(state.logprobs, prompt, length)
     return [
         Output(
             prompt_ids=sequence[row, : prompt[row]].tolist(),
             token_ids=sequence[row, prompt[row] : length[row]].tolist(),
             tokens_per_step=tokens_per_step[row, : steps[row]].tolist(),
             finish_reason=FINISH_REASONS[finish[row]],
+            drafted=int(drafted[row]),
+            logprobs=logprobs[row],
         )
         for row in range(len(length))
     ]

@@ -30,7 +30,8 @@ def advance(
     tokens, tree = drafter.propose(params, state.draft, state.root)
     positions = length[:, None] + tree.depths
     hidden, block = network.hidden(params, tokens, positions, jnp.asarray(tree.mask), state.cache)
-    logits = network.logits(params, hidden)
+    own = network.logits(params, hidden)
+    logits = network.allowed(own)
     if state.repetition is not None:
         logits = state.repetition.in_tree(tree, tokens, logits)
 
@@ -56,6 +57,7 @@ def advance(
     draft = state.draft
     if drafter.size > 1:  # plain steps between those of a tree leave its draft as it is
         draft = drafter.draft(params, network.bound(params), hidden[rows, accepted.last])
+    said = path, path_tokens, made, accepted.root, length, running
     state = dataclasses.replace(
         state,
         cache=commit(state.cache, block, path, count),
@@ -64,10 +66,12 @@ def advance(
         draft=draft,
         finish=finish,
         steps=state.steps + running,
+        drafted=state.drafted + running * (drafter.size - 1),
         tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(
             jnp.where(running, made, 0)
         ),
         repetition=state.repetition and state.repetition.after(path_tokens, count),
+        logprobs=state.logprobs and state.logprobs.after(own, *said),
     )
     return network.placed((state, Emitted(path_tokens, count, finish)))
 

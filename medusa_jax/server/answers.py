@@ -7,7 +7,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from medusa_jax.decoding.logprobs import TextLogprobs
 from medusa_jax.decoding.state import Output
+from medusa_jax.server.logprobs import LogprobWriter
 from medusa_jax.server.metrics import speculation
 from medusa_jax.server.worker import Piece
 
@@ -19,13 +21,13 @@ class Form:
     Attributes:
       chat: whether it is a chat, else a completion.
       model: the name that the server gives its model.
-      size: tokens of the tree that steps verify; 1 for plain decoding.
+      logprobs: writes them, or None where the request does not ask for them.
       id, created: of this answer.
     """
 
     chat: bool
     model: str
-    size: int
+    logprobs: LogprobWriter | None = None
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -36,9 +38,8 @@ class Form:
             said: dict[str, Any] = {"text": text}
             if self.chat:
                 said = {"message": {"role": "assistant", "content": text}}
-            choices.append(
-                {"index": index, "finish_reason": output.finish_reason, "logprobs": None} | said
-            )
+            said |= self._logprobs(output.token_ids, output.logprobs, 0)
+            choices.append({"index": index, "finish_reason": output.finish_reason} | said)
         return self._object("") | {
             "choices": choices,
             "usage": usage(outputs),
@@ -49,16 +50,19 @@ class Form:
         """The chunk that opens a choice of a chat."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def chunk(self, index: int, piece: Piece, *, steps: bool) -> str:
+    def chunk(self, index: int, piece: Piece, *, steps: bool, offset: int = 0) -> str:
         """What a choice gained, and how it ended.
 
         Args:
-          steps: also write the text of each step.
+          steps: also write the text of each step, and the engine's time so far.
+          offset: characters of the tokens before these.
         """
         text = "".join(piece.texts)
         said: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
         if steps:
             said["steps"] = by_step(piece.texts, piece.steps)
+            said["seconds"] = round(piece.seconds, 5)
+        said |= self._logprobs(piece.token_ids, piece.logprobs, offset)
         reason = piece.output.finish_reason if piece.output else None
         return self._chunk(index, said, reason)
 
@@ -70,6 +74,13 @@ class Form:
     def _chunk(self, index: int, said: dict[str, Any], reason: str | None = None) -> str:
         choice = {"index": index, "finish_reason": reason, "logprobs": None} | said
         return event(self._object(".chunk") | {"choices": [choice]})
+
+    def _logprobs(
+        self, token_ids: Sequence[int], found: TextLogprobs | None, offset: int
+    ) -> dict[str, Any]:
+        if self.logprobs is None or found is None:
+            return {"logprobs": None}
+        return {"logprobs": self.logprobs.write(token_ids, found, offset)}
 
     def _object(self, suffix: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.chat else "cmpl"
@@ -83,7 +94,7 @@ class Form:
         }
 
     def _metrics(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        return {"speculative_decoding": speculation(outputs, self.size)}
+        return {"speculative_decoding": speculation(outputs)}
 
 
 def usage(outputs: Sequence[Output]) -> dict[str, int]:

@@ -1,87 +1,34 @@
 """The HTTP application: OpenAI's routes on top of a worker."""
 
 import asyncio
-import copy
-import dataclasses
 import hmac
-import itertools
-import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fastapi
 import pydantic
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from medusa_jax import json_files
-from medusa_jax.data.messages import read_messages
 from medusa_jax.decoding.decoder import check_prompt
 from medusa_jax.errors import InputError
-from medusa_jax.server.answers import Form, event
-from medusa_jax.server.body import MostBody
-from medusa_jax.server.metrics import Metrics
+from medusa_jax.server.answers import Form
+from medusa_jax.server.connections import Bounds
 from medusa_jax.server.problems import Problem
 from medusa_jax.server.protocol import ChatRequest, CompletionRequest, Request
-from medusa_jax.server.worker import Piece, Text, Worker
-from medusa_jax.serving.generator import Generator
-from medusa_jax.serving.jobs import Job
+from medusa_jax.server.service import Service
+from medusa_jax.server.streams import Stream, until_gone, whole
 
 PAGE = Path(__file__).with_name("page.html")
-LOOK_EVERY = 0.2  # seconds between two looks whether a client is still there
-
-
-@dataclasses.dataclass(frozen=True)
-class Service:
-    """What a server serves.
-
-    Attributes:
-      name: of the model.
-      generator: the model, its tokenizer and its engine.
-      key: that clients must send, or None.
-    """
-
-    name: str
-    generator: Generator
-    worker: Worker
-    metrics: Metrics
-    key: str | None = None
-
-    def job(self, prompt_ids: list[int], request: Request, choice: int) -> Job:
-        """What the engine decodes for a choice of a request."""
-        ends = () if request.ignore_eos else self.generator.stop_ids
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        new_tokens = self.generator.new_tokens(len(prompt_ids), request.new_tokens)
-        return Job(
-            prompt_ids,
-            new_tokens,
-            stream=(0, choice),
-            seed=seed,
-            sampling=request.sampling,
-            stop_ids=tuple({*ends, *(request.stop_token_ids or ())}),
-        )
-
-    def chat_ids(self, request: ChatRequest) -> list[int]:
-        """Token ids of a conversation."""
-        messages = read_messages({"messages": request.messages}, "messages", "request")
-        return self.generator.text.encode(messages)
-
-    def completion_ids(self, prompt: str | list[int]) -> list[int]:
-        """Token ids of a prompt: BOS and the text as it is, or the ids as they are."""
-        if not isinstance(prompt, str):
-            self.generator.text.check_ids(prompt)
-            return prompt
-        raw = copy.copy(self.generator.text)
-        raw.raw = True
-        return raw.encode([{"role": "user", "content": prompt}])
 
 
 def create_app(service: Service) -> FastAPI:
     """The application; its worker must have been started."""
     app = FastAPI(title="medusa_jax", docs_url=None, redoc_url=None)
-    app.add_middleware(MostBody)
+    app.add_middleware(Bounds)
     _handle_errors(app)
     guard = [fastapi.Depends(_key_check(service.key))]
 
@@ -105,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200 if service.worker.alive else 503)
+        return Response(status_code=200 if service.alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -136,7 +83,7 @@ async def _read(http: fastapi.Request, kind: type[Any], service: Service) -> Any
             404, f"the model {json_files.short(request.model)} does not exist; this server has "
             f"{service.name}", "model", "model_not_found",
         )  # fmt: skip
-    request.refuse_unsupported()
+    request.refuse_unsupported(service.most_logprobs)
     return request
 
 
@@ -161,99 +108,17 @@ async def _answer(
             check_prompt(service.generator.engine.decoder, job.prompt_ids, job.max_new_tokens)
         except InputError as error:
             raise Problem(400, str(error), code="context_length_exceeded") from None
-    size = service.generator.engine.decoder.drafter.size
-    form = Form(isinstance(request, ChatRequest), service.name, size)
-    texts = service.worker.open(jobs, request.stops)
+    worker = service.plain if request.speculative is False else service.worker
+    chat = isinstance(request, ChatRequest)
+    form = Form(chat, service.name, service.logprobs(request))
+    texts = worker.open(jobs, request.stops)
     if request.stream:
         return Stream(form, request, texts)
     try:
-        return JSONResponse(await _until_gone(http, _whole(form, texts)))
+        return JSONResponse(await until_gone(http, whole(form, texts)))
     finally:
         for text in texts:
             text.close()
-
-
-async def _whole(form: Form, texts: Sequence[Text]) -> dict[str, Any]:
-    async def read(text: Text) -> tuple[str, Any]:
-        pieces = [piece async for piece in text.pieces()]
-        return "".join(itertools.chain(*(piece.texts for piece in pieces))), pieces[-1].output
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(read(text)) for text in texts]
-    answers, outputs = zip(*(task.result() for task in tasks), strict=True)
-    return form.whole(answers, outputs)
-
-
-class Stream(StreamingResponse):
-    """Server-sent events of all texts of a request, as they come."""
-
-    def __init__(self, form: Form, request: Request, texts: Sequence[Text]) -> None:
-        super().__init__(_events(form, request, texts), media_type="text/event-stream")
-        self._texts = texts
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:  # the client may have gone
-            for text in self._texts:
-                text.close()
-
-
-async def _events(form: Form, request: Request, texts: Sequence[Text]) -> AsyncIterator[str]:
-    steps = bool((request.model_extra or {}).get("stream_steps"))
-    outputs: dict[int, Any] = {}
-    for index in range(len(texts)) if form.chat else ():
-        yield form.first(index)
-    try:
-        async for index, piece in _merged(texts):
-            if piece.output is not None:
-                outputs[index] = piece.output
-            yield form.chunk(index, piece, steps=steps)
-    except Problem as problem:
-        yield event(problem.body())
-        return
-    if request.stream_options and request.stream_options.include_usage:
-        yield form.last([outputs[index] for index in sorted(outputs)])
-    yield event("[DONE]")
-
-
-async def _merged(texts: Sequence[Text]) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of all texts with the numbers of these. Raises Problem."""
-    coming: asyncio.Queue[tuple[int, Piece | Problem]] = asyncio.Queue()
-
-    async def read(index: int, text: Text) -> None:
-        try:
-            async for piece in text.pieces():
-                coming.put_nowait((index, piece))
-        except Problem as problem:
-            coming.put_nowait((index, problem))
-
-    tasks = [asyncio.create_task(read(i, text)) for i, text in enumerate(texts)]
-    running = len(tasks)
-    try:
-        while running:
-            index, piece = await coming.get()
-            if isinstance(piece, Problem):
-                raise piece
-            running -= piece.output is not None
-            yield index, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _until_gone(http: fastapi.Request, work: Any) -> Any:
-    """The result of work, which is given up where the client has gone."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not (await asyncio.wait({task}, timeout=LOOK_EVERY))[0]:
-            if await http.is_disconnected():
-                raise Problem(499, "the client has gone")
-        return task.result()
-    except ExceptionGroup as group:  # of the first choice that failed
-        raise group.exceptions[0] from None
-    finally:
-        task.cancel()
 
 
 def _key_check(key: str | None) -> Any:

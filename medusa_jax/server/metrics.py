@@ -38,7 +38,7 @@ class Metrics:
         self.refused = refused.labels(model)
         for metric in (self._running, self._waiting, self._slots):
             metric.labels(model).set(0)
-        self._size = 1
+        self._now: dict[Engine, tuple[int, int, int]] = {}
 
     def ended(self, reason: str) -> None:
         """Counts a text that has ended."""
@@ -46,10 +46,10 @@ class Metrics:
 
     def observe(self, engine: Engine, texts: int) -> None:
         """Reads an engine between two calls."""
-        self._size = engine.decoder.drafter.size
-        self._slots.labels(self._model).set(engine.slots)
-        self._running.labels(self._model).set(engine.running)
-        self._waiting.labels(self._model).set(texts - engine.running)
+        self._now[engine] = engine.slots, engine.running, texts - engine.running
+        gauges = self._slots, self._running, self._waiting
+        for gauge, figures in zip(gauges, zip(*self._now.values(), strict=True), strict=True):
+            gauge.labels(self._model).set(sum(figures))
 
     def add(self, output: Output) -> None:
         """Counts a text that has ended, and its steps."""
@@ -57,10 +57,10 @@ class Metrics:
         self._prompt.labels(self._model).inc(len(output.prompt_ids))
         self._text.labels(self._model).inc(len(output.token_ids))
         steps = output.tokens_per_step
-        if self._size == 1:
+        if not output.drafted:
             return
         self._drafts.labels(self._model).inc(len(steps))
-        self._drafted.labels(self._model).inc(len(steps) * (self._size - 1))
+        self._drafted.labels(self._model).inc(output.drafted)
         self._accepted.labels(self._model).inc(sum(steps) - len(steps))
         for position in range(max(steps, default=1) - 1):
             reached = sum(made > position + 1 for made in steps)
@@ -71,14 +71,14 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def speculation(outputs: Sequence[Output], size: int) -> dict[str, object]:
+def speculation(outputs: Sequence[Output]) -> dict[str, object]:
     """A request's figures, as vLLM's `--per-request-spec-decode-metrics` names them.
 
     Steps of (3, 1, 2) tokens with trees of 5: 3 of 12 drafted tokens were accepted, and the
     histogram of accepted lengths is (1, 1, 1).
     """
     steps = [made for output in outputs for made in output.tokens_per_step]
-    accepted, drafted = sum(steps) - len(steps), len(steps) * (size - 1)
+    accepted, drafted = sum(steps) - len(steps), sum(output.drafted for output in outputs)
     histogram = [0] * max(steps, default=0)
     for made in steps:
         histogram[made - 1] += 1

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -14,12 +15,11 @@ from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.decoding.acceptance import PerRow
 from medusa_jax.errors import InputError
 from medusa_jax.progress import say
-from medusa_jax.server.app import Service, create_app
-from medusa_jax.server.metrics import Metrics
+from medusa_jax.server.app import create_app
 from medusa_jax.server.options import ServeOptions
-from medusa_jax.server.worker import Worker
+from medusa_jax.server.service import Service
 from medusa_jax.serving.generator import load_generator
-from medusa_jax.serving.options import DecodingOptions
+from medusa_jax.serving.options import DecodingOptions, ModelOptions
 
 NEW_TOKENS = 1024  # of a chat that does not say how many
 DRAIN_SECONDS = 120
@@ -40,17 +40,15 @@ def serve(options: ServeOptions) -> None:
 
 def make_service(options: ServeOptions, key: str | None = None) -> Service:
     """The model behind a server; its worker runs."""
-    shared = {field.name for field in dataclasses.fields(DecodingOptions)}
+    shared = {field.name for field in dataclasses.fields(ModelOptions)}
     chosen = {name: value for name, value in vars(options).items() if name in shared}
-    decoding = DecodingOptions(**chosen, batch_size=options.slots)
+    rows: dict[str, Any] = {"batch_size": options.slots, "most_logprobs": options.max_logprobs}
+    decoding = DecodingOptions(**chosen, **rows, by_load=True)
     generator = load_generator(decoding, at_most=NEW_TOKENS, need_heads=False)
     generator = generator.with_tree(generator.tree, PerRow())
-    name = options.served_model_name or options.model or shipped().name
-    metrics = Metrics(name)
-    worker = Worker(generator.engine, generator.text, metrics, options.max_waiting)
     generator.engine.warm_up(64, 64)
-    worker.start()
-    return Service(name, generator, worker, metrics, key)
+    name = options.served_model_name or options.model or shipped().name
+    return Service(name, generator, max_waiting=options.max_waiting, key=key)
 
 
 async def _serve(service: Service, listener: socket.socket, stop: interrupts.Stop) -> None:
@@ -65,12 +63,12 @@ async def _serve(service: Service, listener: socket.socket, stop: interrupts.Sto
     print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     while not stop.number and not serving.done():
         await asyncio.sleep(0.05)
-    service.worker.draining = True
-    if service.worker.taken:
-        say(f"finishing {service.worker.taken} texts")
+    service.drain()
+    if service.taken:
+        say(f"finishing {service.taken} texts")
     server.should_exit = True
     await serving
-    service.worker.stop()
+    service.stop()
 
 
 class _Server(uvicorn.Server):

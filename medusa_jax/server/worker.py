@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from medusa_jax.data.tokenizer import ChatTokenizer
+from medusa_jax.decoding.logprobs import TextLogprobs
 from medusa_jax.decoding.state import Output
 from medusa_jax.errors import InputError
 from medusa_jax.server.metrics import Metrics
@@ -32,11 +33,17 @@ class Piece:
     Attributes:
       texts: of each token; empty while a character or a stop string is not complete.
       steps: tokens that each step accepted.
+      token_ids: the tokens.
+      seconds: time of the engine since its prefill began, compilation excluded.
+      logprobs: of the tokens, where the request asks for them.
       output: the whole row, once it has ended.
     """
 
     texts: list[str]
     steps: list[int]
+    token_ids: list[int]
+    seconds: float
+    logprobs: TextLogprobs | None = None
     output: Output | None = None
 
 
@@ -89,6 +96,7 @@ class Worker:
     def __init__(self, engine: Engine, text: ChatTokenizer, metrics: Metrics, waiting: int) -> None:
         self.taken, self.draining, self._most_waiting = 0, False, waiting
         self._engine, self._text, self._metrics = engine, text, metrics
+        metrics.observe(engine, 0)
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._wake, self._over = threading.Event(), False
         self._texts: dict[Job, Text] = {}
@@ -103,6 +111,7 @@ class Worker:
         self._over = True
         self._wake.set()
         self._thread.join(timeout=5)
+        self._engine.close()
 
     @property
     def alive(self) -> bool:
@@ -150,14 +159,16 @@ class Worker:
         self._wake.set()
 
     def _work(self) -> None:
-        while not self._over:
+        while True:
             self._wake.clear()
-            while self._commands:
-                self._commands.popleft()()
-            if self._engine.idle:
-                self._wake.wait()
-                continue
+            if self._over:
+                return
             try:
+                while self._commands:
+                    self._commands.popleft()()
+                if self._engine.idle:
+                    self._wake.wait()
+                    continue
                 for progress in self._engine.advance():
                     self._report(progress)
             except Exception as error:
@@ -170,6 +181,10 @@ class Worker:
             self._engine.submit(text.job)
         except InputError as error:
             text.tell(Problem(400, str(error), code="context_length_exceeded"))
+            return
+        except Exception as error:  # the other texts go on
+            log.exception("a text was not taken")
+            text.tell(_failure(error))
             return
         self._texts[text.job] = text
 
@@ -184,8 +199,9 @@ class Worker:
         if text is None:
             return
         output = progress.output
+        gained = progress.steps, progress.token_ids, progress.seconds, progress.logprobs
         if output is None:
-            text.tell(Piece(text.growing.take(), progress.steps))
+            text.tell(Piece(text.growing.take(), *gained))
             return
         del self._texts[progress.job]
         try:
@@ -196,12 +212,16 @@ class Worker:
             return
         text.growing.finish()
         self._metrics.add(output)
-        text.tell(Piece(text.growing.take(), progress.steps, output))
+        text.tell(Piece(text.growing.take(), *gained, output))
 
     def _fail(self, error: Exception) -> None:
         """Ends all texts: the state of the device may be gone."""
-        self._engine.reset()
         for text in self._texts.values():
             self._metrics.ended("error")
-            text.tell(Problem(500, f"the engine failed: {type(error).__name__}"))
+            text.tell(_failure(error))
         self._texts.clear()
+        self._engine.reset()
+
+
+def _failure(error: Exception) -> Problem:
+    return Problem(500, f"the engine failed: {type(error).__name__}")

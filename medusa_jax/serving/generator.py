@@ -26,8 +26,10 @@ from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.options import check
+from medusa_jax.serving import tree_store
 from medusa_jax.serving.conversations import Completion, Conversation, Prompt, Update, converse
 from medusa_jax.serving.engine import Engine
+from medusa_jax.serving.ladder import ladder_of
 from medusa_jax.serving.options import (
     DEFAULT_NEW_TOKENS,
     DecodingOptions,
@@ -129,9 +131,12 @@ class Generator:
     @functools.cached_property
     def engine(self) -> Engine:
         """The engine, with `options.batch_size` slots."""
-        slots, seed = self.options.batch_size, self.options.seed
+        slots, seed, decoder = self.options.batch_size, self.options.seed, decoder_of(self)
         how = {"stop_ids": self.stop_ids, "repetition_penalty": self.repetition_penalty}
-        return Engine(decoder_of(self), self.model.params, slots=slots, seed=seed, **how)
+        ladder = None
+        if self.options.by_load:
+            ladder = ladder_of(decoder.drafter, slots, tuned_lengths(self))
+        return Engine(decoder, self.model.params, slots=slots, seed=seed, ladder=ladder, **how)
 
     @property
     def stats(self) -> Stats:
@@ -193,7 +198,15 @@ def decoder_of(generator: Generator) -> Decoder:
     drafter = medusa_drafter(model.heads, generator.tree)
     how = generator.acceptance, capacity, generator.suppress, model.mesh
     attention = "attention" in kernels.used(generator.options.no_kernels)
-    return Decoder(model.config, drafter, *how, kernels=attention)
+    most = generator.options.most_logprobs
+    return Decoder(model.config, drafter, *how, kernels=attention, most_logprobs=most)
+
+
+def tuned_lengths(generator: Generator) -> list[tuple[Tree | DynamicTree, float]]:
+    """Trees that were tuned for a generator's model, and the mean accepted length of each."""
+    where = generator.model, generator.acceptance, 1, generator.model.precision
+    found = tree_store.find(*where, own_heads=not generator.options.heads)
+    return [] if found is None else tree_store.accepted_lengths(found.tuning)
 
 
 def load_generator(

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from medusa_jax.decoding.logprobs import TextLogprobs
+from medusa_jax.decoding.sampling import RowSampling
 from medusa_jax.decoding.state import Output
 
 
@@ -15,8 +17,7 @@ class Job:
       max_new_tokens: most tokens to add.
       stream: the random stream that its row draws from: (prompt number, sample number).
       seed: of its random draws; None for that of the engine.
-      sampling: its temperature (0 decodes greedily), top_k and top_p, where the engine's scheme
-        is `PerRow`.
+      sampling: how its row is sampled, where the engine's scheme is `PerRow`.
       stop_ids: tokens that end it; None for those of the engine.
       room: tokens that its conversation may grow to, where longer prompts will follow it.
       read: is told new tokens; says how many of them to keep where the text ends among them,
@@ -27,7 +28,7 @@ class Job:
     max_new_tokens: int
     stream: tuple[int, int] = (0, 0)
     seed: int | None = None
-    sampling: tuple[float, int, float] = (0.0, 0, 1.0)
+    sampling: RowSampling = RowSampling()
     stop_ids: Sequence[int] | None = None
     room: int = 0
     read: Callable[[list[int]], int | None] = lambda token_ids: None
@@ -47,6 +48,7 @@ class Progress:
       steps: tokens that each step accepted since then, before any cut at a stop.
       output: all of the text, once it has ended.
       seconds: time of the engine since its prefill began, compilation excluded.
+      logprobs: of `token_ids`, where the job has asked for them.
     """
 
     job: Job
@@ -54,6 +56,7 @@ class Progress:
     steps: list[int]
     output: Output | None
     seconds: float
+    logprobs: TextLogprobs | None = None
 
 
 @dataclasses.dataclass
@@ -84,7 +87,8 @@ class Row:
         if kept is not None:
             new, output = new[:kept], output.stopped(self.reported + kept)
         steps = output.tokens_per_step[self.steps :]
+        logprobs = output.logprobs and output.logprobs[self.reported : self.reported + len(new)]
         self.reported += len(new)
         self.steps += len(steps)
         ended = None if output.running else output
-        return Progress(self.job, new, steps, ended, now - self.start)
+        return Progress(self.job, new, steps, ended, now - self.start, logprobs)

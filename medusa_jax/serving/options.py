@@ -25,11 +25,8 @@ MOST_RANKS = 10  # guesses of each head that a tree may use; the original's top-
 
 
 @dataclasses.dataclass(kw_only=True)
-class DecodingOptions:
-    """What to decode with, and how. `tree` and `acceptance` may also be objects.
-
-    The help of each field says what it is; `serving.generator.Generator.load` takes them all.
-    """
+class ModelOptions:
+    """What to decode with, on what. The help of each field says what it is."""
 
     model: str | None = option(None, help="Hugging Face directory or hub id, with or without heads "
         "inside, GGUF file, or smollm2 (default: the small model of the package)")  # fmt: skip
@@ -37,10 +34,41 @@ class DecodingOptions:
         "those found with the model)")  # fmt: skip
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
         "tokenizer's)")  # fmt: skip
-    raw: bool = option(False, help="no chat template: BOS and the text as it is")
     tree: str | Tree | DynamicTree = option("auto", help="auto: the tree tuned for this model and "
         "device; a published name; a JSON file; grow:SIZE or grow:SIZE:DEPTH: grown anew at each "
         "step")  # fmt: skip
+    autoregressive: bool = option(False, help="plain decoding, one token a step")
+    max_length: int | None = option(None, help="prompt and text together (default: the context)")
+    dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
+        "CPU, else bfloat16")  # fmt: skip
+    quantize: str = option(NONE, choices=CHOICES, help="hold weights in fewer bits; needs qwix, "
+        "of the extra [quantize]")  # fmt: skip
+    mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
+        "(default: one)")  # fmt: skip
+    no_kernels: list[str] | None = option(None, nargs="*", choices=kernels.NAMES, help="XLA's own "
+        "products on a CPU, XLA's own attention to the cache (default: both)")  # fmt: skip
+    debug: bool = False
+
+    @property
+    def precision(self) -> str:
+        """The precision that `dtype` names, or the usual precision of this machine."""
+        return self.dtype or ("bfloat16" if accelerated() else "float32")
+
+
+@dataclasses.dataclass(kw_only=True)
+class DecodingOptions(ModelOptions):
+    """What to decode with, and how. `tree` and `acceptance` may also be objects.
+
+    `serving.generator.Generator.load` takes all of them.
+
+    Attributes:
+      most_logprobs: see `decoding.decoder.Decoder`; no flag.
+      by_load: the engine chooses its batch size and its tree by load; no flag.
+    """
+
+    most_logprobs: int | None = None
+    by_load: bool = False
+    raw: bool = option(False, help="no chat template: BOS and the text as it is")
     acceptance: str | Acceptance = option("greedy", help=" | ".join(SCHEMES))
     temperature: float | None = option(None, help="default: 1.0 lossless, 0.7 typical")
     top_k: int = option(0, help="lossless: tokens kept, 0 for all")
@@ -51,30 +79,14 @@ class DecodingOptions:
     seed: int = option(0, least=-(2**63), most=2**64 - 1, help="of all random draws")
     repetition_penalty: float | None = option(None, help="divides the logits of tokens that prompt "
         "or text hold, as transformers does (default: the model's own, else 1: none)")  # fmt: skip
-    autoregressive: bool = option(False, help="plain decoding, one token a step")
     max_new_tokens: int | None = option(None, least=1, help=f"default: what fits, at most "
         f"{DEFAULT_NEW_TOKENS}")  # fmt: skip
-    max_length: int | None = option(None, help="prompt and text together (default: the context)")
     batch_size: int = option(1, least=1, help="rows decoded together: slots that prompts refill")
-    dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
-        "CPU, else bfloat16")  # fmt: skip
-    quantize: str = option(NONE, choices=CHOICES, help="hold weights in fewer bits; needs qwix, "
-        "of the extra [quantize]")  # fmt: skip
-    mesh: str | None = option(None, metavar="tensor=N", help="split model and work over N devices "
-        "(default: one)")  # fmt: skip
-    no_kernels: list[str] | None = option(None, nargs="*", choices=kernels.NAMES, help="XLA's own "
-        "products on a CPU, XLA's own attention to the cache (default: both)")  # fmt: skip
     ignore_eos: bool = option(False, help="go on past end-of-sequence")
     stop: list[str] = option([], action="append", metavar="TEXT", help="ends a text before this "
         "string; may be given again")  # fmt: skip
     stop_id: list[int] = option([], action="append", help="another token that ends a text")
     suppress_tokens: list[int] = option([], nargs="+", help="ids never to produce")
-    debug: bool = False
-
-    @property
-    def precision(self) -> str:
-        """The precision that `dtype` names, or the usual precision of this machine."""
-        return self.dtype or ("bfloat16" if accelerated() else "float32")
 
 
 def acceptance_of(options: DecodingOptions) -> Acceptance:
@@ -137,7 +149,8 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     if not isinstance(tree, str):
         return tree
     if tree == "auto":
-        which = model, scheme, options.batch_size, model.precision
+        rows = 1 if options.by_load else options.batch_size  # a ladder has smaller trees below it
+        which = model, scheme, rows, model.precision
         tuned = auto_tree(*which, own_heads=options.heads is None)
         return tuned or default_tree(num_heads, accelerated(), str(options.model))
     if recipe := re.fullmatch(r"grow:(\d{1,99})(?::(\d{1,99}))?", tree):

@@ -6,7 +6,7 @@ import jax
 import pytest
 from helpers.models import TinyModel
 
-from medusa_jax.decoding.acceptance import Greedy, Lossless, PerRow
+from medusa_jax.decoding.acceptance import Greedy, Lossless, PerRow, Typical
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import Output, outputs
@@ -63,9 +63,9 @@ def test_refilled_slots_write_what_single_rows_write(
     assert 0 < stats.decode_seconds < stats.seconds
 
 
-# Greedy and sampled rows; hot, cold, cut in both ways; with seeds and stop tokens of their own.
+# Greedy, sampled and typical rows; hot, cold, cut in both ways; with own seeds and stop tokens.
 SETTINGS = [(0.0, 0, 1.0), (0.9, 0, 1.0), (1.3, 5, 1.0), (0.7, 0, 0.8), (1.0, 7, 0.9)]
-SETTINGS += [(1e-40, 0, 1.0), (0.0, 3, 0.5)]
+SETTINGS += [(1e-40, 0, 1.0), (0.0, 3, 0.5), (0.7, 0, 1.0, True)]
 
 
 @pytest.mark.slow
@@ -82,8 +82,9 @@ def test_rows_with_settings_of_their_own_write_what_they_write_alone(tiny: TinyM
     decoder = decoder_of(tiny, TREES[1], PerRow())
     engine = Engine(decoder, tiny.params, slots=4, stop_ids=(2,), seed=5)
     for job, output in zip(jobs, engine.run(jobs), strict=True):
-        temperature, *cut = job.sampling
-        scheme = Lossless(temperature, *cut) if temperature else Greedy()
+        temperature, top_k, top_p, *typical = job.sampling
+        scheme = Lossless(temperature, top_k, top_p) if temperature else Greedy()
+        scheme = Typical(temperature) if any(typical) else scheme
         alone = dataclasses.replace(decoder, acceptance=scheme)
         stops = (2,) if job.stop_ids is None else job.stop_ids
         assert output == single(alone, tiny.params, job, stop_ids=stops)
