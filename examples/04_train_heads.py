@@ -31,16 +31,16 @@ def answers(path: Path, count: int = 16) -> None:
 
 
 def config(data: Path) -> Config:
-    """Four heads of one block through the backbone's lm_head, 20 steps."""
+    """Four heads of one block through the backbone's lm_head, 10 steps."""
     return Config(
         mode="medusa1",
         model=Backbone(path=str(SHIPPED), dtype="float32", remat=False),
         heads=Heads(number=4, layers=1, shared=True),
         data=Data(train=(str(data),), eval_fraction=0.1, sequence_length=128),
         loss=Loss(chunk=0),
-        optim=Optim(learning_rate=1e-3, batch_size=4, steps=20, warmup_steps=3),
+        optim=Optim(learning_rate=2e-3, batch_size=4, steps=10, warmup_steps=3),
         mesh=Mesh(fsdp=1),
-        run=Run(log_every=10, eval_every=0, save_every=0, tensorboard=False),
+        run=Run(log_every=5, eval_every=0, save_every=0, tensorboard=False),
     )
 
 

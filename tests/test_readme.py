@@ -1,6 +1,7 @@
 """README.md and docs/quickstart.md keep their word: each command and each example runs as printed.
 
-They run in a copy of the checkout, with nothing beside it. Only `pip install` is left out.
+They run in a copy of the checkout, with nothing beside it. Only `pip install` is left out. The
+Python examples compile as users do. Commands compile as other tests do, and share their programs.
 """
 
 import re

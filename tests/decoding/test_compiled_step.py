@@ -1,6 +1,6 @@
 """The program that users run: its decoding loop moves no cache and reads each weight once a step.
 
-XLA's default optimization, in a process of its own, since other tests compile with less of it.
+XLA's default passes, in a process of its own, since other tests compile with another generator.
 The checks find what they look for: every way to spoil a small loop is reported.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import hlo
-from helpers.environment import default_optimization
+from helpers.environment import USERS_GENERATOR, default_passes
 from helpers.paths import TESTS
 
 CHILD = TESTS / "helpers/compiled_step.py"
@@ -24,7 +24,7 @@ B, K, C, S, D = 3, 2, 8, 192, 32
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Faults of each loop that the child compiled, for one device and for two."""
     out = tmp_path_factory.mktemp("compiled_step") / "found.json"
-    env = default_optimization() | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    env = default_passes() | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, CHILD, out], env=env, capture_output=True, text=True, timeout=280
     )
@@ -103,7 +103,8 @@ def small_faults(spoil: str = "") -> list[str]:
         length=jnp.zeros(B, jnp.int32),
         hidden=jnp.ones((B, D)),
     )
-    compiled = jax.jit(loop, donate_argnames=donated).lower(params, state).compile()
+    lowered = jax.jit(loop, donate_argnames=donated).lower(params, state)
+    compiled = lowered.compile(USERS_GENERATOR)
     return hlo.faults(compiled, (state.keys, state.values))
 
 

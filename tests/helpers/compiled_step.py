@@ -1,4 +1,4 @@
-"""Compiles whole decoding loops as users do, with XLA's default optimization, as a script.
+"""Compiles whole decoding loops to the HLO that users have, as a script.
 
     JAX_NUM_CPU_DEVICES=2 python tests/helpers/compiled_step.py OUT
 

@@ -80,9 +80,9 @@ def test_processes_that_do_not_share_their_directory(place: Path, tmp_path: Path
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_is_left_of_two_processes_says_so_and_ends(place: Path, tmp_path: Path, victim: int):
     """Process 0 is that which JAX of all others depends on."""
-    flags = ["--config.optim.steps=4000", "--config.run.save_every=20"]
+    flags = ["--config.optim.steps=4000", "--config.run.save_every=8"]
     processes = pair(place, tmp_path / "run", flags=[*flags, "--config.run.eval_every=0"])
-    wait_for_checkpoint(tmp_path / "run", 20, processes[victim])
+    wait_for_checkpoint(tmp_path / "run", 8, processes[victim])
     processes[victim].kill()
     killed = time.monotonic()
     _, err = processes[1 - victim].communicate(timeout=60)
