@@ -110,7 +110,8 @@ class Objective:
 
     def counts(self, batch: Batch) -> Counts:
         """Targets of a step's arrays [A, B, T]."""
-        rows = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), batch)
+        keys = ("tokens", "segments", "learnt")
+        rows = {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in keys}
 
         def count(offset: int) -> Array:
             return jnp.sum(_targets(rows, offset)[1]).astype(jnp.float32)
@@ -132,7 +133,7 @@ class Objective:
 
         Args:
           trainable, frozen: nested parameters that together make up the model.
-          batch: arrays [B, T] of `packing.row`.
+          batch: arrays [B, T] of `packing.row`; with `hidden` [B, T, D], no backbone is computed.
           counts: targets in the whole step: parts of its loss add up to it.
           heads_weight: lambda_0 (Medusa-2 only).
           key: for the adapters' dropout; None for none.
@@ -194,6 +195,8 @@ class Objective:
         return Terms(lm_sums, kl, heads)
 
     def _hidden(self, backbone: Params, batch: Batch) -> Array:
+        if "hidden" in batch:  # kept from an earlier pass (`hidden_states.py`)
+            return batch["hidden"].astype(self.dtype)
         return scanned_backbone.hidden_states(
             self.model, backbone, batch, remat=self.remat, sharding=self.sharding
         )

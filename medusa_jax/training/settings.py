@@ -85,6 +85,9 @@ class Data:
       packing: several documents in a row; off: one each, padded.
       max_documents: read no more than this many of each source, 0 for all.
       on_bad: `skip` (and count) or `refuse` what is no conversation.
+      hidden_states: directory that keeps the backbone's hidden states in bfloat16 (Medusa-1).
+        The first run computes them, 2 D bytes a token; epochs and runs after it read them.
+        Empty: each step computes its own.
     """
 
     train: tuple[str, ...] = ()
@@ -98,6 +101,7 @@ class Data:
     packing: bool = True
     max_documents: int = 0
     on_bad: str = option("skip", choices=("skip", "refuse"))
+    hidden_states: str = ""
 
 
 @dataclasses.dataclass
@@ -252,6 +256,11 @@ def check(config: Config) -> None:
     if config.loss.distill and config.mode != "medusa2":
         raise InputError(
             f"loss.distill needs mode 'medusa2' (a backbone that learns), got {config.mode!r}"
+        )
+    if config.data.hidden_states and config.mode != "medusa1":
+        raise InputError(
+            "data.hidden_states keeps those of a backbone that does not learn (mode 'medusa1'), "
+            f"got mode {config.mode!r}"
         )
     if config.optim.trained != ".*" and (config.mode == "medusa1" or config.adapted):
         raise InputError(

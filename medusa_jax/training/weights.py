@@ -106,6 +106,9 @@ def plan(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Pa
       InputError: a parameter is in no group of the optimizer, or in several.
     """
     stacks = scanned_backbone.shapes(_shapes(backbone_places(model)), model.num_layers)
+    if config.data.hidden_states:  # then only the projection is left to compute
+        projection = "embed/embedding" if model.tied else "lm_head"
+        stacks = {projection: stacks[projection]}
     backbone = {f"backbone/{path}": shape for path, shape in stacks.items()}
     shapes = backbone | _teacher_shapes(config, backbone) | _adapter_shapes(config, model, stacks)
     shapes |= {f"heads/{path}": shape for path, shape in _shapes(head_places(heads)).items()}
