@@ -42,6 +42,8 @@ class Heads:
       shared: predict through the backbone's lm_head instead of a projection each.
       truncated: guess among this many tokens only, those most frequent in the training
         data: a shorter projection to read in every step; 0 for all.
+      selector: ranks of the learned selector, which trees grown at each step read; 0 for none.
+        The heads get no gradient from it.
       path: heads to start from: a directory or file of heads, or the working
         directory of an earlier run. Empty: copies of the lm_head.
     """
@@ -50,6 +52,7 @@ class Heads:
     layers: int = option(1, least=0)
     shared: bool = False
     truncated: int = option(0, least=0)
+    selector: int = option(0, least=0)
     path: str = ""
 
 
@@ -114,6 +117,11 @@ class Loss:
       ramp: how lambda_0 grows to that: `constant`, `linear` or `sine` (a quarter wave).
       ramp_fraction: share of the run after which it is reached.
       distill: KL to the backbone as it was in place of its own cross-entropy.
+      heads: what a head learns: `ce`, cross-entropy with the text; `d_pace`, the same with
+        weights by what it adds to the accepted length; `tv`, total variation to the backbone's
+        distribution, and `lk_hybrid`, KL and then total variation (`head_losses.py`).
+      smoothing: s of `d_pace`.
+      eta: of `lk_hybrid`.
       chunk: positions of a device's rows whose logits exist at a time, 0 for all.
     """
 
@@ -122,6 +130,9 @@ class Loss:
     ramp: str = option("constant", choices=("constant", "linear", "sine"))
     ramp_fraction: float = 1.0
     distill: bool = False
+    heads: str = option("ce", choices=("ce", "d_pace", "tv", "lk_hybrid"))
+    smoothing: float = option(0.5, least=0, most=1)
+    eta: float = option(3.0, least=0)
     chunk: int = option(512, least=0)
 
 
