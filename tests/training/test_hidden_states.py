@@ -3,13 +3,18 @@
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from helpers.head_files import heads_file, random_heads
 from helpers.runs import lines, train
+from safetensors.numpy import load_file
 
+from medusa_jax.checkpoints.load import load_model
 from medusa_jax.training import hidden_states, settings
 from medusa_jax.training.hidden_states import Files
-from medusa_jax.training.weights import heads_shape, model_shape, plan
+from medusa_jax.training.mesh import make_mesh
+from medusa_jax.training.weights import heads_shape, load, model_shape, plan
 
 STEPS = 8
 
@@ -27,8 +32,10 @@ def kept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return directory / "run", states
 
 
-def flags(states: Path, *more: str) -> list[str]:
-    return [f"--config.data.hidden_states={states}", f"--config.optim.steps={STEPS}", *more]
+def flags(states: Path | str, *more: str) -> list[str]:
+    heads = {"shared": True, "truncated": 20, "selector": 4}
+    shape = [f"--config.heads.{name}={value}" for name, value in heads.items()]
+    return [f"--config.data.hidden_states={states}", f"--config.optim.steps={STEPS}", *shape, *more]
 
 
 @pytest.mark.e2e
@@ -36,13 +43,17 @@ def flags(states: Path, *more: str) -> list[str]:
 def test_losses_are_those_of_computed_states_up_to_the_rounding(
     place: Path, kept: tuple[Path, Path], tmp_path: Path
 ):
-    code, err = train(place, tmp_path / "run", f"--config.optim.steps={STEPS}")
+    code, err = train(place, tmp_path / "run", *flags(""))
     assert code == 0, err
     for ours, theirs in zip(lines(kept[0]), lines(tmp_path / "run"), strict=True):
         assert ours.keys() == theirs.keys()
         for name in (name for name in ours if "loss" in name):
             assert ours[name] == pytest.approx(theirs[name], rel=0.005), name
     assert lines(kept[0]) != lines(tmp_path / "run")
+    held_out = [line for line in lines(kept[0]) if "eval_selector_loss" in line]
+    assert held_out[-1]["eval_selector_loss"] < held_out[0]["eval_selector_loss"]
+    heads = load_model(place / "model", kept[0] / "heads").heads
+    assert (heads.truncated, heads.selector) == (20, 4)
 
 
 @pytest.mark.e2e
@@ -111,3 +122,19 @@ def test_nothing_of_the_backbone_but_its_projection_is_in_the_step(place: Path):
     model = model_shape(config)
     table = plan(config, model, heads_shape(config, model))
     assert {path for path in table if path.startswith("backbone/")} == {"backbone/embed/embedding"}
+
+
+def test_heads_to_start_from_get_a_selector_where_they_have_none(place: Path, tmp_path: Path):
+    start = heads_file(tmp_path, random_heads(2, vocab=None))
+    config = settings.Config(
+        model=settings.Backbone(path=str(place / "model"), dtype="float32"),
+        heads=settings.Heads(number=2, shared=True, selector=4, path=str(start)),
+    )
+    weights = load(config, make_mesh(settings.Mesh(), jax.devices()[:1]), with_frozen=False)
+    heads = weights.trainable["heads"]
+    np.testing.assert_array_equal(
+        heads["head_1"]["block_0"]["weight"], load_file(start)["1.0.linear.weight"]
+    )
+    assert heads["selector"]["before"]["weight"].shape == (4, 16)
+    assert np.std(heads["selector"]["after"]["weight"]) == pytest.approx(0.25, rel=0.3)
+    assert not heads["selector"]["context"]["weight"].any()
