@@ -13,7 +13,10 @@ from medusa_jax.checkpoints.names import ORIGINAL, HeadNames
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 
 MERGED = HeadNames(
-    "medusa_head.{h}.{l}.linear", "medusa_head.{h}.{L}.weight", token_map="medusa_head.token_map"
+    "medusa_head.{h}.{l}.linear",
+    "medusa_head.{h}.{L}.weight",
+    token_map="medusa_head.token_map",
+    selector="medusa_head.selector",
 )
 MODELOPT = HeadNames("medusa_heads.{h}.{l}.linear", "medusa_heads.{h}.{L}.weight")
 VLLM = HeadNames("blocks.{h}.layers.{l}", "lm_heads.{h}.weight", "lm_head.weight", "token_map")

@@ -129,6 +129,9 @@ def fitted(
     if ids is not None and not base:
         size = _stated_size(heads, ids)
     config = dataclasses.replace(config, vocab_size=size)
+    if config.selector and not (as_is and DIALECTS[target].names.selector):
+        log.warning("--to %s has no place for the selector of these heads: left out", target)
+        config = dataclasses.replace(config, selector=0)
     stored = tensors.pop("vocab", None)
     if ids is not None and not as_is:
         del tensors["token_map"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, VLLM, folder
-from medusa_jax.checkpoints.names import ORIGINAL, HeadNames, head_places, matched
+from medusa_jax.checkpoints.names import ORIGINAL, SELECTOR, HeadNames, head_places, matched
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.checkpoints.tensors import open_file, open_model
 from medusa_jax.drafting.medusa_heads import HeadsConfig
@@ -154,6 +154,7 @@ def head_tensors(source: Path, expected: HeadsConfig) -> Tensors:
     """Tensors of heads by the path of their parameter, unread.
 
     Whole heads without a projection of their own serve as truncated ones too: they hold no rows.
+    Heads without a selector serve as heads to which one is added.
 
     Raises:
       InputError: they cannot be opened, or have another shape than expected.
@@ -164,6 +165,8 @@ def head_tensors(source: Path, expected: HeadsConfig) -> Tensors:
         shape = dataclasses.replace(shape, vocab_size=expected.vocab_size)
     if shape.shared and not shape.truncated and "vocab" not in stored.tensors:
         shape = dataclasses.replace(shape, truncated=expected.truncated)
+    if not shape.selector:
+        shape = dataclasses.replace(shape, selector=expected.selector)
     if shape != expected:
         raise InputError(f"{source} holds {shape}, expected {expected}")
     return stored.tensors
@@ -184,6 +187,8 @@ def _role(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
         "shared": names.shared,
         "token_map": names.token_map,
     }
+    if names.selector:
+        templates |= {f"selector.{part}": f"{names.selector}.{part}" for part in SELECTOR}
     for role, template in templates.items():
         pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d{1,9})", re.escape(template))
         if template and (match := re.fullmatch(pattern, tensor)):
@@ -198,7 +203,8 @@ def _check_kinds(names: HeadNames, tensors: Tensors, source: Path) -> None:
     """
     for name, tensor in tensors.items():
         role = (_role(names, name) or ("",))[0]
-        dimensions = {"": len(tensor.shape), "bias": 1, "token_map": 1}.get(role, 2)
+        vectors = {"bias": 1, "token_map": 1, "selector.context.bias": 1}
+        dimensions = ({"": len(tensor.shape)} | vectors).get(role, 2)
         ids = role != "token_map" or "int" in tensor.dtype
         if len(tensor.shape) != dimensions or not ids:
             raise InputError(f"{source}: misshapen {name}: {tensor.dtype} {list(tensor.shape)}")
@@ -230,6 +236,7 @@ def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsCon
     projections = named("vocab") + named("shared")
     rows = tensors[projections[0]].shape[0] if projections else 0
     truncated = tensors[names.token_map].shape[0] if named("token_map") else 0
+    ranks = [tensors[name].shape[0] for name in named("selector.before.weight")]
     config = HeadsConfig(
         num_heads=num_heads,
         num_layers=num_layers,
@@ -237,6 +244,7 @@ def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsCon
         vocab_size=0 if truncated else rows,
         shared=not named("vocab"),
         truncated=truncated,
+        selector=next(iter(ranks), 0),
     )
     places = head_places(config, names, with_shared=bool(named("shared")))
     return config, matched(places, tensors, source)

@@ -77,16 +77,19 @@ class HeadNames:
       vocab: a head's own projection.
       shared: a stored projection that all heads share; "" where the dialect has none.
       token_map: ids of the rows of truncated projections; "" where the dialect has none.
+      selector: what begins the names of the learned selector; "" where the dialect has none.
     """
 
     linear: str
     vocab: str
     shared: str = ""
     token_map: str = ""
+    selector: str = ""
 
 
-# The original itself has no truncated heads; the map's name is vLLM's.
-ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight", token_map="token_map")
+# The original itself has no truncated heads and no selector; the map's name is vLLM's.
+ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight", token_map="token_map", selector="selector")
+SELECTOR = ("before.weight", "after.weight", "context.weight", "context.bias")
 
 
 def head_places(
@@ -110,6 +113,11 @@ def head_places(
         if not config.shared:
             vocab = names.vocab.format(h=h, L=config.num_layers)
             places[vocab] = Place((head, "vocab"), (rows, width))
+    if config.selector and names.selector:
+        of_heads = config.num_heads * config.selector
+        shapes = ((config.selector, width),) * 2 + ((of_heads, width), (of_heads,))
+        for name, shape in zip(SELECTOR, shapes, strict=True):
+            places[f"{names.selector}.{name}"] = Place(("selector", *name.split(".")), shape)
     if with_shared:
         places[names.shared] = Place(("vocab",), (rows, width))
     return places

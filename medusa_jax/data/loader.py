@@ -57,19 +57,20 @@ class Batches:
 
 
 def global_arrays(rows: Rows, numbers: np.ndarray, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Rows `numbers` [A, B] as arrays [A, B, T], made where they are needed."""
-    shape = (*numbers.shape, rows.length)
-    here: Any = sharding.addressable_devices_indices_map(shape)
+    """Rows `numbers` [A, B] as arrays [A, B, T, ...], made where they are needed."""
+    here: Any = sharding.addressable_devices_indices_map((*numbers.shape, rows.length))
     wanted = sorted({r for index in here.values() for r in numbers[index[:2]].flat})
     place = {r: i for i, r in enumerate(wanted)}
     local = rows.arrays(wanted)
 
     def part(array: np.ndarray, index: Any) -> np.ndarray:
         mine = numbers[index[:2]]
-        return array[[place[r] for r in mine.flat]].reshape(*mine.shape, -1)
+        return array[[place[r] for r in mine.flat]].reshape(*mine.shape, *array.shape[1:])
 
     return {
-        key: jax.make_array_from_callback(shape, sharding, lambda index, a=array: part(a, index))
+        key: jax.make_array_from_callback(
+            (*numbers.shape, *array.shape[1:]), sharding, lambda index, a=array: part(a, index)
+        )
         for key, array in local.items()
     }
 

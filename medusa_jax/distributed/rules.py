@@ -46,6 +46,7 @@ RULES = (
     (r"(out|down)/b$", P("fsdp", None)),
     (r"head_\d+/block_\d+/weight$", P(None, "fsdp")),  # of one head, in training
     (r"block_\d+/weight$", P(ALL, None)),  # of all heads, for decoding
+    (r"selector/\w+/weight$", P()),  # small: a step multiplies a few rows with it
     (r"(scale|bias|token_map)$", P(None)),
     (r"^bigrams/", P()),  # of which a step reads a few numbers here and there
 )

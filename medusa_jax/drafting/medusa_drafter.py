@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from medusa_jax.drafting import bigrams
+from medusa_jax.drafting import bigrams, selector
 from medusa_jax.drafting.drafter import Drafter, NoDraft, Params
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, first_heads, top_guesses
@@ -16,6 +16,7 @@ from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.linear import weight_of
 from medusa_jax.param_paths import device_bytes, flat
 
 
@@ -27,10 +28,12 @@ class MedusaDraft:
     Attributes:
       guesses: the best tokens of each head [B, M, R].
       scores: their log-probabilities [B, M, R], where the tree reads them; else [B, 0, 0].
+      contexts: what the selector makes of the hidden state [B, M, r]; without one [B, 0, 0].
     """
 
     guesses: Array
     scores: Array
+    contexts: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +71,19 @@ class MedusaDrafter:
         logits: Any = asked.apply({"params": params["heads"]}, hidden, backbone.unembed)
         token_map = params["heads"].get("token_map")
         guesses, values = top_guesses(logits, self.tree.top_k, token_map)
+        none = jnp.zeros((hidden.shape[0], 0, 0))
         if not self.tree.scored:
-            return MedusaDraft(guesses, jnp.zeros((hidden.shape[0], 0, 0)))
+            return MedusaDraft(guesses, none, none)
         every = jnp.stack(logits, axis=1)
         likely = jnp.exp(every - values[..., :1])
         # A product: a CPU would split a sum among its threads, which costs more than the sum.
         total = likely @ jnp.ones(every.shape[-1])
         scores = values - values[..., :1] - jnp.log(total)[..., None]
-        return MedusaDraft(guesses, scores)
+        if selector.NAME not in params["heads"]:
+            return MedusaDraft(guesses, scores, none)
+        learned = params["heads"][selector.NAME]
+        contexts = selector.contexts(learned, hidden, self.heads.num_heads)
+        return MedusaDraft(guesses, scores, contexts[:, : self.depth])
 
     def propose(
         self, params: Params, draft: MedusaDraft, root: Int[Array, " B"]
@@ -89,10 +97,11 @@ class MedusaDrafter:
 
     def read_bytes(self, params: Params) -> float:
         share, total = self.depth / self.heads.num_heads, 0.0
+        whole = (*(f"head_{i}/" for i in range(self.depth)), f"{selector.NAME}/")
         for path, leaf in flat(params["heads"]).items():
             if path.startswith("block_"):  # of all heads
                 total += device_bytes(leaf) * share
-            elif path.startswith(tuple(f"head_{i}/" for i in range(self.depth))):
+            elif path.startswith(whole):
                 total += device_bytes(leaf)
         if self.heads.shared:
             # Heads wait for the accepted token, so the shared projection is read once more.
@@ -111,9 +120,24 @@ def path_scores(
     params: Params, draft: MedusaDraft, root: Int[Array, " B"]
 ) -> Float[Array, "B M R R"]:
     """Log-probability of each guess after each guess of the head before, or after the root."""
+    if selector.NAME in params["heads"]:
+        return _selected(params, draft, root)
     scores, guesses = draft.scores[:, :, None, :], draft.guesses
     if bigrams.NAME not in params:
         return jnp.broadcast_to(scores, (*guesses.shape, guesses.shape[-1]))
     roots = jnp.broadcast_to(root[:, None, None], guesses[:, :1].shape)
     before = jnp.concatenate((roots, guesses[:, :-1]), axis=1)
     return jnp.minimum(scores + bigrams.links(params[bigrams.NAME], before, guesses), 0)
+
+
+def _selected(params: Params, draft: MedusaDraft, root: Int[Array, " B"]) -> Array:
+    """`path_scores` where the heads have a selector, which then takes the place of bigrams."""
+    learned = params["heads"][selector.NAME]
+    table = weight_of(params["backbone"]["embed"]["embedding"])
+    guesses = table.lookup(draft.guesses)
+    first = selector.mapped(learned, "before", table.lookup(root))[:, None, None]
+    first = jnp.broadcast_to(first, (*guesses[:, :1].shape[:-1], first.shape[-1]))
+    rest = selector.mapped(learned, "before", guesses[:, :-1])
+    before = jnp.concatenate((first, rest), axis=1)
+    after = selector.mapped(learned, "after", guesses)
+    return selector.links(draft.scores, selector.pairs(before, draft.contexts, after))

@@ -36,6 +36,7 @@ class HeadsConfig:
       shared: logits through one projection, the backbone's lm_head or its
         `token_map` rows, instead of its own (the original's version "2").
       truncated: W, rows of the projection where it has fewer than V; else 0.
+      selector: ranks r of the learned selector (`selector.py`), 0 where they have none.
     """
 
     num_heads: int
@@ -44,6 +45,7 @@ class HeadsConfig:
     vocab_size: int
     shared: bool = False
     truncated: int = 0
+    selector: int = 0
 
 
 NO_HEADS = HeadsConfig(num_heads=0, num_layers=0, hidden_size=0, vocab_size=0)

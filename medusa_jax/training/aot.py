@@ -70,5 +70,8 @@ def trace(config: Config, mesh: Mesh) -> Any:
             ("learnt", jnp.bool_),
         )
     }
+    if config.data.hidden_states:
+        wide = (*shape, model.hidden_size)
+        batch["hidden"] = jax.ShapeDtypeStruct(wide, jnp.bfloat16, sharding=place)
     with_lm = jax.ShapeDtypeStruct((), jnp.bool_, sharding=NamedSharding(mesh, PartitionSpec()))
     return program.step.trace(state, weights.frozen, batch, with_lm)

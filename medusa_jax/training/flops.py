@@ -52,6 +52,8 @@ def needed(config: Config, model: ModelConfig, heads: HeadsConfig) -> float:
     # Passes through each part: forward, and back to its inputs and its parameters.
     passes = 1 + learns + full
     backbone = passes * layers + (1 + 2 * learns) * pairs + (passes * lm_head if learns else 0)
+    if config.data.hidden_states:
+        backbone = 0.0
     if config.adapted:
         a_layer = (query + 3 * width + 2 * key + query) + 3 * (width + model.ffn_size)
         adapters = model.num_layers * a_layer + width + model.vocab_size

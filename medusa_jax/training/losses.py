@@ -16,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.shapes import typed
 
+MISS = 2**30  # rank of a target that a head cannot say
 TOP = (1, 3, 5, 10)  # a target among a head's best so many counts as a hit
 
 _Sums = TypeVar("_Sums")
+_Each = TypeVar("_Each")
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +37,16 @@ class Sums:
     loss: Array
     hits: Array
     count: Array
+
+    @classmethod
+    def of(cls, loss: Array, rank: Array, counted: Array) -> "Sums":
+        """The sums of targets' losses and ranks [*dims] over those that count."""
+        hits = jnp.stack([jnp.sum(counted & (rank < k)) for k in TOP])
+        return cls(
+            jnp.sum(jnp.where(counted, loss, 0.0)),
+            hits.astype(jnp.float32),
+            jnp.sum(counted).astype(jnp.float32),
+        )
 
 
 @typed
@@ -63,23 +75,26 @@ def targets_at(
 def cross_entropy(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counted: Bool[Array, "B T"]
 ) -> Sums:
-    """Cross-entropy and hits, summed over the counted targets.
+    """Cross-entropy and hits, summed over the counted targets: see `each_target`."""
+    return Sums.of(*each_target(logits, targets), counted)
 
-    A target's rank is the number of logits above its own, so no sorting. Target -1
-    is a token that these logits have no place for: a miss that costs nothing.
+
+@typed
+def each_target(
+    logits: Float[Array, "*dims V"], targets: Int[Array, "*dims"]
+) -> tuple[Float[Array, "*dims"], Int[Array, "*dims"]]:
+    """Cross-entropy of each target, and its rank: the number of logits above its own.
+
+    Target -1 is a token that these logits have no place for: a `MISS` that costs nothing.
+    With logits (1 3 2), target 2 has rank 1.
     """
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     # A masked sum, not a gather: it stays local where the vocabulary is split over devices.
     own = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - own
     rank = jnp.sum(logits > own[..., None], axis=-1)
-    known = counted & (targets >= 0)
-    hits = jnp.stack([jnp.sum(known & (rank < k)) for k in TOP])
-    return Sums(
-        jnp.sum(jnp.where(known, loss, 0.0)),
-        hits.astype(jnp.float32),
-        jnp.sum(counted).astype(jnp.float32),
-    )
+    known = targets >= 0
+    return jnp.where(known, loss, 0.0), jnp.where(known, rank, MISS)
 
 
 @typed
@@ -93,27 +108,31 @@ def kl_divergence(
 
 
 def over_chunks(
-    function: Callable[..., tuple[Array, _Sums]],
+    function: Callable[..., tuple[Array, _Sums, _Each]],
     chunk: int,
     params: Any,
     hidden: Array,
     counted: Array,
-    *arrays: Array,
+    arrays: Any,
     sharding: NamedSharding | None = None,
-) -> tuple[Array, _Sums]:
-    """A loss and what is reported beside it, added up over chunks of positions.
+) -> tuple[Array, _Sums, _Each]:
+    """A loss and what is reported beside it, over chunks of positions.
 
     Each row's counted positions come first. Chunks behind the last of them are not computed, so
     prompts and padding cost nothing.
 
     Args:
-      function: (params, hidden, counted, *arrays) of some positions [B, t, ...] -> (loss [],
-        pytree of sums). Positions that are not counted must add nothing.
+      function: (params, hidden, counted, arrays) of some positions [B, t, ...] -> (loss [],
+        pytree of sums, pytree of arrays [B, t, ...]). Positions that are not counted must add
+        nothing. The loss and the sums are added up, the arrays put together.
       chunk: positions t of a call, 0 for all at once.
       params: what `function` reads at all positions.
       hidden: [B, T, D]. The loss has gradients of `params` and of `hidden` alone.
-      counted, arrays: [B, T, ...].
+      counted: [B, T]; arrays: pytree of [B, T, ...].
       sharding: of `hidden`, which its chunks keep; None leaves it to the compiler.
+
+    Returns:
+      loss, sums, and arrays [B, T, ...], which are zero where no chunk was computed.
     """
     length = hidden.shape[1]
     chunk = min(chunk or length, length)
@@ -123,8 +142,10 @@ def over_chunks(
         width = ((0, 0), (0, -length % chunk), *((0, 0),) * (array.ndim - 2))
         return jnp.pad(_reordered(array, order), width)
 
-    arrays = tuple(map(pieces, (counted, *arrays)))
-    return _summed(function, (chunk, sharding), params, pieces(hidden), arrays)
+    rest = jax.tree.map(pieces, (counted, arrays))
+    loss, sums, each = _summed(function, (chunk, sharding), params, pieces(hidden), rest)
+    back = jnp.argsort(order, axis=1)
+    return loss, sums, jax.tree.map(lambda a: _reordered(a[:, :length], back), each)
 
 
 @typed
@@ -151,10 +172,12 @@ _reordered.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _summed(function: Any, chunks: Any, params: Any, hidden: Array, arrays: Any) -> Any:
-    def piece(hidden: Array, *arrays: Array) -> Any:
-        return function(params, hidden, *arrays), None
+    def piece(hidden: Array, counted: Array, arrays: Any) -> Any:
+        loss, sums, each = function(params, hidden, counted, arrays)
+        return (loss, sums), each
 
-    return _loop(piece, *chunks, hidden, *arrays)[0]
+    (loss, sums), each = _loop(piece, chunks, hidden, arrays)
+    return loss, sums, each
 
 
 def _summed_with_gradient(function: Any, chunks: Any, params: Any, hidden: Any, arrays: Any) -> Any:
@@ -162,25 +185,26 @@ def _summed_with_gradient(function: Any, chunks: Any, params: Any, hidden: Any, 
     leaves, structure = jax.tree.flatten(params)
     learnt = [leaf.value for leaf in leaves if leaf.perturbed]
 
-    def loss(learnt: list[Array], hidden: Array, *arrays: Array) -> Any:
+    def loss(learnt: list[Array], hidden: Array, counted: Array, arrays: Any) -> Any:
         given = iter(learnt)
         values = [next(given) if leaf.perturbed else leaf.value for leaf in leaves]
-        return function(structure.unflatten(values), hidden, *arrays)
+        value, sums, each = function(structure.unflatten(values), hidden, counted, arrays)
+        return value, (sums, each)
 
-    def piece(*arrays: Array) -> Any:
+    def piece(*arrays: Any) -> Any:
         argnums = (0, 1) if hidden.perturbed else (0,)
-        (value, sums), (grads, *rest) = jax.value_and_grad(loss, argnums, has_aux=True)(
+        (value, (sums, each)), (grads, *rest) = jax.value_and_grad(loss, argnums, has_aux=True)(
             learnt, *arrays
         )
-        return ((value, sums), grads), (rest[0] if rest else None)
+        return ((value, sums), grads), (each, rest[0] if rest else None)
 
-    values = [array.value for array in arrays]
-    (out, grads), of_hidden = _loop(piece, *chunks, hidden.value, *values)
+    values = jax.tree.map(lambda array: array.value, arrays)
+    ((value, sums), grads), (each, of_hidden) = _loop(piece, chunks, hidden.value, values)
     given = iter(grads)
     of_params = [
         next(given).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves
     ]
-    return out, (structure.unflatten(of_params), of_hidden)
+    return (value, sums, each), (structure.unflatten(of_params), of_hidden)
 
 
 def _gradient(function: Any, chunks: Any, grads: Any, change: Any) -> Any:
@@ -194,33 +218,40 @@ _summed.defvjp(_summed_with_gradient, _gradient, symbolic_zeros=True)
 
 def _loop(
     piece: Callable[..., Any],
-    chunk: int,
-    sharding: NamedSharding | None,
+    chunks: tuple[int, NamedSharding | None],
     hidden: Array,
-    counted: Array,
-    *rest: Array,
+    arrays: tuple[Array, Any],
 ) -> Any:
     """Calls `piece` for chunks up to the last counted position of any row.
 
     Args:
-      piece: arrays of some positions -> (pytree to add up, array [B, t, ...] to put together).
+      piece: hidden, counted and the rest of some positions -> (pytree to add up, pytree of
+        arrays [B, t, ...] to put together).
+      chunks: positions of a call, and the sharding of `hidden`.
+      arrays: counted, and the rest.
     """
+    chunk, sharding = chunks
 
-    def part(number: Any) -> list[Array]:
-        slice_at = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=chunk, axis=1)
-        mine, *others = (slice_at(a, number * chunk) for a in (hidden, counted, *rest))
+    def part(number: Any) -> Any:
+        mine, *others = jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, number * chunk, chunk, axis=1),
+            (hidden, *arrays),
+        )
         if sharding is not None:  # else the compiler may split D, and add up logits over devices
             mine = jax.lax.with_sharding_constraint(mine, sharding)
-        return [mine, *others]
+        return mine, *others
+
+    def put(whole: Array, here: Array, number: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, here, number * chunk, axis=1)
 
     def body(number: Array, done: Any) -> Any:
         (added, placed), (more, here) = done, piece(*part(number))
-        if here is not None:
-            placed = jax.lax.dynamic_update_slice_in_dim(placed, here, number * chunk, axis=1)
+        placed = jax.tree.map(functools.partial(put, number=number), placed, here)
         return jax.tree.map(jnp.add, added, more), placed
 
     added, here = jax.eval_shape(lambda: piece(*part(0)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added)
-    last = jnp.max(jnp.sum(counted, axis=1))
-    placed = None if here is None else jnp.zeros(hidden.shape, here.dtype)
+    last = jnp.max(jnp.sum(arrays[0], axis=1))
+    shape = hidden.shape[:2]
+    placed = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[2:]), leaf.dtype), here)
     return jax.lax.fori_loop(0, -(-last // chunk), body, (zeros, placed))

@@ -8,13 +8,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
-from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, rows_of
+from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.linear import Weight, weight_of
 from medusa_jax.param_paths import joined
 from medusa_jax.training import lora, scanned_backbone, settings
+from medusa_jax.training.heads_objective import (
+    HeadsLoss,
+    HeadsObjective,
+    HeadsTerms,
+    mean,
+    weighted,
+)
+from medusa_jax.training.heads_objective import report as heads_report
 from medusa_jax.training.losses import (
-    TOP,
     Sums,
     cross_entropy,
     kl_divergence,
@@ -34,12 +41,12 @@ class Terms:
     Attributes:
       lm: of the lm_head, offset 1.
       kl: KL to the teacher, summed over the lm_head's targets [].
-      heads: of each head.
+      heads: of the heads.
     """
 
     lm: Sums
     kl: Array
-    heads: tuple[Sums, ...]
+    heads: HeadsTerms
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +72,7 @@ class Objective:
       mode: of `settings.Config`.
       decay: head k weighs decay^k.
       distill: KL to the teacher instead of the backbone's cross-entropy.
+      heads_loss: of each head.
       chunk: of `settings.Loss`.
       dtype: of the computation.
       remat: recompute each layer in the backward pass.
@@ -78,6 +86,7 @@ class Objective:
     mode: str = "medusa1"
     decay: float = 0.8
     distill: bool = False
+    heads_loss: HeadsLoss = HeadsLoss()
     chunk: int = 0
     dtype: str = "float32"
     remat: bool = False
@@ -100,6 +109,7 @@ class Objective:
             mode=config.mode,
             decay=config.loss.decay,
             distill=config.loss.distill,
+            heads_loss=HeadsLoss(config.loss.heads, config.loss.smoothing, config.loss.eta),
             chunk=config.loss.chunk,
             dtype=config.model.dtype,
             remat=config.model.remat and config.mode != "medusa1",
@@ -110,7 +120,8 @@ class Objective:
 
     def counts(self, batch: Batch) -> Counts:
         """Targets of a step's arrays [A, B, T]."""
-        rows = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), batch)
+        keys = ("tokens", "segments", "learnt")
+        rows = {key: batch[key].reshape(-1, batch[key].shape[-1]) for key in keys}
 
         def count(offset: int) -> Array:
             return jnp.sum(_targets(rows, offset)[1]).astype(jnp.float32)
@@ -132,16 +143,15 @@ class Objective:
 
         Args:
           trainable, frozen: nested parameters that together make up the model.
-          batch: arrays [B, T] of `packing.row`.
+          batch: arrays [B, T] of `packing.row`; with `hidden` [B, T, D], no backbone is computed.
           counts: targets in the whole step: parts of its loss add up to it.
           heads_weight: lambda_0 (Medusa-2 only).
           key: for the adapters' dropout; None for none.
           with_lm: see `terms`.
         """
         terms = self.terms(trainable, frozen, batch, key, with_lm)
-        each = jnp.stack([head.loss for head in terms.heads]) if terms.heads else jnp.zeros(0)
-        weights = self.decay ** jnp.arange(1.0, len(terms.heads) + 1.0)
-        heads_loss = jnp.sum(weights * each / jnp.maximum(counts.heads, 1.0))
+        weights = self.decay ** jnp.arange(1.0, self.heads.num_heads + 1.0)
+        heads_loss = jnp.sum(weights * terms.heads.learnt / jnp.maximum(counts.heads, 1.0))
         if self.mode == "medusa1":
             return heads_loss, terms
         backbone_loss = (terms.kl if self.distill else terms.lm.loss) / jnp.maximum(counts.lm, 1.0)
@@ -187,13 +197,18 @@ class Objective:
             lm_sums, kl = lm()
         if self.heads.truncated:
             projection = projection.rows(params["heads"]["token_map"])
-        heads = tuple(
-            _head_losses(self, k, params["heads"], chunk, projection, hidden, batch)
-            for k in range(self.heads.num_heads)
+        embedding = None
+        if self.heads.selector:
+            embedding = jax.lax.stop_gradient(weight_of(student["embed"]["embedding"]))
+        ours = HeadsObjective(
+            self.heads, self.model.vocab_size, self.heads_loss, chunk, self.sharding
         )
+        heads = ours.terms(params.get("heads", {}), projection, embedding, hidden, batch)
         return Terms(lm_sums, kl, heads)
 
     def _hidden(self, backbone: Params, batch: Batch) -> Array:
+        if "hidden" in batch:  # kept from an earlier pass (`hidden_states.py`)
+            return batch["hidden"].astype(self.dtype)
         return scanned_backbone.hidden_states(
             self.model, backbone, batch, remat=self.remat, sharding=self.sharding
         )
@@ -231,49 +246,19 @@ def _lm_losses(
       theirs: the teacher's hidden states [B, T, D], or nothing.
     """
 
-    def losses(params: Any, hidden: Array, counted: Array, targets: Array, *theirs: Array) -> Any:
+    def losses(params: Any, hidden: Array, counted: Array, arrays: Any) -> Any:
+        targets, *theirs = arrays
         ours = params[0].dot(hidden)
         sums = cross_entropy(ours, targets, counted)
         if not theirs:
-            return sums.loss, sums
-        return kl_divergence(params[1].dot(theirs[0]), ours, counted), sums
+            return sums.loss, sums, ()
+        return kl_divergence(params[1].dot(theirs[0]), ours, counted), sums, ()
 
-    arrays = hidden, counted, targets, *theirs
-    loss, sums = over_chunks(losses, chunk, projections, *arrays, sharding=sharding)
+    arrays = targets, *theirs
+    loss, sums, _ = over_chunks(losses, chunk, projections, hidden, counted, arrays, sharding)
     if theirs:
         return sums, loss
     return dataclasses.replace(sums, loss=loss), jnp.zeros(())
-
-
-def _head_losses(
-    objective: Objective,
-    k: int,
-    heads: Params,
-    chunk: int,
-    projection: Weight,
-    hidden: Array,
-    batch: Batch,
-) -> Sums:
-    """The sums of head k (0-based), whose loss has gradients.
-
-    Args:
-      projection: for shared heads, of the tokens that they guess among.
-    """
-    targets, counted = _targets(batch, offset=k + 2)
-    if objective.heads.truncated:
-        targets = rows_of(targets, heads["token_map"], objective.model.vocab_size)
-    head = Head(objective.heads)
-
-    def losses(params: Any, hidden: Array, counted: Array, targets: Array) -> Any:
-        own, shared = params
-        logits: Any = head.apply({"params": own}, hidden, shared.dot)
-        sums = cross_entropy(logits, targets, counted)
-        return sums.loss, sums
-
-    params = (heads[f"head_{k}"], projection)
-    place = objective.sharding
-    loss, sums = over_chunks(losses, chunk, params, hidden, counted, targets, sharding=place)
-    return dataclasses.replace(sums, loss=loss)
 
 
 def _targets(batch: Batch, offset: int) -> tuple[Array, Array]:
@@ -282,10 +267,6 @@ def _targets(batch: Batch, offset: int) -> tuple[Array, Array]:
 
 def report(terms: Terms, heads_weight: float, objective: Objective) -> dict[str, Any]:
     """Means of a step's terms, named for `metrics.jsonl`; values are floats or lists of them."""
-
-    def mean(value: Any, count: Any) -> float:
-        return float(value) / max(float(count), 1.0)
-
     out: dict[str, Any] = {
         "lm_loss": mean(terms.lm.loss, terms.lm.count),
         "lm_top1": mean(terms.lm.hits[0], terms.lm.count),
@@ -293,16 +274,11 @@ def report(terms: Terms, heads_weight: float, objective: Objective) -> dict[str,
     backbone_loss = out["lm_loss"]
     if objective.distill:
         out["kl"] = backbone_loss = mean(terms.kl, terms.lm.count)
-    losses = [mean(head.loss, head.count) for head in terms.heads]
-    heads_loss = sum(objective.decay**k * loss for k, loss in enumerate(losses, start=1))
-    if terms.heads:
-        out["head_loss"] = heads_loss
-        out["head_losses"] = losses
-        for place, k in enumerate(TOP):
-            out[f"head_top{k}"] = [mean(head.hits[place], head.count) for head in terms.heads]
-    if objective.mode == "medusa1":
-        out["loss"] = heads_loss
-    else:
-        out["loss"] = backbone_loss + heads_weight * heads_loss
+    out |= heads_report(terms.heads, objective.decay)
+    pairs = zip(terms.heads.learnt, terms.heads.heads, strict=True)
+    learnt = weighted([mean(loss, head.count) for loss, head in pairs], objective.decay)
+    out["loss"] = learnt
+    if objective.mode != "medusa1":
+        out["loss"] = backbone_loss + heads_weight * learnt
     out["targets"] = int(terms.lm.count)
     return out

@@ -42,6 +42,8 @@ class Heads:
       shared: predict through the backbone's lm_head instead of a projection each.
       truncated: guess among this many tokens only, those most frequent in the training
         data: a shorter projection to read in every step; 0 for all.
+      selector: ranks of the learned selector, which trees grown at each step read; 0 for none.
+        The heads get no gradient from it.
       path: heads to start from: a directory or file of heads, or the working
         directory of an earlier run. Empty: copies of the lm_head.
     """
@@ -50,6 +52,7 @@ class Heads:
     layers: int = option(1, least=0)
     shared: bool = False
     truncated: int = option(0, least=0)
+    selector: int = option(0, least=0)
     path: str = ""
 
 
@@ -85,6 +88,9 @@ class Data:
       packing: several documents in a row; off: one each, padded.
       max_documents: read no more than this many of each source, 0 for all.
       on_bad: `skip` (and count) or `refuse` what is no conversation.
+      hidden_states: directory that keeps the backbone's hidden states in bfloat16 (Medusa-1).
+        The first run computes them, 2 D bytes a token; epochs and runs after it read them.
+        Empty: each step computes its own.
     """
 
     train: tuple[str, ...] = ()
@@ -98,6 +104,7 @@ class Data:
     packing: bool = True
     max_documents: int = 0
     on_bad: str = option("skip", choices=("skip", "refuse"))
+    hidden_states: str = ""
 
 
 @dataclasses.dataclass
@@ -110,6 +117,11 @@ class Loss:
       ramp: how lambda_0 grows to that: `constant`, `linear` or `sine` (a quarter wave).
       ramp_fraction: share of the run after which it is reached.
       distill: KL to the backbone as it was in place of its own cross-entropy.
+      heads: what a head learns: `ce`, cross-entropy with the text; `d_pace`, the same with
+        weights by what it adds to the accepted length; `tv`, total variation to the backbone's
+        distribution, and `lk_hybrid`, KL and then total variation (`head_losses.py`).
+      smoothing: s of `d_pace`.
+      eta: of `lk_hybrid`.
       chunk: positions of a device's rows whose logits exist at a time, 0 for all.
     """
 
@@ -118,6 +130,9 @@ class Loss:
     ramp: str = option("constant", choices=("constant", "linear", "sine"))
     ramp_fraction: float = 1.0
     distill: bool = False
+    heads: str = option("ce", choices=("ce", "d_pace", "tv", "lk_hybrid"))
+    smoothing: float = option(0.5, least=0, most=1)
+    eta: float = option(3.0, least=0)
     chunk: int = option(512, least=0)
 
 
@@ -252,6 +267,11 @@ def check(config: Config) -> None:
     if config.loss.distill and config.mode != "medusa2":
         raise InputError(
             f"loss.distill needs mode 'medusa2' (a backbone that learns), got {config.mode!r}"
+        )
+    if config.data.hidden_states and config.mode != "medusa1":
+        raise InputError(
+            "data.hidden_states keeps those of a backbone that does not learn (mode 'medusa1'), "
+            f"got mode {config.mode!r}"
         )
     if config.optim.trained != ".*" and (config.mode == "medusa1" or config.adapted):
         raise InputError(

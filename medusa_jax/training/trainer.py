@@ -22,6 +22,7 @@ from medusa_jax.training import export, settings, workdir
 from medusa_jax.training.checkpoints import Checkpoints
 from medusa_jax.training.dataset import read_rows
 from medusa_jax.training.divergence import Divergence
+from medusa_jax.training.hidden_states import with_hidden_states
 from medusa_jax.training.loop import Loop
 from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
 from medusa_jax.training.metrics import Metrics, read_lines
@@ -67,6 +68,8 @@ def _run(config: Config, place: Path, mesh: Mesh) -> None:
 
     # --- 3. Data ----------------------------------------------------------------------------
     train_rows, eval_rows = read_rows(config, first)
+    if config.data.hidden_states:
+        train_rows, eval_rows = with_hidden_states(config, mesh, train_rows, eval_rows)
     sharding, optim = NamedSharding(mesh, BATCH), config.optim
     batches = Batches(train_rows, optim.batch_size, optim.accumulation, config.seed, sharding)
     total = optim.steps or math.ceil(optim.epochs * batches.steps_per_epoch)

@@ -1,6 +1,7 @@
 """The parameters of a run: `plan` lists them, and `load` puts them on their devices."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,13 @@ def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
             f"{model.vocab_size} tokens, or 0 for all"
         )
     return HeadsConfig(
-        ours.number, ours.layers, model.hidden_size, vocab, ours.shared, ours.truncated
+        num_heads=ours.number,
+        num_layers=ours.layers,
+        hidden_size=model.hidden_size,
+        vocab_size=vocab,
+        shared=ours.shared,
+        truncated=ours.truncated,
+        selector=ours.selector,
     )
 
 
@@ -106,6 +113,10 @@ def plan(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Pa
       InputError: a parameter is in no group of the optimizer, or in several.
     """
     stacks = scanned_backbone.shapes(_shapes(backbone_places(model)), model.num_layers)
+    if config.data.hidden_states:  # then only the projection is left to compute
+        needed = {"embed/embedding" if model.tied else "lm_head"}
+        needed |= {"embed/embedding"} if heads.selector else set()
+        stacks = {path: shape for path, shape in stacks.items() if path in needed}
     backbone = {f"backbone/{path}": shape for path, shape in stacks.items()}
     shapes = backbone | _teacher_shapes(config, backbone) | _adapter_shapes(config, model, stacks)
     shapes |= {f"heads/{path}": shape for path, shape in _shapes(head_places(heads)).items()}
@@ -196,6 +207,8 @@ def load(
     arrays: dict[str, jax.Array] = {}
     for path in (path for path in table if path in needed):  # copies come after their source
         shape, dtype, source = table[path].shape, table[path].dtype, table[path].source
+        if source == FILES and path not in stored:  # a selector for heads that have none
+            source = INITIAL
         if source == FILES:
             arrays[path] = put(stored[path].cast(dtype).read, shape, places[path])
         elif source == GIVEN:
@@ -247,6 +260,8 @@ def _initial(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> j
         return lora.init(path, shape, key).astype(dtype)
     if path.endswith("/scale"):
         return jnp.ones(shape, dtype)
+    if re.search("selector/(before|after)/", path):  # of inputs with a root mean square of 1
+        return (jax.random.normal(lora.path_key(key, path), shape) / shape[1] ** 0.5).astype(dtype)
     if path.startswith("heads/") or path.endswith("/bias"):
         return jnp.zeros(shape, dtype)
     return (0.02 * jax.random.normal(lora.path_key(key, path), shape)).astype(dtype)

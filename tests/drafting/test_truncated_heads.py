@@ -125,11 +125,11 @@ def test_targets_that_cannot_be_said_cost_nothing_and_are_misses(tiny: TinyModel
     batch = batch_of(rng.integers(0, tiny.config.vocab_size, (2, 12)))
     few = truncated(tiny, token_map)
     _, terms = loss_of(few, batch)
-    sums, targets = terms.heads[0], np.asarray(batch["tokens"])[:, 2:]
+    sums, targets = terms.heads.heads[0], np.asarray(batch["tokens"])[:, 2:]
     assert float(sums.count) == targets.size
     assert float(sums.hits[1]) == np.isin(targets, token_map).sum()  # 3 tokens: always in the top 3
     never = batch_of(np.full((2, 12), 4))
-    assert float(loss_of(few, never)[1].heads[0].loss) == 0.0
+    assert float(loss_of(few, never)[1].heads.heads[0].loss) == 0.0
 
 
 def test_a_map_as_large_as_the_vocabulary_is_refused(tiny: TinyModel):

@@ -82,7 +82,7 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
         found[f"grad_norm_{number}"] = result.grad_norm
         found[f"lm_{number}"] = result.terms.lm.loss
         found[f"kl_{number}"] = result.terms.kl
-        found[f"head_{number}"] = jnp.stack([head.loss for head in result.terms.heads])
+        found[f"head_{number}"] = jnp.stack([head.loss for head in result.terms.heads.heads])
     found |= flat(state.trainable)
     if count > 1:
         split_ways = {

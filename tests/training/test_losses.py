@@ -125,9 +125,9 @@ def random() -> dict[str, jax.Array]:
 def mean_loss(chunk: int, hidden: Any, weight: Any, targets: Any, counted: Any) -> jax.Array:
     def losses(weight: Any, hidden: Any, counted: Any, targets: Any) -> Any:
         found = cross_entropy(weight.dot(hidden), targets, counted)
-        return found.loss, found.count
+        return found.loss, found.count, ()
 
-    loss, count = over_chunks(losses, chunk, Weight(weight), hidden, counted, targets)
+    loss, count, _ = over_chunks(losses, chunk, Weight(weight), hidden, counted, targets)
     return loss / count
 
 

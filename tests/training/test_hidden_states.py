@@ -1,0 +1,140 @@
+"""Runs on kept hidden states: the losses of computed ones, and what the files are checked for."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.head_files import heads_file, random_heads
+from helpers.runs import lines, train
+from safetensors.numpy import load_file
+
+from medusa_jax.checkpoints.load import load_model
+from medusa_jax.training import hidden_states, settings
+from medusa_jax.training.hidden_states import Files
+from medusa_jax.training.mesh import make_mesh
+from medusa_jax.training.weights import heads_shape, load, model_shape, plan
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def kept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that has computed the hidden states of all its rows, and their directory."""
+    directory = tmp_path_factory.mktemp("kept")
+    states = directory / "states"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hidden_states, "FILE_BYTES", 8 * 16 * 16 * 2)  # 8 rows: several files
+        code, err = train(place, directory / "run", *flags(states))
+    assert code == 0, err
+    assert "hidden states of" in err
+    return directory / "run", states
+
+
+def flags(states: Path | str, *more: str) -> list[str]:
+    heads = {"shared": True, "truncated": 20, "selector": 4}
+    shape = [f"--config.heads.{name}={value}" for name, value in heads.items()]
+    return [f"--config.data.hidden_states={states}", f"--config.optim.steps={STEPS}", *shape, *more]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_losses_are_those_of_computed_states_up_to_the_rounding(
+    place: Path, kept: tuple[Path, Path], tmp_path: Path
+):
+    code, err = train(place, tmp_path / "run", *flags(""))
+    assert code == 0, err
+    for ours, theirs in zip(lines(kept[0]), lines(tmp_path / "run"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in (name for name in ours if "loss" in name):
+            assert ours[name] == pytest.approx(theirs[name], rel=0.005), name
+    assert lines(kept[0]) != lines(tmp_path / "run")
+    held_out = [line for line in lines(kept[0]) if "eval_selector_loss" in line]
+    assert held_out[-1]["eval_selector_loss"] < held_out[0]["eval_selector_loss"]
+    heads = load_model(place / "model", kept[0] / "heads").heads
+    assert (heads.truncated, heads.selector) == (20, 4)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_killed_run_computes_what_is_missing_and_resumes_exactly(
+    place: Path, kept: tuple[Path, Path], tmp_path: Path
+):
+    states = tmp_path / "states"
+    shutil.copytree(kept[1], states)
+    files = sorted(states.glob("*/*.npy"))
+    assert len(files) > 3
+    before = {file: file.read_bytes() for file in files}
+    times = {file: file.stat().st_mtime_ns for file in files[:1]}
+    for file in files[1:]:
+        file.unlink()
+    (states / "train/00001.tmp").write_bytes(b"half of a file")
+    code, err = train(place, tmp_path / "run", *flags(states, "--config.run.save_every=3"))
+    assert code == 0, err
+    assert {file: file.read_bytes() for file in files} == before
+    assert {file: file.stat().st_mtime_ns for file in files[:1]} == times
+    assert lines(tmp_path / "run") == lines(kept[0])
+    shutil.rmtree(tmp_path / "run/checkpoints/8")  # as if killed after step 6
+    shutil.rmtree(tmp_path / "run/heads")
+    code, err = train(place, tmp_path / "run", *flags(states, "--config.run.save_every=3"))
+    assert code == 0, err
+    assert "hidden states of" not in err  # all are there
+    assert lines(tmp_path / "run") == lines(kept[0])
+    name = "heads/medusa_lm_head.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (kept[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.data.sequence_length=24", "other training data"),
+        ("--config.data.max_documents=90", "other training data"),
+        ("--config.model.dtype=bfloat16", "another backbone"),
+        ("--config.mode=medusa2", "a backbone that does not learn"),
+    ],
+)
+def test_states_of_something_else_are_refused(
+    place: Path, kept: tuple[Path, Path], tmp_path: Path, change: str, message: str
+):
+    code, err = train(place, tmp_path / "run", *flags(kept[1], change))
+    assert (code, message in err) == (2, True), err
+
+
+def test_rows_are_read_from_their_files(tmp_path: Path):
+    files = Files(tmp_path, 2, (3, 2))
+    states = np.arange(18, dtype=np.float32).reshape(3, 3, 2)
+    bits = states.astype(files.read([]).dtype).view(np.uint16)
+    files.write(0, bits[:2])
+    files.write(1, bits[2:])
+    np.testing.assert_array_equal(
+        files.read([2, -1, 0]).astype(np.float32), [states[2], 0 * states[2], states[0]]
+    )
+
+
+def test_nothing_of_the_backbone_but_its_projection_is_in_the_step(place: Path):
+    config = settings.Config(
+        model=settings.Backbone(path=str(place / "model")),
+        heads=settings.Heads(number=2),
+        data=settings.Data(hidden_states="states"),
+    )
+    model = model_shape(config)
+    table = plan(config, model, heads_shape(config, model))
+    assert {path for path in table if path.startswith("backbone/")} == {"backbone/embed/embedding"}
+
+
+def test_heads_to_start_from_get_a_selector_where_they_have_none(place: Path, tmp_path: Path):
+    start = heads_file(tmp_path, random_heads(2, vocab=None))
+    config = settings.Config(
+        model=settings.Backbone(path=str(place / "model"), dtype="float32"),
+        heads=settings.Heads(number=2, shared=True, selector=4, path=str(start)),
+    )
+    weights = load(config, make_mesh(settings.Mesh(), jax.devices()[:1]), with_frozen=False)
+    heads = weights.trainable["heads"]
+    np.testing.assert_array_equal(
+        heads["head_1"]["block_0"]["weight"], load_file(start)["1.0.linear.weight"]
+    )
+    assert heads["selector"]["before"]["weight"].shape == (4, 16)
+    assert np.std(heads["selector"]["after"]["weight"]) == pytest.approx(0.25, rel=0.3)
+    assert not heads["selector"]["context"]["weight"].any()
