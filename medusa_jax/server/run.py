@@ -31,7 +31,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
       InputError: an option is wrong, or the address cannot be listened at.
     """
-    key = _key(options.api_key_env)
+    key = key_of(options.api_key_env)
     with _listening(options.host, options.port) as listener:
         service = make_service(options, key)
         with interrupts.Stop() as stop:
@@ -94,7 +94,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _key(variable: str | None) -> str | None:
+def key_of(variable: str | None) -> str | None:
+    """The key in an environment variable; raises InputError where it is not set."""
     if variable is None:
         return None
     if not os.environ.get(variable):
