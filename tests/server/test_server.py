@@ -91,9 +91,12 @@ def test_chat_choices_usage_and_figures(client: openai.OpenAI, service: Service)
     assert answer.usage.completion_tokens == sum(len(c.token_ids) for c in expected)
     assert answer.usage.prompt_tokens == len(expected[0].prompt_ids)
     figures = answer.model_dump()["metrics"]["speculative_decoding"]
-    steps = [made for c in expected for made in c.tokens_per_step]
-    assert figures["num_spec_steps"] == len(steps)
-    assert figures["mean_acceptance_length"] == pytest.approx(sum(steps) / len(steps), abs=1e-4)
+    # How many steps a text takes depends on the trees that the engine chooses.
+    made = figures["num_spec_steps"] + figures["num_accepted_tokens"]
+    assert 0 <= made - answer.usage.completion_tokens < 3 * 5
+    lengths = figures["acceptance_histogram"]
+    assert sum(lengths) == figures["num_spec_steps"]
+    assert sum((i + 1) * count for i, count in enumerate(lengths)) == made
     how |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(**how))
     assert chunks[0].choices[0].delta.role == "assistant"
