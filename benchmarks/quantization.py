@@ -33,6 +33,7 @@ from medusa_jax.param_paths import device_bytes
 from medusa_jax.progress import progress
 from medusa_jax.reports import table
 from medusa_jax.serving.conversations import Conversation
+from medusa_jax.serving.engine import run_jobs
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions
@@ -83,7 +84,7 @@ def greedy(options: Options, generator: Generator) -> list[list[int]]:
     requests = itertools.islice(read_requests(options.prompts), options.number)
     prompts = [Conversation(request).ask(generator.text) for request in requests]
     jobs = [Job(ids, options.max_new_tokens or 1, (row, 0)) for row, ids in enumerate(prompts)]
-    return [output.token_ids for output in generator.engine.run(jobs)]
+    return [output.token_ids for output in run_jobs(generator.engine, jobs)]
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

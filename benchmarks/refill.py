@@ -34,6 +34,7 @@ from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.reports import table
 from medusa_jax.serving.conversations import Conversation
+from medusa_jax.serving.engine import run_jobs
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions
@@ -95,7 +96,7 @@ def fixed_batches(generator: Generator, jobs: Sequence[Job]) -> tuple[list[Outpu
 def refilled_slots(generator: Generator, jobs: Sequence[Job]) -> tuple[list[Output], int]:
     """Decodes with the engine; also the passes."""
     before = generator.stats.passes
-    done = generator.engine.run(jobs)
+    done = run_jobs(generator.engine, jobs)
     return done, generator.stats.passes - before
 
 

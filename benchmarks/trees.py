@@ -25,6 +25,7 @@ from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.reports import spread_cell, table
 from medusa_jax.serving import tree_store
+from medusa_jax.serving.engine import run_jobs
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions, dynamic_tree
@@ -105,7 +106,7 @@ def time_texts(
         for number, prompt in enumerate(progress(prompts, label="decode", unit="prompts")):
             job = Job(prompt, options.max_new_tokens or 1, (number, 0))
             for name in order.permutation(list(timed)):
-                timed[name].engine.run([job])
+                run_jobs(timed[name].engine, [job])
         for name, generator in timed.items():
             speeds[name].append((generator.stats - before[name]).tokens_per_second)
     return speeds

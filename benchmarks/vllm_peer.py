@@ -29,8 +29,9 @@ from medusa_jax.files import check_output
 from medusa_jax.options import option
 from medusa_jax.reports import table
 from medusa_jax.serving.conversations import Conversation
-from medusa_jax.serving.engine import Job
+from medusa_jax.serving.engine import run_jobs
 from medusa_jax.serving.generator import Generator, load_generator
+from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions
 
 EXAMPLE = "python benchmarks/vllm_peer.py --python /tmp/vllm/bin/python --output peer.json"
@@ -64,9 +65,9 @@ def ours(options: Options, generator: Generator, system: str) -> list[dict[str, 
             Job(ids, options.max_new_tokens, (number, 0))
             for number, ids in enumerate(prompt_ids(options, generator))
         ]
-        engine.run(jobs)
+        run_jobs(engine, jobs)
         before, start = dataclasses.replace(engine.stats), time.perf_counter()
-        done = engine.run(jobs)
+        done = run_jobs(engine, jobs)
         seconds, stats = time.perf_counter() - start, engine.stats - before
         results.append(
             {

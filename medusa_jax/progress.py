@@ -14,6 +14,7 @@ def progress(
     total: int | None = None,
     done: int = 0,
     label: str | None = None,
+    average: bool = False,
     shown: bool = True,
 ) -> Any:
     """A bar on stderr, around `items` or moved by its `update`.
@@ -21,6 +22,8 @@ def progress(
     Args:
       unit: what is counted, in the plural.
       done: how many were finished before this process started.
+      average: the time left is told by the mean rate so far, not by the latest: for parts of
+        unequal length.
       shown: False returns a bar that draws nothing.
     """
     return tqdm(
@@ -29,6 +32,7 @@ def progress(
         total=total,
         initial=done,
         unit=f" {unit}",
+        smoothing=0 if average else 0.3,
         disable=not shown,
         dynamic_ncols=True,
     )

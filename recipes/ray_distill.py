@@ -20,7 +20,8 @@ from medusa_jax.cli import runner
 from medusa_jax.errors import InputError, needs
 from medusa_jax.files import Lines
 from medusa_jax.options import option
-from medusa_jax.serving.distillation import DistillOptions, distill
+from medusa_jax.serving.distill_options import DistillOptions
+from medusa_jax.serving.distillation import distill
 
 EXAMPLE = "python recipes/ray_distill.py --model DIR --data chats.json.gz --output answers.jsonl"
 

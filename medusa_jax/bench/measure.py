@@ -15,6 +15,7 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.progress import progress
 from medusa_jax.serving.conversations import Conversation
+from medusa_jax.serving.engine import run_jobs
 from medusa_jax.serving.generator import Generator
 from medusa_jax.serving.jobs import Job
 
@@ -137,7 +138,7 @@ def ours(generator: Generator) -> System:
             for prompt, stream in zip(task.prompts, task.streams, strict=True)
         ]
         before = dataclasses.replace(generator.stats)
-        outputs = generator.engine.run(jobs)
+        outputs = run_jobs(generator.engine, jobs)
         lengths = [length for output in outputs for length in output.tokens_per_step]
         return [output.token_ids for output in outputs], lengths, generator.stats - before
 

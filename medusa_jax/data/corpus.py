@@ -7,7 +7,7 @@ A record is one of
     {"text": ...}                                   plain text, also the files .txt
 
 and may say `"truncated": true` where its last answer was cut off (as `medusa_jax.distill`
-does): the end of that answer is then not learnt.
+does): the end of that answer is then not learnt. `distill` adds the token ids of a conversation.
 
 Parquet and the hub are read with the `datasets` library; JSON and text are
 not, for it takes the types of a whole file from its first megabytes, and
@@ -42,6 +42,7 @@ class Document:
       messages: a conversation; empty for plain text.
       text: plain text.
       truncated: its last answer was cut off.
+      written: its token ids as some model wrote them, or None.
       origin: file and record, for messages to the user.
       id: the record's own name, or None.
     """
@@ -51,6 +52,22 @@ class Document:
     truncated: bool = False
     origin: str = ""
     id: Any = None
+    written: "Written | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A document in the tokens that a model read and wrote.
+
+    Attributes:
+      token_ids: of the whole document.
+      learnt: spans of them that are learnt, [start, stop).
+      vocabulary: `ChatTokenizer.fingerprint` of that model.
+    """
+
+    token_ids: tuple[int, ...]
+    learnt: tuple[tuple[int, int], ...]
+    vocabulary: str
 
 
 class Corpus:
@@ -189,7 +206,8 @@ def _document(record: Any, origin: str) -> Document:
             messages.pop(0)  # an answer to nothing, which no template can write
         if not any(map(is_answer, messages)):
             raise InputError(f"{origin}: {key!r} has no assistant turn after a user's")
-        return Document(tuple(messages), "", bool(record.get("truncated")), origin, name)
+        cut = bool(record.get("truncated"))
+        return Document(tuple(messages), "", cut, origin, name, _written(record, origin))
     if isinstance(record.get("text"), str):
         if not record["text"].strip():
             raise InputError(f"{origin}: 'text' is empty")
@@ -198,3 +216,19 @@ def _document(record: Any, origin: str) -> Document:
         f"{origin}: expected one of the keys {', '.join(CONVERSATIONS)}, text; "
         f"got {', '.join(key for key, value in record.items() if value is not None) or 'none'}"
     )
+
+
+def _written(record: dict[str, Any], origin: str) -> Written | None:
+    """The token ids of a record of `medusa_jax.distill`."""
+    if "token_ids" not in record:
+        return None
+    fields = json_files.Fields(record, origin)
+    ids, spans = fields.integers("token_ids"), record.get("learnt")
+    if not isinstance(spans, list) or not all(_is_span(span, len(ids)) for span in spans):
+        raise InputError(f"{origin}: 'learnt' must be spans [start, stop] of the {len(ids)} tokens")
+    return Written(ids, tuple((start, stop) for start, stop in spans), fields.text("vocabulary"))
+
+
+def _is_span(span: Any, tokens: int) -> bool:
+    whole = isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)
+    return whole and 0 <= span[0] <= span[1] <= tokens

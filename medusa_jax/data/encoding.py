@@ -52,6 +52,11 @@ def encode(
         raise InputError(f"data.end {end!r} is no token of the model")
     pending: list[tuple[Document, str, list[Span]]] = []
     for document in corpus:
+        if document.written is not None and document.written.vocabulary == text.fingerprint:
+            yield from _tokenize(pending, text, corpus)
+            pending = []
+            yield as_written(document, text)
+            continue
         try:
             pending.append((document, *written(document, text, end)))
         except InputError as error:
@@ -60,6 +65,24 @@ def encode(
             yield from _tokenize(pending, text, corpus)
             pending = []
     yield from _tokenize(pending, text, corpus)
+
+
+def as_written(document: Document, text: ChatTokenizer) -> Encoded:
+    """A document whose tokens are known already.
+
+    Raises:
+      InputError: the model lacks one of them.
+    """
+    known = document.written
+    assert known is not None
+    try:
+        text.check_ids(known.token_ids)
+    except InputError as error:
+        raise InputError(f"{document.origin}: {error}") from None
+    learnt = np.zeros(len(known.token_ids), bool)
+    for start, stop in known.learnt:
+        learnt[start:stop] = True
+    return Encoded(np.asarray(known.token_ids, np.int32), learnt, document.origin)
 
 
 def written(document: Document, text: ChatTokenizer, end: str = "") -> tuple[str, list[Span]]:

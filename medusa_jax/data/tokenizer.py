@@ -1,5 +1,8 @@
 """Text to token ids and back: raw prompts, chat templates, and text as tokens arrive."""
 
+import functools
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -40,6 +43,13 @@ class ChatTokenizer:
         if self.template is None and (template is not None or not raw):
             self.template = own_template(self.tokenizer.chat_template, template, directory)
         self.vocab_size = _vocab_size(directory)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A name for what makes token ids of a conversation, such as "sha256:2cf24dba5fb0a30e"."""
+        parts = sorted(self.tokenizer.get_vocab().items()), self.template, self.raw
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return f"sha256:{digest[:16]}"
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -109,9 +109,7 @@ class Decoder:
           sampling: settings of each row, for the scheme `acceptance.PerRow`.
 
         Raises:
-          InputError: a prompt is empty, holds ids beyond the vocabulary, or does not fit
-            the capacity with its new tokens (the message names the row); a penalty is not
-            positive; the cache exceeds the memory.
+          InputError: as `check_prompt` and `check_memory` say, or a penalty is not positive.
         """
         check_memory(self, params, len(prompts))
         if isinstance(max_new_tokens, int):
@@ -146,7 +144,7 @@ class Decoder:
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def step(self, params: Params, state: State) -> tuple[State, Emitted]:
         """Verifies one tree a row and appends the accepted path. Finished rows stay as they are."""
-        return self._advance(self.drafter.prepare(params), state)
+        return _advance(self, self.drafter.prepare(params), state)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="state")
     def generate(self, params: Params, state: State) -> State:
@@ -183,11 +181,8 @@ class Decoder:
         return self.network.placed(regrouped(state, rows, self.config, self.cache_slots))
 
     def stream(self, params: Params, state: State) -> Generator[Emitted, None, State]:
-        """Yields what each step added, as NumPy; returns the final state.
-
-        The host reads a step while the device already runs the next step.
-        """
-        pending = None
+        """Yields what each step added, as NumPy; returns the final state."""
+        pending = None  # the host reads a step while the device already runs the next step
         while pending is None or (np.asarray(pending.finish) == RUNNING).any():
             state, emitted = self.step(params, state)
             if pending is not None:
@@ -195,9 +190,6 @@ class Decoder:
             pending = emitted
         yield jax.tree.map(np.asarray, pending)
         return state
-
-    def _advance(self, params: Params, state: State) -> tuple[State, Emitted]:
-        return advance(self.network, self.drafter, self.acceptance, params, state)
 
 
 def _loop(
@@ -212,9 +204,13 @@ def _loop(
 
     def body(carry: tuple[State, Array]) -> tuple[State, Array]:
         state, steps = carry
-        return decoder._advance(params, state)[0], steps + 1
+        return _advance(decoder, params, state)[0], steps + 1
 
     return jax.lax.while_loop(going, body, (state, jnp.zeros((), jnp.int32)))
+
+
+def _advance(decoder: Decoder, params: Params, state: State) -> tuple[State, Emitted]:
+    return advance(decoder.network, decoder.drafter, decoder.acceptance, params, state)
 
 
 def _check(decoder: Decoder) -> None:

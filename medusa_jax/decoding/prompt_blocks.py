@@ -6,10 +6,12 @@ A row whose prompt is not complete has ended as far as steps are concerned.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from medusa_jax.decoding.acceptance import Acceptance, Context
@@ -85,6 +87,22 @@ def next_block(left: int, room: int, most: int) -> int:
       room: slots that the row has left; blocks of whole buckets may need more than there are.
     """
     return min(bucket(left), most, room)
+
+
+def prompt_block(
+    prompt: Sequence[int], limit: int, start: int, size: int, *settings: Any
+) -> PromptBlock:
+    """The tokens of a prompt from `start` on, padded to `size`.
+
+    Of prompt (5, 6, 7), start 2, size 2: tokens (7, 0), count 1.
+
+    Args:
+      settings: stop_ids, keys, penalty and sampling of `PromptBlock`.
+    """
+    tokens, new = np.zeros(size, np.int32), prompt[start : start + size]
+    tokens[: len(new)] = new
+    first, count, length, end = map(np.int32, (start, len(new), len(prompt), limit))
+    return PromptBlock(tokens, first, count, length, end, *settings)
 
 
 def read_block(

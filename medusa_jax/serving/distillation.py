@@ -6,71 +6,36 @@ model's own answers between them; of a plain text the first words are the
 prompt. The answers are written as ShareGPT records, one line a conversation in
 the order of the inputs, which `data.corpus` reads:
 
-    {"id", "input": number, "conversations": [{"from", "value"}, ...], "truncated": bool}
+    {"id", "input": number, "conversations": [{"from", "value"}, ...], "truncated": bool,
+     "token_ids": [id, ...], "learnt": [[start, stop], ...], "vocabulary": name}
 
-A conversation ends with an answer cut off by its length (then `truncated`), or
-before a turn that does not fit any more. A run with the same options and data resumes after the
-last line of its output, whose settings are kept beside it. Tool turns of the data are left out, for
-they answer what this model has not asked.
+The token ids are those that the model read and wrote, so that training need not find them again.
+A conversation ends with an answer cut off by its length (then `truncated`), or before a turn that
+does not fit any more. A run with the same options and data resumes after the last line of its
+output. Tool turns of the data are left out, for they answer what this model has not asked.
 """
 
 import collections
 import dataclasses
-import hashlib
-import itertools
-import json
-import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from medusa_jax import json_files
-from medusa_jax.data.corpus import Corpus, Document
-from medusa_jax.data.messages import CONVERSATIONS
-from medusa_jax.data.prompts import Request, read_requests, record_line
-from medusa_jax.data.text_files import numbered_lines
+from medusa_jax.data.prompts import Request, record_line
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.errors import InputError
-from medusa_jax.files import Lines, check_output, locked, writing
-from medusa_jax.options import option
-from medusa_jax.progress import progress
+from medusa_jax.files import Lines, check_output, locked
+from medusa_jax.progress import progress, say
+from medusa_jax.serving.continued_output import resume, settings, written_prompts
 from medusa_jax.serving.conversations import Conversation
+from medusa_jax.serving.distill_inputs import Skipped, number_pair, questions, read, unique
+from medusa_jax.serving.distill_options import DistillOptions
 from medusa_jax.serving.generator import Generator, load_generator
-from medusa_jax.serving.options import DecodingOptions, acceptance_of
+from medusa_jax.serving.options import acceptance_of
 
-# What may differ between a run and the run that resumes it.
-_FREE = ("output", "batch_size", "mesh", "on_bad", "debug")
-_WORDS = "a number of words N, or a range N-M"
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
-
-
-@dataclasses.dataclass(kw_only=True)
-class DistillOptions(DecodingOptions):
-    """What to ask, and where the answers go."""
-
-    data: list[str] = option(action="append", metavar="SOURCE", help="a file .json, .jsonl, "
-        ".parquet or .txt, or a hub dataset owner/name[:split]; may be given again")  # fmt: skip
-    output: str = option(metavar="FILE", help="JSON Lines; continued if it is there")
-    words: str | None = option(None, metavar="N|N-M", help="plain text: how many first words are "
-        "the prompt")  # fmt: skip
-    max_documents: int = option(0, least=0, help="of each source; 0 for all")
-    separator: str = option("<|endoftext|>", help="between the documents of a .txt file")
-    unique: bool = option(False, help="ask the same prompt only once (greedy decoding answers it "
-        "alike each time)")  # fmt: skip
-    on_bad: str = option("skip", choices=("skip", "refuse"), help="what becomes of inputs that "
-        "cannot be read or do not fit")  # fmt: skip
-    shard: str = option("0/1", metavar="I/N", help="every N-th input, beginning with the I-th")
-    acceptance: Any = option("lossless", help="greedy | typical | lossless")
-    max_new_tokens: int | None = option(2048, least=1, help="of an answer, or what fits")
-    batch_size: int = option(16, least=1, help="conversations decoded together")
-
-    def __post_init__(self) -> None:
-        if self.acceptance == "lossless":
-            self.temperature = 0.3 if self.temperature is None else self.temperature  # paper, 3.2
-            if self.temperature == 0:
-                self.acceptance = "greedy"
 
 
 def distill(options: DistillOptions) -> None:
@@ -82,7 +47,7 @@ def distill(options: DistillOptions) -> None:
     """
     acceptance_of(options)
     check_output(options.output, [*options.data, options.chat_template])
-    shard = _numbers(options.shard, "N/N")
+    shard = number_pair(options.shard, "N/N")
     if shard is None or shard[0] >= shard[1]:
         raise InputError(f"--shard {options.shard}: expected I/N with 0 <= I < N")
     output = Path(options.output)
@@ -94,34 +59,61 @@ def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
     skipped, early = Skipped(options.on_bad), Skipped("skip")
     first = resume(Path(options.output), settings(options))
     inputs = enumerate(read(options, skipped))
-    inputs = list(unique(inputs) if options.unique else inputs)[shard[0] :: shard[1]]
+    inputs = list(unique(inputs) if options.unique else inputs)
+    generator = _generator(options)
+    if options.questions:
+        inputs = list(enumerate(questions(generator.text, options.questions)))
+    inputs = inputs[shard[0] :: shard[1]]
     to_do = [item for item in inputs if item[0] >= first]
-    decoding = dataclasses.replace(options, max_new_tokens=None)
-    generator = load_generator(decoding, at_most=options.max_new_tokens or 0, need_heads=False)
-    written, failed = 0, None
+    # Tokens of a stop string are in an answer's ids, but not in its text.
+    text = None if options.stop or options.raw else generator.text
+    writer = Questions(options.output) if options.questions else Answers(text)
+    written, failed, done = 0, None, len(inputs) - len(to_do)
     with (
-        progress(total=len(inputs), done=len(inputs) - len(to_do), unit="inputs") as bar,
+        progress(total=len(inputs), done=done, unit="inputs", average=True) as bar,
         Lines(options.output, append=True) as lines,
     ):
-        for conversation in in_order(generator, to_do):
+        for conversation in in_order(generator, until(to_do, options.minutes), writer):
             if isinstance(conversation.problem, FloatingPointError):
                 failed = conversation.problem
             if conversation.problem is not None:
                 (early if conversation.completions else skipped).add(conversation.problem)
             if conversation.completions:
-                lines.write(record_line(record(conversation)))
-                written += 1
+                try:
+                    lines.write(record_line(writer.record(conversation)))
+                    written += 1
+                except InputError as error:
+                    early.add(error)
             bar.set_postfix_str(f"{generator.stats.tokens_per_second:.0f} tokens/s", False)
             bar.update()
     print(f"{written} records added to {options.output}; skipped: {skipped}", file=sys.stderr)
     if early.count:
-        print(f"conversations ended before their last turn: {early}", file=sys.stderr)
+        print(f"{writer.lost}: {early}", file=sys.stderr)
     print(generator.stats, file=sys.stderr)
     if failed and not written:  # no input's fault
         raise failed
 
 
-def in_order(generator: Generator, inputs: Iterable[tuple[int, Request]]) -> Iterator[Conversation]:
+def _generator(options: DistillOptions) -> Generator:
+    decoding = dataclasses.replace(options, max_new_tokens=None)
+    return load_generator(decoding, at_most=options.max_new_tokens or 0, need_heads=False)
+
+
+def until(
+    inputs: Iterable[tuple[int, Request]], minutes: float | None
+) -> Iterator[tuple[int, Request]]:
+    """The inputs that are taken within so many minutes from the first."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    for taken in inputs:
+        if end is not None and time.monotonic() > end:
+            say(f"{minutes:g} minutes are over: what was begun is finished, the rest another time")
+            return
+        yield taken
+
+
+def in_order(
+    generator: Generator, inputs: Iterable[tuple[int, Request]], writer: "Answers | Questions"
+) -> Iterator[Conversation]:
     """Conversations that have ended, in the order of the inputs; slots never wait for the order."""
     pending: collections.deque[Conversation] = collections.deque()
 
@@ -129,13 +121,10 @@ def in_order(generator: Generator, inputs: Iterable[tuple[int, Request]]) -> Ite
         for number, request in inputs:
             conversation = Conversation(request, number, cut_ends=True)
             pending.append(conversation)
-            if request.turns:
-                yield conversation
+            if problem := writer.refuses(request):
+                conversation.ended, conversation.problem = True, problem
             else:
-                conversation.ended, conversation.problem = (
-                    True,
-                    InputError(f"{request.origin}: a prompt of token ids cannot be written down"),
-                )
+                yield conversation
 
     for _ in generator.converse(conversations()):
         while pending and pending[0].ended:
@@ -143,196 +132,86 @@ def in_order(generator: Generator, inputs: Iterable[tuple[int, Request]]) -> Ite
     yield from pending
 
 
-def record(conversation: Conversation) -> dict[str, Any]:
-    """A conversation as a line of the output."""
-    said = [
-        {"from": message.get("from") or _SPEAKERS[message["role"]], "value": message["content"]}
-        for message in conversation.messages
-    ]
-    return {
-        "id": conversation.request.id,
-        "input": conversation.number,
-        "conversations": said,
-        "truncated": conversation.completions[-1].finish_reason == "length",
-    }
-
-
-@dataclasses.dataclass
-class Skipped:
-    """What was left out, and why the first of it.
+class Answers:
+    """Writes conversations as lines of the output.
 
     Attributes:
-      policy: "skip", or "refuse" to raise instead.
+      lost: what a conversation that ends early is called.
     """
 
-    policy: str
-    count: int = 0
-    reason: str = ""
+    lost = "conversations ended before their last turn"
 
-    def add(self, error: Exception) -> None:
-        """Counts one; with policy "refuse", raises it."""
-        if self.policy == "refuse":
-            raise error
-        self.count += 1
-        self.reason = self.reason or f" (the first: {error})"
+    def __init__(self, text: ChatTokenizer | None = None) -> None:
+        """Args: text: whose token ids are written too; None writes none."""
+        self._text = text
 
-    def __str__(self) -> str:
-        return f"{self.count}{self.reason}"
+    def refuses(self, request: Request) -> InputError | None:
+        """Why a request cannot be asked, or None."""
+        if request.turns:
+            return None
+        return InputError(f"{request.origin}: a prompt of token ids cannot be written down")
+
+    def record(self, conversation: Conversation) -> dict[str, Any]:
+        """A conversation as a line of the output."""
+        said = [
+            {"from": message.get("from") or _SPEAKERS[message["role"]], "value": message["content"]}
+            for message in conversation.messages
+        ]
+        line = {
+            "id": conversation.request.id,
+            "input": conversation.number,
+            "conversations": said,
+            "truncated": conversation.completions[-1].finish_reason == "length",
+        }
+        return line if self._text is None else line | token_record(conversation, self._text)
 
 
-# --- what is asked ----------------------------------------------------------------------------
+def token_record(conversation: Conversation, text: ChatTokenizer) -> dict[str, Any]:
+    """The tokens of a conversation, and which spans of them are answers.
 
-
-def read(options: DistillOptions, skipped: Skipped) -> Iterator[Request]:
-    """The inputs of all sources, in order.
-
-    Raises:
-      InputError: a source cannot be read, or plain text comes without --words.
+    Nothing, where the prompt of a later turn writes an earlier answer with other tokens.
     """
-    words, numbers = word_range(options.words), itertools.count()
-    for source in options.data:
-        if _holds_prompts(Path(source)):
-            found = read_requests(source, skipped.add)
-            found = itertools.islice(found, options.max_documents or None)
-        else:
-            corpus = Corpus(
-                [source],
-                separator=options.separator,
-                max_documents=options.max_documents,
-                on_bad=options.on_bad,
-            )
-            found = corpus
-        for document in found:
-            number = next(numbers)
-            if isinstance(document, Document):
-                request = _request(document, words, (options.seed, number))
-            else:
-                request = document
-            name = f"{Path(source).name}-{number}" if request.id is None else str(request.id)
-            yield dataclasses.replace(request, id=name)
-        if isinstance(found, Corpus):
-            for reason in found.skipped:
-                skipped.add(InputError(reason))
+    last = conversation.completions[-1]
+    whole, spans = last.prompt_ids + last.token_ids, []
+    for completion in conversation.completions:
+        start = len(completion.prompt_ids)
+        stop = start + len(completion.token_ids)
+        if whole[:stop] != completion.prompt_ids + completion.token_ids:
+            return {}
+        spans.append([start, stop])
+    return {"token_ids": whole, "learnt": spans, "vocabulary": text.fingerprint}
 
 
-def unique(inputs: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Request]]:
-    """Leaves out what asks the same as an earlier input."""
-    seen = set()
-    for number, request in inputs:
-        key = json.dumps([request.history, request.turns])
-        if key not in seen:
-            seen.add(key)
-            yield number, request
+class Questions:
+    """Writes what the model made up as prompt records, each only once.
 
+    Attributes:
+      lost: what a question that is not written is called.
+    """
 
-def word_range(flag: str | None) -> tuple[int, int] | None:
-    """ "7" -> (7, 7), "4-12" -> (4, 12); raises InputError for what is neither."""
-    if flag is None:
+    lost = "questions left out"
+
+    def __init__(self, output: str) -> None:
+        self._written = written_prompts(Path(output))
+
+    def refuses(self, request: Request) -> InputError | None:
+        """Why a request cannot be asked: never."""
         return None
-    found = _numbers(flag, "N-N") or _numbers(f"{flag}-{flag}", "N-N")
-    if found is None or not 1 <= found[0] <= found[1]:
-        raise InputError(f"--words {flag[:40]}: expected {_WORDS}")
-    return found
 
+    def record(self, conversation: Conversation) -> dict[str, Any]:
+        """A question as a line of the output.
 
-def first_words(text: str, count: int) -> str:
-    """The text up to the end of its `count`-th word: ("a  b c", 2) -> "a  b"."""
-    words = list(itertools.islice(re.finditer(r"\S+", text), count))
-    return text[: words[-1].end()]
-
-
-def _request(document: Document, words: tuple[int, int] | None, name: tuple[int, int]) -> Request:
-    """What to ask; the number of words depends on `name`, (seed, number of the input), alone."""
-    messages = document.messages
-    if messages:
-        history = messages[:1] if messages[0]["role"] == "system" else ()
-        turns = tuple(one["content"] for one in messages if one["role"] == "user")
-        return Request(turns, history, id=document.id, origin=document.origin)
-    if words is None:
-        raise InputError(f"{document.origin} is plain text: give --words, {_WORDS}")
-    seed, number = name
-    noise = int(np.random.SeedSequence([abs(seed), number]).generate_state(1)[0])
-    prompt = first_words(document.text, words[0] + noise % (words[1] - words[0] + 1))
-    return Request((prompt,), id=document.id, origin=document.origin)
-
-
-def _holds_prompts(path: Path) -> bool:
-    """Whether a file's first record is a prompt of `records`, not a document of `corpus`."""
-    if not path.is_file() or not re.search(r"\.jsonl(\.gz)?$", path.name):
-        return False
-    try:
-        line = next((line for _, line in numbered_lines(path)), "0")
-        record = json_files.parse(line, str(path))
-    except InputError:
-        return False  # the corpus says what is wrong
-    keys = set(record) if isinstance(record, dict) else set()
-    return bool(keys & {"prompt", "turns", "prompt_ids"}) and not keys & {*CONVERSATIONS, "text"}
-
-
-def _numbers(flag: str, form: str) -> tuple[int, int] | None:
-    found = re.fullmatch(form.replace("N", r"(\d{1,9})"), flag, re.ASCII)
-    return None if found is None else (int(found[1]), int(found[2]))
-
-
-# --- an output that is continued --------------------------------------------------------------
-
-
-def settings(options: DistillOptions) -> dict[str, Any]:
-    """What records depend on: the options, and the contents of the data's files."""
-    chosen = {name: value for name, value in vars(options).items() if name not in _FREE}
-    files = [path for path in map(Path, options.data) if path.is_file()]
-    contents = {str(path): fingerprint(path) for path in files}
-    return chosen | {"dtype": options.precision, "contents": contents}
-
-
-def fingerprint(path: Path) -> str:
-    """A name for the content of a file, such as "sha256:2cf24dba5fb0a30e"; reads 1 GB a second."""
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-
-
-def resume(output: Path, now: dict[str, Any]) -> int:
-    """Prepares the output: the number of the first input that it lacks.
-
-    A half-written last line is cut off.
-
-    Raises:
-      InputError: the output is no such file, or was made with other settings.
-    """
-    beside = output.with_name(output.name + ".settings.json")
-    if not output.exists() or not output.stat().st_size:
-        json_files.write(beside, now)
-        return 0
-    try:
-        before = json_files.read_object(beside)
-    except InputError as error:
-        raise InputError(f"{output} is there, but {error}: not continued") from None
-    # What an earlier release did not write was as it is by default, or is taken on trust.
-    defaults = vars(DistillOptions(data=[], output=""))
-    before = defaults | {"contents": now["contents"]} | before
-    other = [
-        f"--{name} was {json_files.short(before.get(name))}, is {json_files.short(now[name])}"
-        for name in sorted(now.keys() - {"contents"})
-        if before.get(name) != now[name]
-    ]
-    if other:
-        raise InputError(f"{output} was made with other settings: {'; '.join(other)}")
-    if before["contents"] != now["contents"]:
-        files = ", ".join(now["contents"])
-        raise InputError(f"{output} was made with other contents of {files}: not continued")
-    return _last_input(output) + 1
-
-
-def _last_input(output: Path) -> int:
-    """The number of the last input that was answered, or -1; cuts off half a line after it."""
-    whole, last = 0, b'{"input": -1}'
-    with writing(output), open(output, "rb+") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                whole, last = whole + len(line), line
-        file.truncate(whole)
-    try:
-        record = json_files.parse(last.decode("utf-8"), str(output))
-        return json_files.Fields(record, str(output)).integer("input", least=-1)
-    except (ValueError, AttributeError):
-        raise InputError(f"{output}: its last line is no record of distillation") from None
+        Raises:
+          InputError: it is empty, was cut off, or was written before.
+        """
+        (made,) = conversation.completions
+        question, origin = made.text.strip(), conversation.request.origin
+        if not question:
+            raise InputError(f"{origin} is empty")
+        if made.finish_reason == "length":
+            raise InputError(f"{origin} is longer than {len(made.token_ids)} tokens")
+        if question in self._written:
+            raise InputError(f"{origin} was made up before")
+        self._written.add(question)
+        name = conversation.request.id
+        return {"id": name, "input": conversation.number, "prompt": question}

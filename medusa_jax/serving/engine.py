@@ -17,21 +17,16 @@ from collections.abc import Sequence
 import jax
 
 from medusa_jax.decoding.decoder import Decoder, row_bytes
-from medusa_jax.decoding.prompt_blocks import longest_block
 from medusa_jax.decoding.state import Output
 from medusa_jax.decoding.stats import Stats, step_bytes
 from medusa_jax.distributed.hardware import memory_bytes
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.serving.jobs import Job, Progress, Row
-from medusa_jax.serving.ladder import Chooser, Ladder
+from medusa_jax.serving.ladder import Ladder
+from medusa_jax.serving.load import Load
 from medusa_jax.serving.programs import fitting
+from medusa_jax.serving.reader import Reader
 from medusa_jax.serving.slots import Slots
-
-# A call of the device loop ends about this soon, so that signals and streams are served.
-CALL_SECONDS = 0.1
-FIRST_STEPS, MOST_STEPS = 4, 256
-# Processes that share a mesh take the same number of steps, whatever their clocks say.
-SHARED_STEPS = 16
 
 
 class Engine:
@@ -41,6 +36,8 @@ class Engine:
       decoder: what decodes; its capacity is the most that a job may ask for.
       slots: rows decoded together.
       stats: what was decoded so far, and its cost.
+      stop_ids, repetition_penalty, seed: of jobs that have none of their own.
+      ladder: batch sizes and trees to choose from by load; default: those of the decoder alone.
     """
 
     def __init__(
@@ -54,18 +51,13 @@ class Engine:
         seed: int = 0,
         ladder: Ladder | None = None,
     ) -> None:
-        """Args:
-        stop_ids, repetition_penalty, seed: of jobs that have none of their own.
-        ladder: batch sizes and trees to choose from by load; default: those of the decoder alone.
-        """
         self.decoder, self.slots, self.stats = decoder, slots, Stats()
         self._batch = Slots(decoder, params, tuple(stop_ids), repetition_penalty, seed)
         self._waiting: collections.deque[Job] = collections.deque()
         self._rows: dict[int, Row] = {}
-        self._steps = FIRST_STEPS
         if ladder is None or jax.process_count() > 1:  # whose clocks would choose differently
             ladder = Ladder((), (decoder.drafter,), (1.0,))
-        self._chooser, self._ladder = Chooser(ladder), ladder
+        self._reader, self._load = Reader(self._batch), Load(ladder, self._batch, slots)
         # More rows than that cannot be decoded, so that no more jobs need to wait for them.
         most_rows = memory_bytes() // row_bytes(fitting(decoder, 1), params)
         self._most_waiting = min(slots, most_rows + 1)
@@ -113,15 +105,8 @@ class Engine:
         self._batch.clear()
 
     def warm_up(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Compiles what jobs of this shape need, before the first of them arrives.
-
-        Of a ladder, a tree for a single row and plain decoding in all slots: others follow while
-        those are used.
-        """
-        job = Job([0] * prompt_tokens, max_new_tokens)
-        if self._ladder.rows:
-            self._batch.warm_up(job, 1, self._ladder.drafters[-1])
-        self._batch.warm_up(job, self.slots, self._ladder.drafters[0])
+        """Compiles what jobs of this shape need, before the first of them arrives."""
+        self._load.warm_up(Job([0] * prompt_tokens, max_new_tokens))
 
     def close(self) -> None:
         """Compiles no further program in the background."""
@@ -138,95 +123,37 @@ class Engine:
         self._fill(more)
         if not self._rows:
             return []
-        writing = self._read()
-        start = time.perf_counter() - self._batch.compile_seconds
-        choice = self._choice()
-        passes = self._batch.run(self._steps, writing, self._ladder.drafters[choice])
-        seconds = time.perf_counter() - self._batch.compile_seconds - start
-        self._steps = next_steps(self._steps, passes, seconds)
+        writing = self._reader.read(self._rows)
+        passes, seconds = self._load.run(writing)
         done = self._batch.outputs()
         self.stats.compile_seconds = self._batch.compile_seconds
         self.stats.add_passes(passes, seconds)
         self.stats.seconds += time.perf_counter() - self._batch.compile_seconds - begun
-        rows, report = self._batch.rows, self._report(passes, done)
-        if passes:
-            accepted = [tokens for progress in report for tokens in progress.steps]
-            self._chooser.saw(rows, choice, seconds / passes, accepted)
+        report = self._report(passes, done)
+        self._load.saw([made for progress in report for made in progress.steps])
         return report
-
-    def run(self, jobs: Sequence[Job]) -> list[Output]:
-        """Decodes all jobs; their outputs in the order of the jobs."""
-        done: dict[Job, Output] = {}
-        for job in jobs:
-            self.submit(job)
-        while not self.idle:
-            done |= {p.job: p.output for p in self.advance() if p.output is not None}
-        for number, job in enumerate(jobs):
-            done[job].check(f"prompt {number}")
-        return [done[job] for job in jobs]
 
     def _fill(self, more: bool) -> None:
         """Gives free slots to waiting jobs."""
+        needed = min(len(self._rows) + len(self._waiting), self.slots)
         if not self._rows and self._waiting:
-            waiting = list(self._waiting)[: self.slots]
+            waiting = list(self._waiting)[:needed]
             self._batch.fit(max(max(job.tokens, job.room) for job in waiting))
-            self._batch.begin(self._size(len(waiting), more))
-        elif self._rows and self._ladder.rows:
-            self._regroup(min(len(self._rows) + len(self._waiting), self.slots))
+            self._batch.begin(self._load.size(needed, more))
+        elif self._rows:
+            self._regroup(self._load.size(needed, more))
         while self._waiting and len(self._rows) < self._batch.rows:
             slot = next(slot for slot in range(self._batch.rows) if slot not in self._rows)
             job = self._waiting.popleft()
             self._batch.grow(job.tokens)
-            self._rows[slot] = self._row(job)
+            self._rows[slot] = Row(job, self.stats.seconds)
+            self.stats.prompts += 1
 
-    def _size(self, needed: int, more: bool) -> int:
-        """Rows of a batch for so many jobs."""
-        if not self._ladder.rows:
-            return self.slots if more else min(self.slots, 1 << (needed - 1).bit_length())
-
-        def ready(rows: int) -> bool:
-            return any(self._batch.can_run(rows, drafter) for drafter in self._ladder.drafters)
-
-        return self._chooser.rows(needed, ready)
-
-    def _regroup(self, needed: int) -> None:
-        """Lets the batch have as many rows as are needed."""
-        size = self._size(needed, True)
+    def _regroup(self, size: int) -> None:
+        """A batch of this size with the same rows."""
         if size != self._batch.rows:
             self._batch.regroup([*self._rows, *[-1] * (size - len(self._rows))])
             self._rows = dict(enumerate(self._rows.values()))
-
-    def _choice(self) -> int:
-        """The step of the ladder for the next call; others are compiled meanwhile."""
-        drafters, rows = self._ladder.drafters, self._batch.rows
-        trees_first = drafters[::-1]
-        self._batch.prepare([(size, each) for size in self._ladder.rows for each in trees_first])
-        ready = [i for i, each in enumerate(drafters) if self._batch.can_run(rows, each)]
-        return self._chooser.step(rows, ready or [0 if rows > 1 else len(drafters) - 1])
-
-    def _read(self) -> int:
-        """Reads blocks of prompts; how many rows write then.
-
-        A call reads about a block, so that rows that write go on soon. It takes the oldest prompt
-        and the shortest in turn: short prompts overtake long ones, and none waits for ever.
-        """
-        unread = {slot: row for slot, row in self._rows.items() if row.unread}
-        tokens, oldest = 0, False
-        while unread and (len(unread) == len(self._rows) or tokens < longest_block()):
-            oldest = not oldest
-            slots = iter(unread) if oldest else sorted(unread, key=lambda slot: unread[slot].unread)
-            slot = next(iter(slots))
-            row = unread[slot]
-            count = self._batch.read(row.job, slot, row.read)
-            row.read, tokens = row.read + count, tokens + count
-            if not row.unread:
-                del unread[slot]
-        return len(self._rows) - len(unread)
-
-    def _row(self, job: Job) -> Row:
-        """A job that begins now."""
-        self.stats.prompts += 1
-        return Row(job, self.stats.seconds)
 
     def _free(self, slot: int) -> None:
         """Gives up a row that may still run on the device."""
@@ -254,12 +181,18 @@ class Engine:
         return progress
 
 
-def next_steps(steps: int, passes: int, seconds: float) -> int:
-    """Steps of the next call, which shall take CALL_SECONDS.
+def run_jobs(engine: Engine, jobs: Sequence[Job]) -> list[Output]:
+    """Decodes all jobs; their outputs in the order of the jobs.
 
-    After 4 passes in 0.01 s, which 40 would fill, 16: at most four times as many as before.
+    Raises:
+      InputError: a job cannot be decoded.
+      FloatingPointError: a row has failed.
     """
-    if jax.process_count() > 1:
-        return SHARED_STEPS
-    fitting_steps = int(CALL_SECONDS * max(passes, 1) / max(seconds, 1e-6))
-    return min(max(fitting_steps, 1), 4 * steps, MOST_STEPS)
+    done: dict[Job, Output] = {}
+    for job in jobs:
+        engine.submit(job)
+    while not engine.idle:
+        done |= {p.job: p.output for p in engine.advance() if p.output is not None}
+    for number, job in enumerate(jobs):
+        done[job].check(f"prompt {number}")
+    return [done[job] for job in jobs]

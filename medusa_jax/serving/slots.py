@@ -1,7 +1,7 @@
 """The rows of a running batch on the device, and the compiled programs that change them."""
 
 import dataclasses
-import threading
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +10,13 @@ import numpy as np
 from medusa_jax.decoding.acceptance import PerRow
 from medusa_jax.decoding.decoder import Decoder, check_memory, check_prompt
 from medusa_jax.decoding.prefill import SMALL_BLOCK
-from medusa_jax.decoding.prompt_blocks import PromptBlock, RowSettings, longest_block, next_block
+from medusa_jax.decoding.prompt_blocks import (
+    PromptBlock,
+    RowSettings,
+    longest_block,
+    next_block,
+    prompt_block,
+)
 from medusa_jax.decoding.repetition import penalties
 from medusa_jax.decoding.sampling import Sampling, row_keys
 from medusa_jax.decoding.state import Output, outputs
@@ -18,7 +24,7 @@ from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Drafter, Params
 from medusa_jax.errors import InputError
 from medusa_jax.serving.jobs import Job
-from medusa_jax.serving.programs import Programs, fitting
+from medusa_jax.serving.programs import Background, Programs, fitting
 
 # More tokens that may end a row than those of the engine, where rows have settings of their own.
 OWN_STOP_IDS = 8
@@ -50,8 +56,7 @@ class Slots:
         penalized = penalties(repetition_penalty, 1) is not None
         self._settings = RowSettings(max(self.most_stop_ids, 1), penalized, self._per_row)
         self._programs = Programs(params, decoder.drafter)
-        self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
+        self._background = Background()
 
     @property
     def rows(self) -> int:
@@ -132,24 +137,15 @@ class Slots:
         return self._programs.can_run(decoder, self._now.cache_slots, rows, self._settings)
 
     def prepare(self, choices: Sequence[tuple[int, Drafter]]) -> None:
-        """Compiles in a thread what these batches, of the present capacity, lack."""
-        if self._thread is not None and self._thread.is_alive():
-            return
+        """Compiles in the background what these batches, of the present capacity, lack."""
         missing = [choice for choice in choices if not self.can_run(*choice)]
-        if missing and not self._closed.is_set():
-            self._thread = threading.Thread(target=self._compile, args=(self._now, missing))
-            self._thread.start()
+        if missing:
+            shapes = functools.partial(self._abstract, self._now)
+            self._background.compile_runs(self._now, self._params, missing, shapes)
 
     def close(self) -> None:
         """Compiles no further program."""
-        self._closed.set()
-
-    def _compile(self, decoder: Decoder, choices: Sequence[tuple[int, Drafter]]) -> None:
-        programs = Programs(self._params, decoder.drafter)  # whose time is not the engine's
-        for rows, drafter in choices:
-            if not self._closed.is_set():
-                state = self._abstract(decoder, rows)
-                programs.run(dataclasses.replace(decoder, drafter=drafter), self._params, state)
+        self._background.close()
 
     def outputs(self) -> list[Output]:
         """Each row so far."""
@@ -176,21 +172,11 @@ class Slots:
 
     def _block(self, job: Job, start: int, size: int) -> PromptBlock:
         """The next tokens of a prompt, padded to so many."""
-        tokens = np.zeros(size, np.int32)
-        new = job.prompt_ids[start : start + size]
-        tokens[: len(new)] = new
         stops = self._stop_ids if job.stop_ids is None else job.stop_ids
         # As many for each job, so that all share their programs.
         stops = [*stops, *[-1] * (self._settings.stop_ids - len(stops))]
-        block = PromptBlock(
-            tokens=tokens,
-            start=np.int32(start),
-            count=np.int32(len(new)),
-            length=np.int32(len(job.prompt_ids)),
-            limit=np.int32(job.tokens),
-            stop_ids=np.array([stops], np.int32),
-            keys=row_keys(self._seed if job.seed is None else job.seed, [job.stream]),
-            penalty=penalties(self._penalty, 1),
-            sampling=Sampling.of([job.sampling]) if self._per_row else None,
-        )
+        keys = row_keys(self._seed if job.seed is None else job.seed, [job.stream])
+        sampling = Sampling.of([job.sampling]) if self._per_row else None
+        how = np.array([stops], np.int32), keys, penalties(self._penalty, 1), sampling
+        block = prompt_block(job.prompt_ids, job.tokens, start, size, *how)
         return everywhere(block, self._decoder.mesh)

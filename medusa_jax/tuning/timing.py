@@ -10,6 +10,7 @@ import numpy as np
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.progress import progress
+from medusa_jax.serving.engine import run_jobs
 from medusa_jax.serving.generator import Generator
 from medusa_jax.serving.jobs import Job
 
@@ -45,7 +46,7 @@ def time_trees(
         for name in order.permutation(list(trees)):
             before = dataclasses.replace(timed[name].stats)
             jobs = [Job(prompt, new_tokens, (first + i, 0)) for i, prompt in enumerate(batch)]
-            timed[name].engine.run(jobs)
+            run_jobs(timed[name].engine, jobs)
             spent = timed[name].stats - before
             steps[name].append(spent.decode_seconds / spent.passes)
             prefills.append(spent.seconds - spent.decode_seconds)

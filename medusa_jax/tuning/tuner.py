@@ -39,6 +39,7 @@ from medusa_jax.options import option
 from medusa_jax.progress import progress
 from medusa_jax.serving import tree_store
 from medusa_jax.serving.conversations import Conversation
+from medusa_jax.serving.engine import run_jobs
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, dynamic_tree, usable_ranks
@@ -180,7 +181,7 @@ class Measurements:
         if isinstance(tree, Tree):
             return tree_search.mean_accepted_length(self.ranks, tree)
         generator = self.generator.with_tree(tree, batch_size=CALIBRATION_BATCH)
-        generator.engine.run(jobs(self.prompts, self.options.new_tokens))
+        run_jobs(generator.engine, jobs(self.prompts, self.options.new_tokens))
         return generator.stats.mean_accepted_length
 
 

@@ -11,7 +11,7 @@ from medusa_jax.decoding import compilation
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.serving.engine import Engine
+from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9]]
@@ -33,7 +33,7 @@ def _turned(leaf: jax.Array) -> Format:
 
 
 def _texts(decoder: Decoder, params: dict) -> list[list[int]]:
-    outputs = Engine(decoder, params, slots=2).run([Job(prompt, 12) for prompt in PROMPTS])
+    outputs = run_jobs(Engine(decoder, params, slots=2), [Job(prompt, 12) for prompt in PROMPTS])
     return [output.token_ids for output in outputs]
 
 

@@ -19,7 +19,7 @@ from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.serving.engine import Engine
+from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
 
 MOST = 4
@@ -70,7 +70,7 @@ def test_logprobs_are_hugging_faces(llama: transformers.PreTrainedModel, saved: 
                                 for i, row in enumerate(asked * 2))
     ]  # fmt: skip
     engine = Engine(decoder, params, slots=3, repetition_penalty=1.3)
-    for job, output in zip(jobs, engine.run(jobs), strict=True):
+    for job, output in zip(jobs, run_jobs(engine, jobs), strict=True):
         if job.sampling.logprobs:
             check(llama, output)
             assert len(output.stopped(2).logprobs.chosen) == 2

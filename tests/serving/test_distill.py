@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from medusa_jax.data.corpus import Corpus
+from medusa_jax.data.encoding import encode
+from medusa_jax.data.prompts import Request
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.errors import InputError
 from medusa_jax.files import locked
-from medusa_jax.serving.distillation import (
-    DistillOptions,
-    Skipped,
-    read,
-    resume,
-    settings,
-    word_range,
-)
+from medusa_jax.serving.continued_output import resume, settings
+from medusa_jax.serving.distill_inputs import Skipped, read, word_range
+from medusa_jax.serving.distill_options import DistillOptions
+from medusa_jax.serving.distillation import until
 from medusa_jax.serving.generator import Generator
 
 FULL_STOP = 426  # the token "." of stories260K
@@ -132,6 +132,19 @@ def test_a_conversation_hears_the_models_own_answers(run, model, shared, chats, 
         assert answered == answer.text.strip()
         messages.append({"role": "assistant", "content": answered})
     assert _values(third)[0] == "Lily ran" and _values(third)[1]
+
+    # Training reads the tokens of the answers, not what their text would be tokenized to.
+    text = ChatTokenizer(shared / "models/stories260K", template=str(template))
+    encoded = list(encode(Corpus([str(output)]), text))
+    for record, document in zip((first, second, third), encoded, strict=True):
+        assert document.ids.tolist() == record["token_ids"]
+        answers = _values(record)[2::2] if record is first else _values(record)[1::2]
+        for (start, stop), answer in zip(record["learnt"], answers, strict=True):
+            assert document.learnt[start:stop].all()
+            assert text.decode(document.ids[:start], document.ids[start:stop]).strip() == answer
+        assert document.learnt.sum() == sum(stop - start for start, stop in record["learnt"])
+    other = ChatTokenizer(shared / "models/stories260K", template="zephyr")
+    assert next(encode(Corpus([str(output)]), other)).ids.tolist() != first["token_ids"]
 
 
 @pytest.mark.e2e
@@ -313,6 +326,38 @@ def test_what_is_asked_of_conversations(tmp_path):
     assert first.history == ({"role": "system", "content": "Be brief."},)
     assert [other.turns for other in others] == [("Tom",), ("a\ufffd",)]
     assert skipped.count == 2 and f"{talks}, line 2: not JSON" in str(skipped)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_the_model_makes_up_questions_that_it_can_be_asked(run, model, tmp_path):
+    """Each once; what is cut off is left out; a second run goes on."""
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    flags = [*model, "--chat_template", "zephyr", "--max_new_tokens", 40, "--output", questions]
+    code, err = run(*flags, "--questions", 12)
+    assert code == 0 and "questions left out" in err
+    made = _records(questions)
+    assert 0 < len(made) < 12 and len({one["prompt"] for one in made}) == len(made)
+    assert all(one["prompt"].endswith(".") for one in made)  # what ends a text of this model
+    before = questions.read_bytes()
+    questions.write_bytes(before[:-10])
+    assert run(*flags, "--questions", 12)[0] == 0
+    assert questions.read_bytes() == before
+    code, err = run(*model, "--data", questions, "--output", answers, "--chat_template", "zephyr")
+    asked = [_values(one)[0] for one in _records(answers)]
+    assert code == 0 and asked == [one["prompt"] for one in made]
+
+
+def test_time_ends_the_asking_and_nothing_else():
+    inputs = [(i, Request(("a",))) for i in range(3)]
+    assert list(until(inputs, None)) == list(until(inputs, 5.0)) == inputs
+    assert list(until(inputs, -1.0)) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--data", "a.jsonl", "--questions", 3]])
+def test_either_data_or_questions(run, tmp_path, flags):
+    code, err = run("--model", "none", "--output", tmp_path / "o", *flags)
+    assert code == 2 and "give either" in err and err.count("error:") == 1
 
 
 def test_word_ranges():

@@ -14,9 +14,10 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.serving import engine as module
-from medusa_jax.serving.engine import Engine, next_steps
+from medusa_jax.serving import load as module
+from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
+from medusa_jax.serving.load import next_steps
 
 TREES = [Tree(), Tree.from_lists([[0], [1], [0, 0], [1, 0]]), DynamicTree(6, 3, 4)]
 # Unequal prompts and lengths; job 5 outgrows the capacity that the first jobs need.
@@ -52,7 +53,7 @@ def test_refilled_slots_write_what_single_rows_write(
 ):
     decoder = decoder_of(tiny, tree, scheme)
     engine = Engine(decoder, tiny.params, slots=3, stop_ids=(2,), seed=5)
-    done = engine.run(JOBS)
+    done = run_jobs(engine, JOBS)
     for job, output in zip(JOBS, done, strict=True):
         assert output == single(decoder, tiny.params, job, stop_ids=(2,))
     assert engine.idle
@@ -81,7 +82,7 @@ def test_rows_with_settings_of_their_own_write_what_they_write_alone(tiny: TinyM
     ]
     decoder = decoder_of(tiny, TREES[1], PerRow())
     engine = Engine(decoder, tiny.params, slots=4, stop_ids=(2,), seed=5)
-    for job, output in zip(jobs, engine.run(jobs), strict=True):
+    for job, output in zip(jobs, run_jobs(engine, jobs), strict=True):
         temperature, top_k, top_p, *typical = job.sampling
         scheme = Lossless(temperature, top_k, top_p) if temperature else Greedy()
         scheme = Typical(temperature) if any(typical) else scheme
@@ -123,13 +124,13 @@ def test_rows_are_reported_as_they_end_and_their_slots_refilled(tiny: TinyModel)
 def test_an_engine_compiles_nothing_after_warm_up(tiny: TinyModel):
     engine = Engine(decoder_of(tiny, TREES[1], Greedy()), tiny.params, slots=2)
     engine.warm_up(16, 20)
-    engine.run([Job([1, 2, 3], 20) for _ in range(3)])
+    run_jobs(engine, [Job([1, 2, 3], 20) for _ in range(3)])
     spent = engine.stats.compile_seconds
     compiled: list[str] = []
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        engine.run([Job([3] * 9, 30, (i, 0)) for i in range(5)])
+        run_jobs(engine, [Job([3] * 9, 30, (i, 0)) for i in range(5)])
     finally:
         jax.monitoring.clear_event_listeners()
     assert engine.stats.compile_seconds == spent

@@ -67,7 +67,7 @@ def test_texts_do_not_depend_on_batch_sizes_and_trees(tiny: TinyModel, monkeypat
     decoder = decoder_of(tiny, GROWN, Lossless(0.9))
     turns = iter(range(10**6))
     monkeypatch.setattr(Chooser, "step", lambda self, rows, ready: ready[next(turns) % len(ready)])
-    monkeypatch.setattr("medusa_jax.serving.engine.MOST_STEPS", 3)
+    monkeypatch.setattr("medusa_jax.serving.load.MOST_STEPS", 3)
     ladder = ladder_of(decoder.drafter, 4, [])
     ladder = dataclasses.replace(ladder, drafters=(ladder.drafters[0], *ladder.drafters[2:]))
     engine = Engine(decoder, tiny.params, slots=4, stop_ids=(2,), seed=5, ladder=ladder)

@@ -16,9 +16,9 @@ from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.serving import distillation, engine, programs
+from medusa_jax.serving import distill_inputs, distill_options, distillation, engine, programs
 from medusa_jax.serving.conversations import ROOM, Conversation
-from medusa_jax.serving.engine import Engine
+from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
 
 BUSHY = Tree.from_lists([[0], [1], [0, 0], [1, 0]])
@@ -60,7 +60,7 @@ def test_forty_turns_compile_as_often_as_the_cache_doubles(compiled: dict):
     engine = Engine(Decoder(model.config), model.params)
     for turn in range(40):
         job = Job([1 + i % 30 for i in range(20 + 20 * turn)], 2, room=512)
-        (output,) = engine.run([job])
+        (output,) = run_jobs(engine, [job])
         assert output.prompt_ids == job.prompt_ids
     assert names(compiled) == ["empty", "empty", "read", "read", "run", "run"]
 
@@ -83,7 +83,7 @@ def test_refilled_slots_have_the_penalty_too(tiny: TinyModel):
     jobs = [Job([3 * i + 1, 5], new) for i, new in enumerate((4, 9, 100, 12, 7))]
     short = dataclasses.replace(jobs[3], read=lambda new: min(len(new), 1) or None)
     engine = Engine(decoder, tiny.params, slots=2, repetition_penalty=1.5)
-    done = engine.run([*jobs, short])
+    done = run_jobs(engine, [*jobs, short])
     how = {"repetition_penalty": 1.5}
     for job, output in zip(jobs, done, strict=False):
         state = decoder.prefill(
@@ -144,15 +144,15 @@ def test_an_answer_that_fails_is_an_error_after_those_beside_it(broken: Generato
     assert 0 in answered and 1 not in answered
     assert broken.engine.idle and asked[1].messages == []
     with pytest.raises(FloatingPointError, match="prompt 0"):
-        broken.engine.run([Job(broken.text.encode([{"content": "Tom"}]), 3)])
+        run_jobs(broken.engine, [Job(broken.text.encode([{"content": "Tom"}]), 3)])
 
 
 def test_distillation_leaves_out_what_fails(broken: Generator):
     inputs = [(i, Request((text,))) for i, text in enumerate(("Once", "Tom", "One"))]
-    ended = list(distillation.in_order(broken, inputs))
+    ended = list(distillation.in_order(broken, inputs, distillation.Answers()))
     assert [bool(one.completions) for one in ended] == [True, False, True]
     assert isinstance(ended[1].problem, FloatingPointError)
-    skipped = distillation.Skipped("skip")
+    skipped = distill_inputs.Skipped("skip")
     skipped.add(ended[1].problem)
     assert skipped.count == 1 and "not finite" in str(skipped)
 
@@ -164,11 +164,11 @@ def test_distillation_without_a_finite_answer_fails(broken: Generator, monkeypat
     data = [str(tmp_path / "Tom.jsonl")]
     with pytest.raises(FloatingPointError, match="not finite"):
         distillation.distill(
-            distillation.DistillOptions(data=data, output=str(tmp_path / "none.jsonl"))
+            distill_options.DistillOptions(data=data, output=str(tmp_path / "none.jsonl"))
         )
     data += [str(tmp_path / "Once.jsonl")]
     distillation.distill(
-        distillation.DistillOptions(data=data, output=str(tmp_path / "some.jsonl"))
+        distill_options.DistillOptions(data=data, output=str(tmp_path / "some.jsonl"))
     )
     assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 1
 

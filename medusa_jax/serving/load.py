@@ -1,0 +1,77 @@
+"""Calls of the device loop: for how many steps, with how many rows, and with which drafter."""
+
+import time
+from collections.abc import Sequence
+
+import jax
+
+from medusa_jax.serving.jobs import Job
+from medusa_jax.serving.ladder import Chooser, Ladder
+from medusa_jax.serving.slots import Slots
+
+# A call of the device loop ends about this soon, so that signals and streams are served.
+CALL_SECONDS = 0.1
+FIRST_STEPS, MOST_STEPS = 4, 256
+# Processes that share a mesh take the same number of steps, whatever their clocks say.
+SHARED_STEPS = 16
+
+
+class Load:
+    """Chooses by load, among the programs that are there; the others are compiled meanwhile."""
+
+    def __init__(self, ladder: Ladder, batch: Slots, slots: int) -> None:
+        self._ladder, self._batch, self._slots = ladder, batch, slots
+        self._chooser, self._steps = Chooser(ladder), FIRST_STEPS
+        self._last = 0, 0, 0.0
+
+    def warm_up(self, job: Job) -> None:
+        """Compiles a tree for a single row, and plain decoding in all slots."""
+        if self._ladder.rows:
+            self._batch.warm_up(job, 1, self._ladder.drafters[-1])
+        self._batch.warm_up(job, self._slots, self._ladder.drafters[0])
+
+    def size(self, needed: int, more: bool) -> int:
+        """Rows of a batch for so many jobs. Without a ladder, a batch that runs stays as it is.
+
+        Args:
+          more: others may come.
+        """
+        if not self._ladder.rows and self._batch.rows:
+            return self._batch.rows
+        if not self._ladder.rows:
+            return self._slots if more else min(self._slots, 1 << (needed - 1).bit_length())
+
+        def ready(rows: int) -> bool:
+            return any(self._batch.can_run(rows, drafter) for drafter in self._ladder.drafters)
+
+        return self._chooser.rows(needed, ready)
+
+    def run(self, least: int) -> tuple[int, float]:
+        """Steps while so many rows run, or for a bounded time: the steps, and their seconds."""
+        drafters, rows = self._ladder.drafters, self._batch.rows
+        trees_first = drafters[::-1]
+        self._batch.prepare([(size, each) for size in self._ladder.rows for each in trees_first])
+        ready = [i for i, each in enumerate(drafters) if self._batch.can_run(rows, each)]
+        number = self._chooser.step(rows, ready or [0 if rows > 1 else len(drafters) - 1])
+        start = time.perf_counter() - self._batch.compile_seconds
+        passes = self._batch.run(self._steps, least, drafters[number])
+        seconds = time.perf_counter() - self._batch.compile_seconds - start
+        self._steps = next_steps(self._steps, passes, seconds)
+        self._last = rows, number, seconds / passes if passes else 0.0
+        return passes, seconds
+
+    def saw(self, accepted: Sequence[int]) -> None:
+        """Learns from the last call: the tokens of each step of each row."""
+        if accepted:
+            self._chooser.saw(*self._last, accepted)
+
+
+def next_steps(steps: int, passes: int, seconds: float) -> int:
+    """Steps of the next call, which shall take CALL_SECONDS.
+
+    After 4 passes in 0.01 s, which 40 would fill, 16: at most four times as many as before.
+    """
+    if jax.process_count() > 1:
+        return SHARED_STEPS
+    fitting_steps = int(CALL_SECONDS * max(passes, 1) / max(seconds, 1e-6))
+    return min(max(fitting_steps, 1), 4 * steps, MOST_STEPS)

@@ -1,0 +1,32 @@
+"""Prompts are read block by block, between steps of the rows that write."""
+
+from medusa_jax.decoding.prompt_blocks import longest_block
+from medusa_jax.serving.jobs import Row
+from medusa_jax.serving.slots import Slots
+
+
+class Reader:
+    """Reads the prompts of a batch, about a block a call, so that rows that write go on soon."""
+
+    def __init__(self, batch: Slots) -> None:
+        self._batch = batch
+
+    def read(self, rows: dict[int, Row]) -> int:
+        """Reads blocks into the rows, by their slots, oldest first; how many rows write then.
+
+        The oldest prompt and the shortest take turns: short prompts overtake long ones, and none
+        waits for ever. While nothing writes, it reads on until a prompt is complete.
+        """
+        unread = {slot: row for slot, row in rows.items() if row.unread}
+        tokens, oldest = 0, False
+        while unread and (len(unread) == len(rows) or tokens < longest_block()):
+            oldest = not oldest
+            slot = next(iter(unread))
+            if not oldest:
+                slot = min(unread, key=lambda slot: unread[slot].unread)
+            row = unread[slot]
+            count = self._batch.read(row.job, slot, row.read)
+            row.read, tokens = row.read + count, tokens + count
+            if not row.unread:
+                del unread[slot]
+        return len(rows) - len(unread)
