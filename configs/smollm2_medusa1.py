@@ -7,8 +7,9 @@
 Purpose: heads of a real chat model, small enough to be a file of its package.
 Recipe: the paper's loss (section 2.2.1) with self-distillation (2.3.2). Heads guess among the
 8,192 tokens that the answers hold most often, through these rows of the embedding: a sixth of
-the projection to read in each step. The backbone's hidden states are computed once and kept.
-Hardware: 2 CPU cores and 4 GB.
+the projection to read in each step. The selector learns beside them. All of it has 3.6 MB.
+Hardware: 2 CPU cores and 4 GB. A row of 1,024 tokens takes 2.8 CPU-seconds once, for the hidden
+states of the backbone, and 1.0 in each epoch.
 """
 
 import _recipes
@@ -26,8 +27,8 @@ def get_config() -> Config:
         sequence_length=1024,
         hidden_states="runs/smollm2_states",
     )
-    config.loss.chunk = 512
-    config.optim.batch_size = config.optim.accumulation = 8
-    config.optim.learning_rate, config.optim.epochs = 5e-4, 4
-    config.run = Run(log_every=20, eval_every=100, save_every=100, export_dtype="bfloat16")
+    config.loss.chunk = 128
+    config.optim.batch_size = config.optim.accumulation = 4
+    config.optim.learning_rate, config.optim.epochs = 5e-4, 3
+    config.run = Run(log_every=50, eval_every=200, save_every=100, export_dtype="bfloat16")
     return config

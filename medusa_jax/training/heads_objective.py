@@ -21,6 +21,8 @@ from medusa_jax.training.head_losses import (
 )
 from medusa_jax.training.losses import MISS, TOP, Sums, each_target, over_chunks, targets_at
 
+EAL = ("eal", "selector_eal")  # expected accepted lengths in reports
+
 Params = dict[str, Any]
 Batch = dict[str, Array]
 
@@ -216,7 +218,7 @@ def report(terms: HeadsTerms, decay: float) -> dict[str, Any]:
         for place, k in enumerate(TOP):
             out[f"{name}_top{k}"] = [mean(one.hits[place], one.count) for one in every]
     if terms.heads:
-        for name, accepted in zip(("eal", "selector_eal"), terms.accepted, strict=False):
+        for name, accepted in zip(EAL, terms.accepted, strict=False):
             out[name] = [1.0 + mean(one, terms.chains) for one in accepted]
     return out
 

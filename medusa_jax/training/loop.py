@@ -19,6 +19,7 @@ from medusa_jax.interrupts import Stop
 from medusa_jax.training.checkpoints import CheckpointError, Checkpoints
 from medusa_jax.training.clock import Clock
 from medusa_jax.training.divergence import Diverged, Divergence
+from medusa_jax.training.heads_objective import EAL
 from medusa_jax.training.metrics import Metrics
 from medusa_jax.training.objective import Params, Terms, report
 from medusa_jax.training.optimizer import learning_rate
@@ -151,9 +152,11 @@ class Loop:
         values["perplexity"] = math.exp(min(values["lm_loss"], 700.0))
         self.metrics.write(number, {f"eval_{name}": value for name, value in values.items()})
         tops = ", ".join(f"{top:.3f}" for top in values.get("head_top1", ()))
+        chains = ", ".join(f"{values[name][0]:.3f}" for name in EAL if name in values)
         self.metrics.say(
             f"step {number}: held-out loss {values['loss']:.4f}, perplexity "
-            f"{values['perplexity']:.4f}" + (f", heads' top-1 {tops}" if tops else "")
+            f"{values['perplexity']:.4f}"
+            + (f", heads' top-1 {tops}, accepted length of the chain {chains}" if tops else "")
         )
         if not math.isfinite(values["loss"]):
             raise Diverged(f"step {number}: held-out loss {values['loss']}")

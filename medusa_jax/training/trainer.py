@@ -68,8 +68,6 @@ def _run(config: Config, place: Path, mesh: Mesh) -> None:
 
     # --- 3. Data ----------------------------------------------------------------------------
     train_rows, eval_rows = read_rows(config, first)
-    if config.data.hidden_states:
-        train_rows, eval_rows = with_hidden_states(config, mesh, train_rows, eval_rows)
     sharding, optim = NamedSharding(mesh, BATCH), config.optim
     batches = Batches(train_rows, optim.batch_size, optim.accumulation, config.seed, sharding)
     total = optim.steps or math.ceil(optim.epochs * batches.steps_per_epoch)
@@ -77,6 +75,9 @@ def _run(config: Config, place: Path, mesh: Mesh) -> None:
         token_map = choose_token_map(config, train_rows)
     else:
         workdir.check_data(place, train_rows)
+    if config.data.hidden_states:  # takes long, so what can be refused has been
+        train_rows, eval_rows = with_hidden_states(config, mesh, train_rows, eval_rows)
+        batches = dataclasses.replace(batches, rows=train_rows)
 
     # --- 4. Weights, compiled functions, checkpoint -----------------------------------------
     weights = load(config, mesh, token_map, with_learnt=done is None)
