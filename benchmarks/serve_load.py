@@ -136,7 +136,8 @@ async def measure(options: LoadOptions) -> list[dict[str, Any]]:
         ]
         rows = []
         for users in options.users:
-            await load(client, bodies[:users], users)  # to compile what they need
+            await _long(client, shared, options.long_prompt, 1)  # to compile what is needed
+            await load(client, bodies[:users], users)
             long = asyncio.create_task(_long(client, shared, options.long_prompt))
             answers, seconds = await load(client, bodies, users)
             long.cancel()
@@ -147,10 +148,14 @@ async def measure(options: LoadOptions) -> list[dict[str, Any]]:
         return rows
 
 
-async def _long(client: httpx.AsyncClient, shared: dict[str, Any], tokens: int) -> None:
+async def _long(
+    client: httpx.AsyncClient, shared: dict[str, Any], tokens: int, times: int = 1 << 31
+) -> None:
     """Sends a prompt of about so many tokens again and again."""
-    while tokens:
-        await ask(client, shared | {"prompt": "the " * tokens, "max_tokens": 1})
+    for _ in range(times if tokens else 0):
+        answer = await ask(client, shared | {"prompt": "the " * tokens, "max_tokens": 1})
+        if answer.error:
+            raise InputError(f"--long_prompt {tokens}: {answer.error}")
 
 
 def run(options: LoadOptions) -> None:

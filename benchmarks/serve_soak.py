@@ -92,9 +92,10 @@ async def soak(options: SoakOptions, address: str, process: int) -> None:
             for number in numbers:
                 result = await ask(client, number)
                 results[result] = results.get(result, 0) + 1
-                if number % every == every - 1:
+                answered = sum(results.values())
+                if answered % every == 0:
                     sizes.append(memory(process))
-                    print(f"{number + 1} requests, {sizes[-1]:.0f} MiB, {results}", flush=True)
+                    print(f"{answered} requests, {sizes[-1]:.0f} MiB, {results}", flush=True)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(options.users):

@@ -152,5 +152,18 @@ def _handle_errors(app: FastAPI) -> None:
 
 def _schema(kind: type[pydantic.BaseModel]) -> dict[str, Any]:
     """What the interface's description says of a body, which is read by hand."""
-    content = {"application/json": {"schema": kind.model_json_schema()}}
-    return {"requestBody": {"content": content, "required": True}}
+    schema = kind.model_json_schema()
+    # A reference would count from the root of the whole description.
+    whole = _resolved(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"content": {"application/json": {"schema": whole}}, "required": True}}
+
+
+def _resolved(node: Any, definitions: dict[str, Any]) -> Any:
+    """A schema with its definitions in place of the references to them."""
+    if isinstance(node, list):
+        return [_resolved(one, definitions) for one in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _resolved(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {name: _resolved(value, definitions) for name, value in node.items()}

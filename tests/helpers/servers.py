@@ -68,6 +68,7 @@ def connect(
         made.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
     made.settimeout(60)
     made.connect((host, int(port)))
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(body)}\r\n\r\n"
-    made.sendall(head.encode() + body)
+    size = len(body) if length is None else length
+    lines = f"POST {path} HTTP/1.1", "Host: x", "Connection: close", f"Content-Length: {size}"
+    made.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     return made

@@ -108,9 +108,14 @@ def test_a_text_that_the_engine_does_not_take_ends_alone(
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[tuple[subprocess.Popen, str]]:
+def process(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen, str]]:
     """The command, and its address."""
+    tree = tmp_path_factory.mktemp("tree") / "tree.json"
+    tree.write_text("[[0], [0, 0], [0, 0, 0]]")
     flags = ["--port", "0", "--slots", "4", "--max_length", "256", "--max_waiting", "12"]
+    flags += ["--tree", str(tree)]
     command = [sys.executable, "-m", "medusa_jax.serve", *flags]
     made = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
