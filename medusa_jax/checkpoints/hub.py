@@ -16,6 +16,13 @@ def shipped(name: str = "") -> Path:
     return Path(__file__).parents[1] / "shipped" / name
 
 
+def shipped_heads(name: str | Path) -> Path | None:
+    """The heads that this package has for a model of another package: those of "smollm2"."""
+    directory = shipped(SMOLLM2)
+    known = str(name) == SMOLLM2 and not os.path.exists(SMOLLM2)
+    return directory if known and directory.is_dir() else None
+
+
 def resolve(name: str | Path) -> Path:
     """The model of a name: a directory, a file, or what looks like `owner/name` from the hub.
 

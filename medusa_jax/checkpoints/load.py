@@ -27,7 +27,7 @@ from medusa_jax.checkpoints.heads import (
     merged_dialect,
     open_heads,
 )
-from medusa_jax.checkpoints.hub import resolve
+from medusa_jax.checkpoints.hub import resolve, shipped_heads
 from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.checkpoints.weight_layout import joined, narrowed, placed, stacked, usable
@@ -54,6 +54,7 @@ class Model:
       stop_ids, suppress, repetition_penalty: its `GenerationConfig`.
       precision: of the weights: "float32" or "bfloat16", or how they are quantized.
       directory: of the backbone and its tokenizer.
+      beside: the directory of what came with its heads, such as trees that were tuned for them.
       fingerprint: a short name that other weights, shapes or heads would not have.
       mesh: the devices that the parameters are split over (`Decoder` wants to know them).
     """
@@ -64,6 +65,7 @@ class Model:
     stop_ids: tuple[int, ...]
     suppress: tuple[int, ...]
     directory: Path
+    beside: Path
     repetition_penalty: float = 1.0
     precision: str = "float32"
     fingerprint: str = ""
@@ -95,7 +97,8 @@ def load_model(
         to be split so; one message lists everything wrong with the tensors.
     """
     quantization.check(quantize)
-    directory, settings, heads = _locate(model, heads)
+    own = shipped_heads(model) if heads is None else None
+    directory, settings, heads = _locate(model, heads or own)
     files = open_backbone(directory, settings)
     config, ruined = files.config, set[str]()
     generation = read_generation_config(directory, settings, config.vocab_size)
@@ -127,6 +130,7 @@ def load_model(
         repetition_penalty=generation.repetition_penalty,
         precision=_precision(backbone, dtype, quantize),
         directory=directory,
+        beside=own or directory,
         fingerprint=digest.hexdigest()[:16],
         mesh=devices,
     )

