@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax.cli import runner
+from medusa_jax.data.text_files import numbered_lines
 from medusa_jax.errors import InputError, needs
 from medusa_jax.files import Lines
 from medusa_jax.options import option
@@ -46,7 +47,7 @@ def shard_options(options: RayOptions, number: int) -> DistillOptions:
 
 def in_order(files: list[Path]) -> Iterator[str]:
     """Lines of all shards by the number of their input."""
-    shards = [file.read_text("utf-8").splitlines() for file in files]
+    shards = [(line for _, line in numbered_lines(file)) for file in files]
     return heapq.merge(*shards, key=lambda line: json.loads(line)["input"])
 
 
@@ -54,8 +55,11 @@ def run(options: RayOptions) -> None:
     """Answers all shards, then writes the output.
 
     Raises:
-      InputError: the output is there already, or what `distill` raises.
+      InputError: the output is there already, an option is not for shards, or what `distill`
+        raises.
     """
+    if options.minutes or options.questions:
+        raise InputError("--minutes and --questions are for a single process: medusa_jax.distill")
     if Path(options.output).exists():
         raise InputError(f"{options.output} is there already: give another --output")
     with needs("ray"):
@@ -73,7 +77,7 @@ def run(options: RayOptions) -> None:
     files = [Path(shard_options(options, i).output) for i in range(options.workers)]
     with Lines(options.output) as lines:
         for line in in_order(files):
-            lines.write(line)
+            lines.write(line.rstrip("\n"))
 
 
 if __name__ == "__main__":

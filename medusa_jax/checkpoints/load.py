@@ -97,16 +97,14 @@ def load_model(
         to be split so; one message lists everything wrong with the tensors.
     """
     quantization.check(quantize)
-    own = shipped_heads(model) if heads is None else None
-    directory, settings, heads = _locate(model, heads or own)
-    files = open_backbone(directory, settings)
-    config, ruined = files.config, set[str]()
+    directory, settings, heads = _locate(model, heads or shipped_heads(model))
+    files, ruined = open_backbone(directory, settings), set[str]()
+    config = files.config
     generation = read_generation_config(directory, settings, config.vocab_size)
     devices = decode_mesh(mesh, config) if mesh else None
     stored, source = _open_heads(directory, heads, files.heads)
     backbone = matched(backbone_places(config), watched(files.tensors, ruined), directory)
-    digest = hashlib.sha256(repr(config).encode())
-    heads_config, params = NO_HEADS, {}
+    digest, heads_config, params = hashlib.sha256(repr(config).encode()), NO_HEADS, {}
     how = {"mesh": devices, "kernels": kernels, "quantize": quantize}
     if stored:  # before the backbone, which takes long to read
         check_fit(stored, config)
@@ -116,11 +114,11 @@ def load_model(
         if file := bigram_file.beside(source):
             table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
-            params[NAME] = everywhere(table, devices)
+            params |= {NAME: everywhere(table, devices)}
     params["backbone"] = _loaded(backbone, dtype, digest, **how, tied=config.tied)
     if ruined:
-        names = listed(sorted(ruined))
-        log.warning("%s: %d tensors hold NaN or infinity: %s", directory, len(ruined), names)
+        which = len(ruined), listed(sorted(ruined))
+        log.warning("%s: %d tensors hold NaN or infinity: %s", directory, *which)
     return Model(
         config=config,
         heads=heads_config,
@@ -130,7 +128,7 @@ def load_model(
         repetition_penalty=generation.repetition_penalty,
         precision=_precision(backbone, dtype, quantize),
         directory=directory,
-        beside=own or directory,
+        beside=shipped_heads(model) or directory,
         fingerprint=digest.hexdigest()[:16],
         mesh=devices,
     )

@@ -220,7 +220,7 @@ def _document(record: Any, origin: str) -> Document:
 
 def _written(record: dict[str, Any], origin: str) -> Written | None:
     """The token ids of a record of `medusa_jax.distill`."""
-    if "token_ids" not in record:
+    if record.get("token_ids") is None:
         return None
     fields = json_files.Fields(record, origin)
     ids, spans = fields.integers("token_ids"), record.get("learnt")

@@ -161,6 +161,7 @@ def read_block(
     put = functools.partial(_put, slot=slot)
     rows = {name: jax.tree.map(put, getattr(state, name), new) for name, new in row.items()}
     sequence = jax.lax.dynamic_update_slice(state.sequence, block.tokens[None], (slot, block.start))
+    cache = dataclasses.replace(cache, values=_fresh(cache.values, slot, block.start + zero))
     cache = _written(cache, read, slot, block.start + zero)
     cache = dataclasses.replace(cache, length=put(cache.length, length))
     return network.placed(dataclasses.replace(state, cache=cache, sequence=sequence, **rows))
@@ -219,6 +220,18 @@ def _row(array: Array, slot: Array) -> Array:
 
 def _put(whole: Array, row: Array, slot: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, row, slot, 0)
+
+
+def _fresh(values: tuple[Array, ...], slot: Array, start: Array) -> tuple[Array, ...]:
+    """The values, without those that an earlier prompt has left in the row of a new prompt.
+
+    A slot beyond a row's length has weight 0, but 0 times NaN is NaN.
+    """
+
+    def cleared(values: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(_put(one, jnp.zeros((1, *one.shape[1:]), one.dtype), slot) for one in values)
+
+    return jax.lax.cond(start == 0, cleared, lambda same: same, values)
 
 
 def _written(cache: KVCache, block: Block, slot: Array, start: Array) -> KVCache:

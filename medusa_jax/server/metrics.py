@@ -1,5 +1,6 @@
 """Figures for Prometheus, under the names that vLLM gives them."""
 
+import threading
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -39,6 +40,7 @@ class Metrics:
         for metric in (self._running, self._waiting, self._slots):
             metric.labels(model).set(0)
         self._now: dict[Engine, tuple[int, int, int]] = {}
+        self._lock = threading.Lock()  # each engine has a thread of its own
 
     def ended(self, reason: str) -> None:
         """Counts a text that has ended."""
@@ -46,10 +48,11 @@ class Metrics:
 
     def observe(self, engine: Engine, texts: int) -> None:
         """Reads an engine between two calls."""
-        self._now[engine] = engine.slots, engine.running, texts - engine.running
         gauges = self._slots, self._running, self._waiting
-        for gauge, figures in zip(gauges, zip(*self._now.values(), strict=True), strict=True):
-            gauge.labels(self._model).set(sum(figures))
+        with self._lock:
+            self._now[engine] = engine.slots, engine.running, texts - engine.running
+            for gauge, figures in zip(gauges, zip(*self._now.values(), strict=True), strict=True):
+                gauge.labels(self._model).set(sum(figures))
 
     def add(self, output: Output) -> None:
         """Counts a text that has ended, and its steps."""

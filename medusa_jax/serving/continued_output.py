@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax import json_files
+from medusa_jax.data.text_files import numbered_lines
 from medusa_jax.errors import InputError
 from medusa_jax.files import writing
 from medusa_jax.serving.distill_options import DistillOptions
@@ -79,5 +80,5 @@ def _last_input(output: Path) -> int:
 
 def written_prompts(output: Path) -> set[str]:
     """The prompts of an output that `resume` has checked."""
-    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+    lines = [line for _, line in numbered_lines(output)] if output.exists() else []
     return {str(json_files.parse(line, str(output)).get("prompt")) for line in lines}

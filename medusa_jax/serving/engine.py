@@ -58,11 +58,9 @@ class Engine:
         if ladder is None or jax.process_count() > 1:  # whose clocks would choose differently
             ladder = Ladder((), (decoder.drafter,), (1.0,))
         self._reader, self._load = Reader(self._batch), Load(ladder, self._batch, slots)
-        # More rows than that cannot be decoded, so that no more jobs need to wait for them.
-        most_rows = memory_bytes() // row_bytes(fitting(decoder, 1), params)
-        self._most_waiting = min(slots, most_rows + 1)
-        self._step_bytes = step_bytes(decoder, params, 0.0)
-        self._token_bytes = step_bytes(decoder, params, 1.0) - self._step_bytes
+        self._most_waiting = min(slots, most_rows(decoder, params) + 1)
+        self._step_bytes, with_token = (step_bytes(decoder, params, n) for n in (0.0, 1.0))
+        self._token_bytes = with_token - self._step_bytes
 
     @property
     def idle(self) -> bool:
@@ -105,7 +103,7 @@ class Engine:
         self._batch.clear()
 
     def warm_up(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Compiles what jobs of this shape need, before the first of them arrives."""
+        """Compiles what jobs of this shape need, before they arrive."""
         self._load.warm_up(Job([0] * prompt_tokens, max_new_tokens))
 
     def close(self) -> None:
@@ -124,8 +122,8 @@ class Engine:
         if not self._rows:
             return []
         writing = self._reader.read(self._rows)
-        passes, seconds = self._load.run(writing)
-        done = self._batch.outputs()
+        passes, seconds = self._load.run(writing) if writing else (0, 0.0)
+        done = self._batch.outputs() if writing else []
         self.stats.compile_seconds = self._batch.compile_seconds
         self.stats.add_passes(passes, seconds)
         self.stats.seconds += time.perf_counter() - self._batch.compile_seconds - begun
@@ -143,6 +141,8 @@ class Engine:
         elif self._rows:
             self._regroup(self._load.size(needed, more))
         while self._waiting and len(self._rows) < self._batch.rows:
+            if self._rows and not self._batch.fits(self._batch.rows, self._waiting[0].tokens):
+                break  # until rows have ended
             slot = next(slot for slot in range(self._batch.rows) if slot not in self._rows)
             job = self._waiting.popleft()
             self._batch.grow(job.tokens)
@@ -151,7 +151,7 @@ class Engine:
 
     def _regroup(self, size: int) -> None:
         """A batch of this size with the same rows."""
-        if size != self._batch.rows:
+        if size != self._batch.rows and self._batch.fits(size):
             self._batch.regroup([*self._rows, *[-1] * (size - len(self._rows))])
             self._rows = dict(enumerate(self._rows.values()))
 
@@ -179,6 +179,11 @@ class Engine:
             self._batch.clear()  # its cache: nobody knows when the next job comes
         self.stats.bytes += passes * (self._step_bytes + cached * self._token_bytes)
         return progress
+
+
+def most_rows(decoder: Decoder, params: Params) -> int:
+    """Rows that the memory holds at most: more jobs need not wait for them."""
+    return memory_bytes() // row_bytes(fitting(decoder, 1), params)
 
 
 def run_jobs(engine: Engine, jobs: Sequence[Job]) -> list[Output]:

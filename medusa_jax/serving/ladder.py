@@ -2,7 +2,8 @@
 
 A step costs what its batch costs, whether its rows write or not; a tree pays where its tokens are
 nearly free. How long steps take is seen as they run. How much a tree accepts is known from its
-tuning, and scaled by what is accepted now. No text depends on either choice.
+tuning, and scaled by what is accepted now. No text depends on either choice, but by typical
+acceptance, whose texts depend on the tree.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from medusa_jax.drafting.tree import Tree
 ROW_FACTOR = 4  # between one batch size and the next
 SMALLER = (0.5, 0.25)  # sizes of grown trees, as parts of the tuned size
 SMOOTHING = 0.2  # weight of the newest call in a mean
-PROBE_CALLS = 100  # so often a tree that is not the best is tried again
+PROBE_CALLS = 100  # so often another than the best is tried again, in turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Chooser:
                 return number
         ranked = sorted(ready, key=lambda number: -self.promise(rows, number))
         self._calls += 1
-        return ranked[min(self._calls % PROBE_CALLS == 0, len(ranked) - 1)]
+        turn, rest = divmod(self._calls, PROBE_CALLS)
+        return ranked[1:][turn % (len(ranked) - 1)] if not rest and ranked[1:] else ranked[0]
 
     def promise(self, rows: int, number: int) -> float:
         """Tokens per second of a row that writes."""

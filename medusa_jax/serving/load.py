@@ -49,14 +49,15 @@ class Load:
     def run(self, least: int) -> tuple[int, float]:
         """Steps while so many rows run, or for a bounded time: the steps, and their seconds."""
         drafters, rows = self._ladder.drafters, self._batch.rows
-        trees_first = drafters[::-1]
-        self._batch.prepare([(size, each) for size in self._ladder.rows for each in trees_first])
         ready = [i for i, each in enumerate(drafters) if self._batch.can_run(rows, each)]
         number = self._chooser.step(rows, ready or [0 if rows > 1 else len(drafters) - 1])
+        self._batch.wait()  # for prompts that are still being read
         start = time.perf_counter() - self._batch.compile_seconds
         passes = self._batch.run(self._steps, least, drafters[number])
         seconds = time.perf_counter() - self._batch.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)
+        trees_first = drafters[::-1]
+        self._batch.prepare([(size, each) for size in self._ladder.rows for each in trees_first])
         self._last = rows, number, seconds / passes if passes else 0.0
         return passes, seconds
 

@@ -33,6 +33,7 @@ def fitting(decoder: Decoder, tokens: int) -> Decoder:
 # By signature of the parameters, method, decoder and shapes: engines of one model share them,
 # as the caches of `jax.jit` are shared. Those not used for longest are forgotten.
 _COMPILED: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+_LOCK = threading.Lock()
 
 
 class Programs:
@@ -62,16 +63,18 @@ class Programs:
           static: arguments that are compiled in.
         """
         key = self._signature, name, decoder, shape, *static.values()
-        program = _COMPILED.get(key)
+        with _LOCK:
+            program = _COMPILED.get(key)
         if program is None:
             start = time.perf_counter()
             lowered = getattr(Decoder, name).lower(decoder, *inputs, **static)
             program = lowered.compile(self._options)
             self.compile_seconds += time.perf_counter() - start
-        _COMPILED[key] = program
-        _COMPILED.move_to_end(key)
-        while len(_COMPILED) > MOST_PROGRAMS:
-            _COMPILED.popitem(last=False)
+        with _LOCK:  # of engines in threads of their own, and what compiles for them
+            _COMPILED[key] = program
+            _COMPILED.move_to_end(key)
+            while len(_COMPILED) > MOST_PROGRAMS:
+                _COMPILED.popitem(last=False)
         return program
 
     def empty(self, decoder: Decoder, params: Any, rows: int, settings: RowSettings) -> Any:
@@ -129,7 +132,7 @@ class Background:
         def work() -> None:
             programs = Programs(params, decoder.drafter)  # whose time is not the engine's
             for rows, drafter in choices:
-                if not self._closed.is_set():
+                if not self._closed.is_set() and threading.main_thread().is_alive():
                     chosen = dataclasses.replace(decoder, drafter=drafter)
                     programs.run(chosen, params, state(rows))
 

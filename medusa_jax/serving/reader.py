@@ -9,20 +9,20 @@ class Reader:
     """Reads the prompts of a batch, about a block a call, so that rows that write go on soon."""
 
     def __init__(self, batch: Slots) -> None:
-        self._batch = batch
+        self._batch, self._oldest = batch, False
 
     def read(self, rows: dict[int, Row]) -> int:
         """Reads blocks into the rows, by their slots, oldest first; how many rows write then.
 
         The oldest prompt and the shortest take turns: short prompts overtake long ones, and none
-        waits for ever. While nothing writes, it reads on until a prompt is complete.
+        waits for ever.
         """
         unread = {slot: row for slot, row in rows.items() if row.unread}
-        tokens, oldest = 0, False
-        while unread and (len(unread) == len(rows) or tokens < longest_block()):
-            oldest = not oldest
+        tokens = 0
+        while unread and tokens < longest_block():
+            self._oldest = not self._oldest
             slot = next(iter(unread))
-            if not oldest:
+            if not self._oldest:
                 slot = min(unread, key=lambda slot: unread[slot].unread)
             row = unread[slot]
             count = self._batch.read(row.job, slot, row.read)

@@ -5,29 +5,22 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from medusa_jax.decoding.acceptance import PerRow
 from medusa_jax.decoding.decoder import Decoder, check_memory, check_prompt
 from medusa_jax.decoding.prefill import SMALL_BLOCK
 from medusa_jax.decoding.prompt_blocks import (
-    PromptBlock,
-    RowSettings,
     longest_block,
     next_block,
-    prompt_block,
 )
-from medusa_jax.decoding.repetition import penalties
-from medusa_jax.decoding.sampling import Sampling, row_keys
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Drafter, Params
 from medusa_jax.errors import InputError
+from medusa_jax.serving.job_blocks import JobBlocks
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.programs import Background, Programs, fitting
-
-# More tokens that may end a row than those of the engine, where rows have settings of their own.
-OWN_STOP_IDS = 8
 
 
 class Slots:
@@ -35,7 +28,6 @@ class Slots:
 
     Attributes:
       rows: slots of the batch; 0 before it begins.
-      most_stop_ids: most tokens that may end a row.
     """
 
     def __init__(
@@ -48,13 +40,9 @@ class Slots:
     ) -> None:
         """Args as `Engine`."""
         self._decoder, self._params = decoder, params
-        self._stop_ids, self._penalty, self._seed = stop_ids, repetition_penalty, seed
         self._now = decoder  # with the capacity of the state
         self._state: Any = None
-        self._per_row = isinstance(decoder.acceptance, PerRow)
-        self.most_stop_ids = len(stop_ids) + (OWN_STOP_IDS if self._per_row else 0)
-        penalized = penalties(repetition_penalty, 1) is not None
-        self._settings = RowSettings(max(self.most_stop_ids, 1), penalized, self._per_row)
+        self._blocks = JobBlocks(decoder, stop_ids, repetition_penalty, seed)
         self._programs = Programs(params, decoder.drafter)
         self._background = Background()
 
@@ -70,11 +58,8 @@ class Slots:
     def check(self, job: Job, name: str) -> None:
         """Raises InputError unless the job can be decoded; the message begins with `name`."""
         check_prompt(self._decoder, job.prompt_ids, job.max_new_tokens, name)
-        if len(job.stop_ids or ()) > self.most_stop_ids:
-            raise InputError(
-                f"{name} has {len(job.stop_ids or ())} stop tokens; at most "
-                f"{self.most_stop_ids} are possible"
-            )
+        check_memory(fitting(self._decoder, job.tokens), self._params, 1)
+        self._blocks.check(job, name)
 
     def fit(self, tokens: int) -> None:
         """Says, before it begins, how many tokens a row of the batch must hold."""
@@ -87,8 +72,17 @@ class Slots:
           InputError: its cache exceeds the memory.
         """
         check_memory(self._now, self._params, rows)
-        empty = self._programs.empty(self._now, self._params, rows, self._settings)
+        empty = self._programs.empty(self._now, self._params, rows, self._blocks.settings)
         self._state = empty(self._params)
+
+    def fits(self, rows: int, tokens: int = 0) -> bool:
+        """Whether the memory holds so many rows, of so many tokens or the present capacity."""
+        decoder = fitting(self._decoder, max(tokens, self._now.capacity))
+        try:
+            check_memory(decoder, self._params, rows)
+        except InputError:
+            return False
+        return True
 
     def grow(self, tokens: int) -> None:
         """Makes room for so many tokens a row, where there is less."""
@@ -106,7 +100,7 @@ class Slots:
         """
         left, room = len(job.prompt_ids) - start, self._now.cache_slots - start
         size = SMALL_BLOCK if job.room else next_block(left, room, longest_block())
-        block = self._block(job, start, size)
+        block = self._blocks.block(job, start, size)
         read = self._programs.read(self._now, self._params, self._state, block)
         self._state = read(self._params, self._state, np.int32(slot), block)
         return min(left, size)
@@ -131,10 +125,14 @@ class Slots:
         self._state, steps = run(self._params, self._state, np.int32(max_steps), np.int32(least))
         return int(steps)
 
+    def wait(self) -> None:
+        """Waits until the device has done what it was asked for."""
+        jax.block_until_ready(self._state.finish)
+
     def can_run(self, rows: int, drafter: Drafter) -> bool:
         """Whether batches of so many rows, of the present capacity, have their program already."""
         decoder = dataclasses.replace(self._now, drafter=drafter)
-        return self._programs.can_run(decoder, self._now.cache_slots, rows, self._settings)
+        return self._programs.can_run(decoder, self._now.cache_slots, rows, self._blocks.settings)
 
     def prepare(self, choices: Sequence[tuple[int, Drafter]]) -> None:
         """Compiles in the background what these batches, of the present capacity, lack."""
@@ -154,29 +152,18 @@ class Slots:
     def warm_up(self, job: Job, rows: int, drafter: Drafter) -> None:
         """Compiles what jobs of this shape need."""
         decoder = fitting(self._decoder, job.tokens)
-        self._programs.empty(decoder, self._params, rows, self._settings)
+        self._programs.empty(decoder, self._params, rows, self._blocks.settings)
         state = self._abstract(decoder, rows)
         size = next_block(len(job.prompt_ids), decoder.cache_slots, longest_block())
-        self._programs.read(decoder, self._params, state, self._block(job, 0, size))
+        self._programs.read(decoder, self._params, state, self._blocks.block(job, 0, size))
         self._programs.run(dataclasses.replace(decoder, drafter=drafter), self._params, state)
 
     def _abstract(self, decoder: Decoder, rows: int) -> Any:
         """The abstract state of so many rows."""
-        shapes = decoder.empty.eval_shape(decoder, self._params, rows, self._settings)
+        shapes = decoder.empty.eval_shape(decoder, self._params, rows, self._blocks.settings)
         return decoder.network.abstract(shapes)
 
     def _regroup(self, rows: np.ndarray, decoder: Decoder) -> None:
         check_memory(decoder, self._params, len(rows))
         regroup = self._programs.regroup(decoder, self._state, rows)
         self._now, self._state = decoder, regroup(self._state, everywhere(rows, decoder.mesh))
-
-    def _block(self, job: Job, start: int, size: int) -> PromptBlock:
-        """The next tokens of a prompt, padded to so many."""
-        stops = self._stop_ids if job.stop_ids is None else job.stop_ids
-        # As many for each job, so that all share their programs.
-        stops = [*stops, *[-1] * (self._settings.stop_ids - len(stops))]
-        keys = row_keys(self._seed if job.seed is None else job.seed, [job.stream])
-        sampling = Sampling.of([job.sampling]) if self._per_row else None
-        how = np.array([stops], np.int32), keys, penalties(self._penalty, 1), sampling
-        block = prompt_block(job.prompt_ids, job.tokens, start, size, *how)
-        return everywhere(block, self._decoder.mesh)

@@ -17,7 +17,8 @@ from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless, Typical
 from medusa_jax.decoding.decoder import Decoder, padded
 from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.sampling import row_keys
-from medusa_jax.decoding.state import outputs
+from medusa_jax.decoding.state import Emitted, State, outputs
+from medusa_jax.decoding.step import advance
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
@@ -279,8 +280,12 @@ def test_nothing_recompiles_for_another_prompt_or_limit(tiny: TinyModel):
 def test_step_traces_once(tiny: TinyModel):
     chex.clear_trace_counter()
     decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, Tree.chain(2)))
-    count = chex.assert_max_traces(n=1)(decoder._advance)
-    step = jax.jit(count)
+
+    @chex.assert_max_traces(n=1)
+    def advanced(params: dict, state: State) -> tuple[State, Emitted]:
+        return advance(decoder.network, decoder.drafter, decoder.acceptance, params, state)
+
+    step = jax.jit(advanced)
     state = decoder.prefill(tiny.params, [[1, 2]], max_new_tokens=9)
     params = decoder.drafter.prepare(tiny.params)
     for _ in range(3):

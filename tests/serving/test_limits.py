@@ -147,6 +147,54 @@ def test_an_answer_that_fails_is_an_error_after_those_beside_it(broken: Generato
         run_jobs(broken.engine, [Job(broken.text.encode([{"content": "Tom"}]), 3)])
 
 
+def test_a_failed_row_leaves_nothing_in_its_slot(broken: Generator):
+    """NaN in slots that a later row does not see must not reach it: its weight there is 0."""
+    tom, once = (broken.text.encode([{"content": name}]) for name in ("Tom", "Once"))
+    engine = Engine(broken.engine.decoder, broken.model.params)
+    jobs = [Job(once, 6), Job(tom * 20, 3), Job(once, 6)]
+    for job in jobs:
+        engine.submit(job)
+    done = {}
+    while not engine.idle:
+        done |= {one.job: one.output for one in engine.advance() if one.output}
+    alone, failed, after = (done[job] for job in jobs)
+    assert failed.finish_reason == "failed" and after == alone
+
+
+def test_a_long_prompt_does_not_stop_those_beside_it(tiny: TinyModel, monkeypatch):
+    """A block at a time, however idle the engine is; a short prompt overtakes it."""
+    monkeypatch.setattr("medusa_jax.decoding.prompt_blocks.CPU_BLOCK", 16)
+    engine = Engine(Decoder(tiny.config), tiny.params, slots=2)
+    long, short = Job([1 + i % 30 for i in range(100)], 3), Job([5, 6], 3)
+    engine.submit(long)
+    assert engine.advance() == [] and engine.running == 1
+    engine.submit(short)
+    ended = []
+    while not engine.idle:
+        ended += [one for one in engine.advance() if one.output]
+    assert [one.job for one in ended] == [short, long]
+    state = engine.decoder.prefill(tiny.params, [long.prompt_ids], max_new_tokens=3)
+    assert ended[1].output == outputs(engine.decoder.generate(tiny.params, state))[0]
+
+
+def test_a_job_too_large_for_the_batch_waits_for_its_rows(tiny: TinyModel, monkeypatch):
+    """And a job that never fits is refused when it comes, not when it begins."""
+    engine = Engine(Decoder(tiny.config, capacity=100), tiny.params, slots=2)
+    monkeypatch.setattr(programs, "SMALLEST_CAPACITY", 32)
+    first, large = Job([3], 20), Job([4], 90)
+    engine.submit(first)
+    engine.advance()
+    monkeypatch.setattr(type(engine._batch), "fits", lambda self, rows, tokens=0: tokens < 64)
+    engine.submit(large)
+    ended = []
+    while not engine.idle:
+        ended += [one.job for one in engine.advance() if one.output]
+    assert ended == [first, large]
+    monkeypatch.setattr("medusa_jax.decoding.decoder.memory_bytes", lambda: 2**10)
+    with pytest.raises(InputError, match="a cache of 1 rows of"):
+        engine.submit(large)
+
+
 def test_distillation_leaves_out_what_fails(broken: Generator):
     inputs = [(i, Request((text,))) for i, text in enumerate(("Once", "Tom", "One"))]
     ended = list(distillation.in_order(broken, inputs, distillation.Answers()))
