@@ -150,15 +150,16 @@ def test_an_answer_that_fails_is_an_error_after_those_beside_it(broken: Generato
 def test_a_failed_row_leaves_nothing_in_its_slot(broken: Generator):
     """NaN in slots that a later row does not see must not reach it: its weight there is 0."""
     tom, once = (broken.text.encode([{"content": name}]) for name in ("Tom", "Once"))
-    engine = Engine(broken.engine.decoder, broken.model.params)
-    jobs = [Job(once, 6), Job(tom * 20, 3), Job(once, 6)]
+    engine = Engine(broken.engine.decoder, broken.model.params, slots=2)
+    jobs = [Job(once, 90), Job(tom * 20, 3), Job(once, 6)]
     for job in jobs:
         engine.submit(job)
     done = {}
     while not engine.idle:
         done |= {one.job: one.output for one in engine.advance() if one.output}
-    alone, failed, after = (done[job] for job in jobs)
-    assert failed.finish_reason == "failed" and after == alone
+    beside, failed, after = (done[job] for job in jobs)
+    assert failed.finish_reason == "failed" and after.finish_reason == "length"
+    assert after.token_ids == beside.token_ids[:6]
 
 
 def test_a_long_prompt_does_not_stop_those_beside_it(tiny: TinyModel, monkeypatch):
