@@ -1,6 +1,7 @@
 """Runs on kept hidden states: the losses of computed ones, and what the files are checked for."""
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -121,10 +122,14 @@ def test_rows_are_read_from_their_files(tmp_path: Path):
 
 
 def test_a_full_disk_leaves_no_file_and_says_so(tmp_path: Path):
-    (tmp_path / "00000.tmp").symlink_to("/dev/full")
-    files = Files(tmp_path, 2, (3, 2))
-    with pytest.raises(OutputError, match=r"00000.npy could not be written: no space left"):
-        files.write(0, np.zeros((2, 3, 2), np.uint16))
+    """A limit on the size of files, 2 bytes too small, stands for the disk."""
+    files, before = Files(tmp_path, 2, (3, 2)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 2 * 2 * 3 * 2 - 2, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"00000.npy could not be written: file too large"):
+            files.write(0, np.zeros((2, 3, 2), np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
