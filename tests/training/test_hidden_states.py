@@ -133,6 +133,24 @@ def test_a_full_disk_leaves_no_file_and_says_so(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.heads.truncated=42", "expected fewer than the model's 42 tokens"),
+        ("--config.heads.path=nowhere", "nowhere does not exist"),
+        ("--config.heads.path={heads}", "num_heads=3"),
+    ],
+)
+def test_no_states_are_computed_for_heads_that_cannot_be(
+    place: Path, tmp_path: Path, change: str, message: str
+):
+    start = heads_file(tmp_path, random_heads(3, vocab=None))
+    states = tmp_path / "states"
+    given = [*flags(states, "--config.heads.truncated=0"), change.format(heads=start)]
+    code, err = train(place, tmp_path / "run", *given)
+    assert (code, message in err, states.exists()) == (2, True, False), err
+
+
 def test_states_are_shared_whole_and_written_by_one_process(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
