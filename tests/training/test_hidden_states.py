@@ -1,6 +1,7 @@
 """Runs on kept hidden states: the losses of computed ones, and what the files are checked for."""
 
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -35,6 +36,7 @@ def kept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
         code, err = train(place, directory / "run", *flags(states))
     assert code == 0, err
     assert "hidden states of" in err
+    assert re.search(r"accepted length of the chain 1\.\d+, in the selector's order 1\.\d+", err)
     return directory / "run", states
 
 
