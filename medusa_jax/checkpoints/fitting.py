@@ -129,8 +129,10 @@ def fitted(
     if ids is not None and not base:
         size = _stated_size(heads, ids)
     config = dataclasses.replace(config, vocab_size=size)
-    if config.selector and not (as_is and DIALECTS[target].names.selector):
-        log.warning("--to %s has no place for the selector of these heads: left out", target)
+    place = DIALECTS[target].names.selector
+    if config.selector and not (as_is and place):
+        why = "left out; --as_is keeps it" if place else "left out, since it has no place there"
+        log.warning("--to %s: the selector of these heads is %s", target, why)
         config = dataclasses.replace(config, selector=0)
     stored = tensors.pop("vocab", None)
     if ids is not None and not as_is:

@@ -154,22 +154,29 @@ def head_tensors(source: Path, expected: HeadsConfig) -> Tensors:
     """Tensors of heads by the path of their parameter, unread.
 
     Whole heads without a projection of their own serve as truncated ones too: they hold no rows.
-    Heads without a selector serve as heads to which one is added.
+    Heads without a selector serve as heads to which one is added; one that is not expected is
+    left out.
 
     Raises:
       InputError: they cannot be opened, or have another shape than expected.
     """
     stored = open_heads(source)
-    shape = stored.config
+    shape, tensors = stored.config, stored.tensors
     if shape.shared or shape.truncated:  # then their tensors do not say V
         shape = dataclasses.replace(shape, vocab_size=expected.vocab_size)
-    if shape.shared and not shape.truncated and "vocab" not in stored.tensors:
+    if shape.shared and not shape.truncated and "vocab" not in tensors:
         shape = dataclasses.replace(shape, truncated=expected.truncated)
-    if not shape.selector:
-        shape = dataclasses.replace(shape, selector=expected.selector)
+    if not expected.selector:
+        tensors = {path: one for path, one in tensors.items() if not path.startswith("selector/")}
+    elif shape.selector not in (0, expected.selector):
+        raise InputError(
+            f"{source}: these heads have a selector of {shape.selector} ranks; set "
+            f"heads.selector={shape.selector}"
+        )
+    shape = dataclasses.replace(shape, selector=expected.selector)
     if shape != expected:
         raise InputError(f"{source} holds {shape}, expected {expected}")
-    return stored.tensors
+    return tensors
 
 
 def _seen(names: HeadNames, tensors: Tensors) -> int:

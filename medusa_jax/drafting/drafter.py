@@ -19,9 +19,9 @@ from medusa_jax.drafting.tree_tables import PAD, TreeTables
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 
-Params = dict[
-    str, Any
-]  # {"backbone": ..., "heads": ..., "bigrams": ...}; each drafter knows its own
+# {"backbone": ..., "heads": ..., "bigrams": ...}, a selector among the heads; each drafter knows
+# its own.
+Params = dict[str, Any]
 Draft = Any  # a pytree of arrays with a leading dimension B
 
 

@@ -6,11 +6,15 @@
     00000.npy, 00001.npy   hidden states of so many rows [., T, D], the bits of bfloat16
 
 A file is there whole or not at all. So a run that was killed goes on with the next file.
+Complete states are read without a lock, so runs share them.
 """
 
 import dataclasses
 import functools
+import io
 import json
+import math
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +40,7 @@ from medusa_jax.training.weights import Weights, load
 from medusa_jax.training.workdir import is_address
 
 INDEX = "index.json"
+LOCK = ".hidden_states.lock"  # that of a run has another name: the directory may be its --workdir
 FILE_BYTES = 2**26  # most of a file
 _WHAT = {
     "backbone": "another backbone, or of its computation in another dtype",
@@ -62,6 +67,12 @@ class Files:
         """File `number`, which begins with row `number * rows`."""
         return self.directory / f"{number:05d}.npy"
 
+    def is_whole(self, number: int, rows: int) -> bool:
+        """Whether a file of so many rows is there, to its last byte."""
+        path, shape = self.path(number), (rows, *self.shape)
+        size = len(_header(shape)) + 2 * math.prod(shape)
+        return path.is_file() and path.stat().st_size == size
+
     def read(self, rows: Sequence[int]) -> np.ndarray:
         """Hidden states of some rows [B, T, D] bfloat16; of row -1, which is empty, zeros."""
         out = np.zeros((len(rows), *self.shape), np.uint16)
@@ -72,13 +83,95 @@ class Files:
         return out.view(ml_dtypes.bfloat16)
 
     def write(self, number: int, hidden: np.ndarray) -> None:
-        """Writes a file, uint16 [rows, T, D], whole or not at all."""
+        """Writes a file, uint16 [rows, T, D], whole or not at all. Raises OutputError."""
         path = self.path(number)
         beside = path.with_suffix(".tmp")
         with writing(path):
-            with open(beside, "wb") as stream:
-                np.save(stream, hidden)
-            beside.replace(path)
+            try:
+                with open(beside, "wb") as stream:  # np.save loses the error of the last bytes
+                    stream.write(_header(hidden.shape))
+                    stream.write(np.ascontiguousarray(hidden).data.cast("B"))
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                beside.replace(path)
+            except BaseException:
+                beside.unlink(missing_ok=True)
+                raise
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What a .npy file of such an array of uint16 begins with."""
+    stream = io.BytesIO()
+    fields = {"descr": "<u2", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()
+
+
+# Rows of which the first to before the last are in one of the files.
+Span = tuple[Rows, Files, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows, and where their hidden states are kept.
+
+    Attributes:
+      directory: of their files.
+      rows: all of them.
+      needed: how many of them, from the first, are read.
+      origin: what their states are computed from, as the index says it.
+    """
+
+    directory: Path
+    rows: Rows
+    needed: int
+    origin: dict[str, Any]
+
+    def open(self) -> Files | None:
+        """The files; None where no index says what they are.
+
+        Raises:
+          InputError: the index is of something else.
+        """
+        index = self.directory / INDEX
+        if not index.is_file():
+            return None
+        fields = json_files.Fields(json_files.read_object(index), str(index))
+        for name, value in self.origin.items():
+            if fields.content.get(name) != value:
+                raise InputError(
+                    f"{self.directory} holds hidden states of {_WHAT[name]}: delete it, or name "
+                    "another directory in data.hidden_states"
+                )
+        rows = fields.integer("rows_of_a_file", least=1, most=2**31)
+        return Files(self.directory, rows, tuple(self.origin["shape"]))
+
+    def begun(self, size: int) -> Files:
+        """The files, with an index where there was none.
+
+        Args:
+          size: rows that are computed at a time.
+        """
+        if files := self.open():
+            return files
+        batch_bytes = 2 * size * math.prod(self.origin["shape"])
+        count = size * max(1, FILE_BYTES // batch_bytes)
+        with writing(self.directory):
+            self.directory.mkdir(exist_ok=True)
+            for unknown in self.directory.glob(f"{'[0-9]' * 5}.npy"):  # could be of any backbone
+                unknown.unlink()
+        json_files.write(self.directory / INDEX, self.origin | {"rows_of_a_file": count})
+        return Files(self.directory, count, tuple(self.origin["shape"]))
+
+    def missing(self, files: Files) -> list[Span]:
+        """What is still to be computed, a span for each file."""
+        firsts = range(0, min(self.needed, len(self.rows)), files.rows)
+        spans = [(first, min(first + files.rows, len(self.rows))) for first in firsts]
+        return [
+            (self.rows, files, (first, last))
+            for first, last in spans
+            if not files.is_whole(first // files.rows, last - first)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,26 +202,27 @@ def with_hidden_states(
             "empty computes hidden states in each step"
         )
     weights = load(_backbone_alone(config), mesh, with_learnt=False)
-    backbone = _fingerprint(config, weights)
+    backbone, width = _fingerprint(config, weights), weights.model.hidden_size
     size = config.optim.batch_size // config.optim.accumulation
-    parts = {"train": (train_rows, 0), "eval": (eval_rows, config.data.eval_rows)}
-    made, missing = [], []
     directory = Path(place)
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory / ".lock", f"data.hidden_states {place}"):
-        for name, (rows, limit) in parts.items():
-            files = _open(directory / name, rows, backbone, weights.model.hidden_size, size)
-            numbers = range(0, min(len(rows), limit or len(rows)), files.rows)
-            spans = [(first, min(first + files.rows, len(rows))) for first in numbers]
-            missing += [
-                (rows, files, span)
-                for span in spans
-                if not files.path(span[0] // files.rows).exists()
-            ]
-            made.append(RowsWithHidden(rows.pieces, rows.plan, rows.length, files))
-        if missing:
+
+    def part(name: str, rows: Rows, needed: int) -> Part:
+        shape = [rows.length, width]
+        origin = {"backbone": backbone, "rows": rows.fingerprint(), "shape": shape}
+        return Part(directory / name, rows, needed, origin)
+
+    limit = config.data.eval_rows or len(eval_rows)
+    parts = part("train", train_rows, len(train_rows)), part("eval", eval_rows, limit)
+    if not all((files := part.open()) and not part.missing(files) for part in parts):
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory / LOCK, f"data.hidden_states {place}"):
+            missing = [span for part in parts for span in part.missing(part.begun(size))]
             _compute(config, mesh, weights, size, missing)
+    made = [
+        RowsWithHidden(part.rows.pieces, part.rows.plan, part.rows.length, part.begun(size))
+        for part in parts
+    ]
     return made[0], made[1]
 
 
@@ -146,44 +240,16 @@ def _fingerprint(config: Config, weights: Weights) -> int:
     return zlib.crc32(told.encode())
 
 
-def _open(directory: Path, rows: Rows, backbone: int, width: int, size: int) -> Files:
-    """The files of a directory, which gets an index where it has none.
-
-    Args:
-      backbone: its fingerprint.
-      size: rows that are computed at a time.
-
-    Raises:
-      InputError: its index is of something else.
-    """
-    ours = {"backbone": backbone, "rows": rows.fingerprint(), "shape": [rows.length, width]}
-    index = directory / INDEX
-    if not index.is_file():
-        row_bytes = 2 * rows.length * width
-        count = size * max(1, FILE_BYTES // (row_bytes * size))
-        with writing(directory):
-            directory.mkdir(exist_ok=True)
-        json_files.write(index, ours | {"rows_of_a_file": count})
-    fields = json_files.Fields(json_files.read_object(index), str(index))
-    for name, value in ours.items():
-        if fields.content.get(name) != value:
-            raise InputError(
-                f"{directory} holds hidden states of {_WHAT[name]}: delete it, or name another "
-                "directory in data.hidden_states"
-            )
-    return Files(
-        directory, fields.integer("rows_of_a_file", least=1, most=2**31), (rows.length, width)
-    )
-
-
 def _compute(
     config: Config,
     mesh: Mesh,
     weights: Weights,
     size: int,
-    missing: Sequence[tuple[Rows, Files, tuple[int, int]]],
+    missing: Sequence[Span],
 ) -> None:
-    """Computes and writes the files of missing spans (first row, last row + 1)."""
+    """Computes and writes the files of missing spans."""
+    if not missing:  # another process has written them before this one held the lock
+        return
     total = sum(last - first for _, _, (first, last) in missing)
     length, width = missing[0][1].shape
     say(

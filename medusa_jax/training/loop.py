@@ -152,7 +152,9 @@ class Loop:
         values["perplexity"] = math.exp(min(values["lm_loss"], 700.0))
         self.metrics.write(number, {f"eval_{name}": value for name, value in values.items()})
         tops = ", ".join(f"{top:.3f}" for top in values.get("head_top1", ()))
-        chains = ", ".join(f"{values[name][0]:.3f}" for name in EAL if name in values)
+        chains = ", in the selector's order ".join(
+            f"{values[name][0]:.3f}" for name in EAL if name in values
+        )
         self.metrics.say(
             f"step {number}: held-out loss {values['loss']:.4f}, perplexity "
             f"{values['perplexity']:.4f}"

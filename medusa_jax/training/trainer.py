@@ -28,7 +28,7 @@ from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
 from medusa_jax.training.metrics import Metrics, read_lines
 from medusa_jax.training.settings import Config
 from medusa_jax.training.setup import assemble
-from medusa_jax.training.weights import load, model_shape, starting_token_map
+from medusa_jax.training.weights import check_heads, load, model_shape, starting_token_map
 from medusa_jax.training.workdir import CONFIG, DATA
 
 
@@ -63,6 +63,7 @@ def _run(config: Config, place: Path, mesh: Mesh) -> None:
     first = jax.process_index() == 0
     checkpoints = Checkpoints(place, config.run.keep)
     done = checkpoints.latest
+    check_heads(config, start=done is None)
     records = read_lines(place, done or 0)
     token_map = None if done is None else workdir.read_data(place).integers("token_map")
 

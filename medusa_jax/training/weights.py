@@ -241,7 +241,7 @@ def _open_files(
     paths = [path for path in table if path in needed and table[path].source == FILES]
     tensors: Tensors = {}
     if any(path.startswith("heads/") for path in paths):
-        stored = head_tensors(_starting_heads(config.heads.path), heads)
+        stored = _starting_tensors(config, heads)
         tensors = {f"heads/{name}": tensor for name, tensor in stored.items()}
     if any(path.startswith("backbone/") for path in paths):
         stored = backbone_tensors(config.model.path)
@@ -279,8 +279,20 @@ def _shapes(places: Mapping[str, Place]) -> Shapes:
 def starting_token_map(config: Config) -> list[int]:
     """The tokens that the heads to start from guess among; none where they are not truncated."""
     heads = heads_shape(config, model_shape(config))
-    stored = head_tensors(_starting_heads(config.heads.path), heads)
+    stored = _starting_tensors(config, heads)
     return stored["token_map"].read().tolist() if "token_map" in stored else []
+
+
+def check_heads(config: Config, *, start: bool) -> None:
+    """Raises InputError unless the model can have such heads, and those to `start` from fit."""
+    heads = heads_shape(config, model_shape(config))
+    if start and heads.num_heads and config.heads.path:
+        _starting_tensors(config, heads)
+
+
+def _starting_tensors(config: Config, heads: HeadsConfig) -> Tensors:
+    """The tensors of the heads to start from, unread."""
+    return head_tensors(_starting_heads(config.heads.path), heads)
 
 
 def _starting_heads(path: str) -> Path:

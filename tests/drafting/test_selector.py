@@ -19,6 +19,7 @@ from helpers.head_files import (
 )
 from helpers.models import TINY, TinyModel, stacked
 
+from medusa_jax.checkpoints.heads import head_tensors
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.decoder import Decoder
@@ -28,6 +29,7 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import MedusaDraft, medusa_drafter, path_scores
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
 from medusa_jax.param_paths import flat
 from medusa_jax.training.objective import Objective
 
@@ -135,7 +137,13 @@ def test_it_is_kept_with_the_heads(saved: Path, tmp_path: Path, go: Any, caplog:
     assert_same(flat(stored(model.params["heads"]["selector"])), flat(learned))
     assert load_model(saved, go(heads, "v1.0", as_is=True)).heads.selector == RANKS
     assert load_model(saved, go(heads, "vllm")).heads.selector == 0
-    assert "no place for the selector" in caplog.text
+    assert "is left out, since it has no place there" in caplog.text
+    assert load_model(saved, go(heads, "v0.1")).heads.selector == 0
+    assert "is left out; --as_is keeps it" in caplog.text
+    assert head_tensors(heads, before.heads).keys() == flat(stored(before.params["heads"])).keys()
+    other = dataclasses.replace(before.heads, selector=RANKS + 1)
+    with pytest.raises(InputError, match=f"selector of {RANKS} ranks; set heads.selector={RANKS}$"):
+        head_tensors(heads, other)
     last = "selector.after.weight"
     edit_weights(heads, lambda tensors: {n: t for n, t in tensors.items() if n != last})
     assert "missing selector.after.weight" in error_of(saved, heads)

@@ -1,5 +1,8 @@
 """Runs on kept hidden states: the losses of computed ones, and what the files are checked for."""
 
+import os
+import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,10 +14,14 @@ from helpers.runs import lines, train
 from safetensors.numpy import load_file
 
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.errors import InputError
+from medusa_jax.files import OutputError, locked
 from medusa_jax.training import hidden_states, settings
-from medusa_jax.training.hidden_states import Files
+from medusa_jax.training.dataset import read_rows
+from medusa_jax.training.hidden_states import Files, with_hidden_states
 from medusa_jax.training.mesh import make_mesh
 from medusa_jax.training.weights import heads_shape, load, model_shape, plan
+from medusa_jax.training.workdir import claimed
 
 STEPS = 8
 
@@ -29,6 +36,7 @@ def kept(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
         code, err = train(place, directory / "run", *flags(states))
     assert code == 0, err
     assert "hidden states of" in err
+    assert re.search(r"accepted length of the chain 1\.\d+, in the selector's order 1\.\d+", err)
     return directory / "run", states
 
 
@@ -108,9 +116,76 @@ def test_rows_are_read_from_their_files(tmp_path: Path):
     bits = states.astype(files.read([]).dtype).view(np.uint16)
     files.write(0, bits[:2])
     files.write(1, bits[2:])
+    np.save(tmp_path / "saved.npy", bits[:2])
+    assert files.path(0).read_bytes() == (tmp_path / "saved.npy").read_bytes()
     np.testing.assert_array_equal(
         files.read([2, -1, 0]).astype(np.float32), [states[2], 0 * states[2], states[0]]
     )
+
+
+def test_a_full_disk_leaves_no_file_and_says_so(tmp_path: Path):
+    """A limit on the size of files, 2 bytes too small, stands for the disk."""
+    files, before = Files(tmp_path, 2, (3, 2)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 2 * 2 * 3 * 2 - 2, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"00000.npy could not be written: file too large"):
+            files.write(0, np.zeros((2, 3, 2), np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.heads.truncated=42", "expected fewer than the model's 42 tokens"),
+        ("--config.heads.path=nowhere", "nowhere does not exist"),
+        ("--config.heads.path={heads}", "num_heads=3"),
+    ],
+)
+def test_no_states_are_computed_for_heads_that_cannot_be(
+    place: Path, tmp_path: Path, change: str, message: str
+):
+    start = heads_file(tmp_path, random_heads(3, vocab=None))
+    states = tmp_path / "states"
+    given = [*flags(states, "--config.heads.truncated=0"), change.format(heads=start)]
+    code, err = train(place, tmp_path / "run", *given)
+    assert (code, message in err, states.exists()) == (2, True, False), err
+
+
+def test_states_are_shared_whole_and_written_by_one_process(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hidden_states, "FILE_BYTES", 8 * 16 * 16 * 2)
+    config = settings.Config(
+        model=settings.Backbone(path=str(place / "model"), dtype="float32"),
+        data=settings.Data(
+            train=(str(place / "stories.txt"),),
+            hidden_states=str(tmp_path),
+            sequence_length=16,
+            max_documents=20,
+            eval_rows=8,
+        ),
+        optim=settings.Optim(batch_size=4),
+    )
+    mesh, rows = make_mesh(settings.Mesh(), jax.devices()[:1]), read_rows(config, True)
+    with claimed(tmp_path):  # a run may keep its states in its own directory
+        with_hidden_states(config, mesh, *rows)
+    before = {file: file.read_bytes() for file in tmp_path.glob("*/*.npy")}
+    assert {file.parent.name for file in before} == {"train", "eval"}
+    with locked(tmp_path / hidden_states.LOCK, "what is complete is only read"):
+        with_hidden_states(config, mesh, *rows)
+    os.truncate(tmp_path / "train/00001.npy", 1000)
+    with (
+        locked(tmp_path / hidden_states.LOCK, "another process writes"),
+        pytest.raises(InputError, match="is written by process"),
+    ):
+        with_hidden_states(config, mesh, *rows)
+    (tmp_path / "eval/index.json").unlink()  # now these states could be of anything
+    stale = tmp_path / "eval/00000.npy"
+    stale.write_bytes(bytes(stale.stat().st_size))
+    with_hidden_states(config, mesh, *rows)
+    assert {file: file.read_bytes() for file in before} == before
 
 
 def test_nothing_of_the_backbone_but_its_projection_is_in_the_step(place: Path):
