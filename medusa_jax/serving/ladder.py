@@ -6,7 +6,9 @@ tuning, and scaled by what is accepted now. No text depends on either choice, bu
 acceptance, whose texts depend on the tree.
 """
 
+import collections
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,7 +20,8 @@ from medusa_jax.drafting.tree import Tree
 
 ROW_FACTOR = 4  # between one batch size and the next
 SMALLER = (0.5, 0.25)  # sizes of grown trees, as parts of the tuned size
-SMOOTHING = 0.2  # weight of the newest call in a mean
+SMOOTHING = 0.2  # weight of the newest call in the mean of what is accepted
+FIRST_CALLS, CALLS = 3, 9  # in which a step is timed before it is judged, and judged by
 PROBE_CALLS = 100  # so often another than the best is tried again, in turn
 
 
@@ -91,7 +94,10 @@ class Chooser:
 
     def __init__(self, ladder: Ladder) -> None:
         self.ladder, self.gain, self._calls = ladder, 1.0, 0
-        self._seconds: dict[tuple[int, int], float] = {}
+        # Of the latest calls: a first call, or one beside other work, tells little by itself.
+        self._seconds = collections.defaultdict[tuple[int, int], collections.deque[float]](
+            lambda: collections.deque(maxlen=CALLS)
+        )
 
     def rows(self, needed: int, ready: Callable[[int], bool]) -> int:
         """The smallest batch for so many rows whose programs are ready; else that of all slots."""
@@ -103,10 +109,10 @@ class Chooser:
     def step(self, rows: int, ready: Sequence[int]) -> int:
         """Which step promises most tokens per second, of those whose programs are ready.
 
-        A step that was never timed is tried first.
+        A step that was hardly timed is tried first.
         """
         for number in ready:
-            if (rows, number) not in self._seconds:
+            if len(self._seconds[rows, number]) < FIRST_CALLS:
                 return number
         ranked = sorted(ready, key=lambda number: -self.promise(rows, number))
         self._calls += 1
@@ -116,7 +122,7 @@ class Chooser:
     def promise(self, rows: int, number: int) -> float:
         """Tokens per second of a row that writes."""
         length = 1 + self.gain * (self.ladder.lengths[number] - 1)
-        return length / self._seconds[rows, number]
+        return length / statistics.median(self._seconds[rows, number])
 
     def saw(self, rows: int, number: int, seconds: float, accepted: Sequence[int]) -> None:
         """Learns from a call.
@@ -125,8 +131,7 @@ class Chooser:
           seconds: of each step.
           accepted: tokens of each step of each row.
         """
-        before = self._seconds.get((rows, number), seconds)
-        self._seconds[rows, number] = before + SMOOTHING * (seconds - before)
+        self._seconds[rows, number].append(seconds)
         expected = self.ladder.lengths[number] - 1
         if accepted and expected > 0:
             gain = (float(np.mean(accepted)) - 1) / expected

@@ -28,4 +28,4 @@ def test_medusa_writes_what_plain_decoding_writes():
     texts = [completion.text for completion in medusa.generate(prompts)]
     assert texts == [one.text for one in loaded.with_tree(Tree()).generate(prompts)]
     assert "Paris" in texts[0]
-    assert medusa.stats.mean_accepted_length > 1.5
+    assert medusa.stats.mean_accepted_length > 1.25

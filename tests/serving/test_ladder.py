@@ -42,7 +42,8 @@ def test_the_step_with_most_tokens_a_second_is_chosen():
     """Plain steps take 1 s, those of the tree 2 s alone and 4 s in a batch; it accepts 3 tokens."""
     chooser = Chooser(Ladder((1, 4), (NoDraft(), NoDraft()), (1.0, 3.0)))
     assert chooser.step(1, [0, 1]) == 0  # never timed
-    for rows, seconds in ((1, (1.0, 2.0)), (4, (1.0, 4.0))):
+    chooser.saw(1, 1, 50.0, [3])  # a first call, which waited for something else
+    for rows, seconds in 3 * [(1, (1.0, 2.0)), (4, (1.0, 4.0))]:
         for number in (0, 1):
             chooser.saw(rows, number, seconds[number], [3, 3] if number else [1])
     assert chooser.step(1, [0, 1]) == 1

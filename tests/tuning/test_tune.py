@@ -167,7 +167,7 @@ def test_tunings_that_end_at_once_are_all_kept(home: Path):
 
 
 def test_trees_that_come_with_a_model_serve_its_kind_of_device(stories: Model, home: Path):
-    model = dataclasses.replace(stories, directory=home)
+    model = dataclasses.replace(stories, beside=home)
     brought = [tuning([[0], [1]], backend="tpu"), tuning([[0], [0, 0]])]
     (home / tree_store.BESIDE).write_text(json.dumps({"tunings": brought}))
     assert found_tree(model, Greedy(), 1) == Tree(((0,), (0, 0)))
@@ -220,7 +220,7 @@ def test_wrong_values_are_refused_by_file_and_field(tmp_path: Path, field: str):
 def test_a_tree_for_other_heads_is_refused_by_its_file(
     stories: Model, home: Path, tree: Any, message: str
 ):
-    model = dataclasses.replace(stories, directory=home)
+    model = dataclasses.replace(stories, beside=home)
     (home / tree_store.BESIDE).write_text(json.dumps({"tunings": [tuning(tree)]}))
     with pytest.raises(InputError, match=rf"{tree_store.BESIDE}: 'tree': .*{message}"):
         tree_store.find(model, Greedy(), 1, "float32")
