@@ -110,8 +110,8 @@ class Worker:
         """Ends the thread, and with it what still runs."""
         self._over = True
         self._wake.set()
-        self._thread.join(timeout=5)
         self._engine.close()
+        self._thread.join()  # however long: Python cannot end beside a thread that compiles
 
     @property
     def alive(self) -> bool:
