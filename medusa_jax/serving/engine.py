@@ -7,7 +7,7 @@
 A row that ends gives its slot to the next job, so no job waits for the longest text of a
 batch. Programs are compiled ahead of time, when a shape is first needed or by `warm_up`;
 compilation is no part of the time that `stats` counts. The contract is JetStream's (prefill,
-insert, generate, free) with a queue in front.
+insert, generate, free) with a queue in front; here prompts are read into their rows.
 """
 
 import collections
@@ -81,8 +81,8 @@ class Engine:
         """Lets a job wait for a slot; with `next`, before all others.
 
         Raises:
-          InputError: its prompt is empty, holds ids beyond the vocabulary, or does not fit, or it
-            has too many stop tokens; the message begins with `name`.
+          InputError: its prompt is empty, holds ids beyond the vocabulary, or does not fit, it has
+            too many stop tokens, or no memory holds its cache; the message begins with `name`.
         """
         self._batch.check(job, name)
         (self._waiting.appendleft if next else self._waiting.append)(job)

@@ -36,10 +36,9 @@ class Load:
         Args:
           more: others may come.
         """
-        if not self._ladder.rows and self._batch.rows:
-            return self._batch.rows
         if not self._ladder.rows:
-            return self._slots if more else min(self._slots, 1 << (needed - 1).bit_length())
+            fewest = self._slots if more else min(self._slots, 1 << (needed - 1).bit_length())
+            return self._batch.rows or fewest
 
         def ready(rows: int) -> bool:
             return any(self._batch.can_run(rows, drafter) for drafter in self._ladder.drafters)

@@ -10,10 +10,7 @@ import numpy as np
 
 from medusa_jax.decoding.decoder import Decoder, check_memory, check_prompt
 from medusa_jax.decoding.prefill import SMALL_BLOCK
-from medusa_jax.decoding.prompt_blocks import (
-    longest_block,
-    next_block,
-)
+from medusa_jax.decoding.prompt_blocks import longest_block, next_block
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Drafter, Params
