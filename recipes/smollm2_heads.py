@@ -122,7 +122,7 @@ def first_messages(source: str) -> Iterator[str]:
 
 
 def _distill(options: Options, output: Path, *what: object) -> None:
-    how = "--quantize", options.quantize, "--batch_size", options.batch_size
+    how = "--autoregressive", "--quantize", options.quantize, "--batch_size", options.batch_size
     _run("-m", "medusa_jax.distill", "--model", options.model, "--seed", options.seed, *how, *what,
          "--output", output)  # fmt: skip
 
