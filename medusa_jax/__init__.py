@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from medusa_jax.drafting.tree import Tree
     from medusa_jax.errors import InputError
     from medusa_jax.model.config import ModelConfig
+    from medusa_jax.serving.async_generator import AsyncGenerator
     from medusa_jax.serving.generator import Generator
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "AsyncGenerator",
     "Decoder",
     "DynamicTree",
     "Generator",
@@ -73,6 +75,7 @@ _PLACES = {
     "Tree": "drafting.tree",
     "InputError": "errors",
     "ModelConfig": "model.config",
+    "AsyncGenerator": "serving.async_generator",
     "Generator": "serving.generator",
 }
 

@@ -11,7 +11,7 @@ from medusa_jax.decoding.logprobs import TextLogprobs
 from medusa_jax.decoding.state import Output
 from medusa_jax.server.logprobs import LogprobWriter
 from medusa_jax.server.metrics import speculation
-from medusa_jax.server.worker import Piece
+from medusa_jax.serving.worker import Piece
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's routes on top of a worker."""
+"""The HTTP application: OpenAI's routes on top of an engine."""
 
 import asyncio
 import hmac
@@ -13,11 +13,10 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from medusa_jax import json_files
-from medusa_jax.decoding.decoder import check_prompt
 from medusa_jax.errors import InputError
 from medusa_jax.server.answers import Form
 from medusa_jax.server.connections import Bounds
-from medusa_jax.server.problems import Problem
+from medusa_jax.server.problems import OF_A_TEXT, Problem, problem_of
 from medusa_jax.server.protocol import ChatRequest, CompletionRequest, Request
 from medusa_jax.server.service import Service
 from medusa_jax.server.streams import Stream, until_gone, whole
@@ -26,7 +25,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; its worker must have been started."""
+    """The application."""
     app = FastAPI(title="medusa_jax", docs_url=None, redoc_url=None)
     app.add_middleware(Bounds)
     _handle_errors(app)
@@ -99,19 +98,11 @@ async def _answer(
     service: Service, http: fastapi.Request, request: Request, prompts: Sequence[list[int]]
 ) -> Response:
     """Decodes all choices of all prompts, and writes them as they come or once they are whole."""
-    choices = range(request.n or 1)
-    jobs = [service.job(ids, request, choice) for ids in prompts for choice in choices]
-    if not jobs:
+    if not prompts:
         raise Problem(400, "prompt is empty", "prompt")
-    for job in jobs:
-        try:
-            check_prompt(service.generator.engine.decoder, job.prompt_ids, job.max_new_tokens)
-        except InputError as error:
-            raise Problem(400, str(error), code="context_length_exceeded") from None
-    worker = service.plain if request.speculative is False else service.worker
     chat = isinstance(request, ChatRequest)
     form = Form(chat, service.name, service.logprobs(request))
-    texts = worker.open(jobs, request.stops)
+    texts = service.open(prompts, request)
     if request.stream:
         return Stream(form, request, texts)
     try:
@@ -138,6 +129,12 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Problem)
     async def problem(_: fastapi.Request, error: Problem) -> Response:
         return JSONResponse(error.body(), error.status, error.headers)
+
+    async def of_a_text(http: fastapi.Request, error: Exception) -> Response:
+        return await problem(http, problem_of(error))
+
+    for each in OF_A_TEXT:
+        app.add_exception_handler(each, of_a_text)
 
     @app.exception_handler(HTTPException)
     async def http(_: fastapi.Request, error: HTTPException) -> Response:

@@ -35,12 +35,15 @@ class Metrics:
         self._at = counter(
             "spec_decode_num_accepted_tokens_per_pos", "Accepted, by depth.", "position"
         )
-        refused = counter("num_requests_refused", "Requests that found the queue full.")
-        self.refused = refused.labels(model)
+        self._refused = counter("num_requests_refused", "Requests that found the queue full.")
         for metric in (self._running, self._waiting, self._slots):
             metric.labels(model).set(0)
         self._now: dict[Engine, tuple[int, int, int]] = {}
         self._lock = threading.Lock()  # each engine has a thread of its own
+
+    def refuse(self) -> None:
+        """Counts a request that found the queue full."""
+        self._refused.labels(self._model).inc()
 
     def ended(self, reason: str) -> None:
         """Counts a text that has ended."""

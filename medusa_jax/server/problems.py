@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from medusa_jax.errors import InputError
+from medusa_jax.serving.worker import Busy, Closing, EngineFailed
+
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -41,3 +44,21 @@ class Problem(Exception):
                 "code": self.code,
             }
         }
+
+
+# What the engine raises for a text.
+OF_A_TEXT = (InputError, FloatingPointError, Busy, Closing, EngineFailed)
+
+
+def problem_of(error: Exception) -> Problem:
+    """The answer that says what became of a text."""
+    match error:
+        case InputError():
+            return Problem(400, str(error), code="context_length_exceeded")
+        case Busy():
+            again = {"Retry-After": "1"}
+            return Problem(429, str(error), code="queue_full", headers=again)
+        case Closing():
+            return Problem(503, "the server is shutting down", headers={"Retry-After": "10"})
+        case _:
+            return Problem(500, str(error))

@@ -12,13 +12,12 @@ import uvicorn
 
 from medusa_jax import interrupts
 from medusa_jax.checkpoints.hub import shipped
-from medusa_jax.decoding.acceptance import PerRow
 from medusa_jax.errors import InputError
 from medusa_jax.progress import say
 from medusa_jax.server.app import create_app
 from medusa_jax.server.options import ServeOptions
 from medusa_jax.server.service import Service
-from medusa_jax.serving.generator import load_generator
+from medusa_jax.serving.async_generator import load_by_load
 from medusa_jax.serving.options import DecodingOptions, ModelOptions
 
 NEW_TOKENS = 1024  # of a chat that does not say how many
@@ -39,13 +38,11 @@ def serve(options: ServeOptions) -> None:
 
 
 def make_service(options: ServeOptions, key: str | None = None) -> Service:
-    """The model behind a server; its worker runs."""
+    """The model behind a server; its engine runs."""
     shared = {field.name for field in dataclasses.fields(ModelOptions)}
     chosen = {name: value for name, value in vars(options).items() if name in shared}
     rows: dict[str, Any] = {"batch_size": options.slots, "most_logprobs": options.max_logprobs}
-    decoding = DecodingOptions(**chosen, **rows, by_load=True)
-    generator = load_generator(decoding, at_most=NEW_TOKENS, need_heads=False)
-    generator = generator.with_tree(generator.tree, PerRow())
+    generator = load_by_load(DecodingOptions(**chosen, **rows), NEW_TOKENS)
     generator.engine.warm_up(64, 64)
     name = options.served_model_name or options.model or shipped().name
     return Service(name, generator, max_waiting=options.max_waiting, key=key)

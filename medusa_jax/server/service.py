@@ -1,8 +1,9 @@
-"""A model behind a server: the engines that decode its requests, and how a request becomes jobs."""
+"""A model behind a server: its engines, and how a request becomes texts."""
 
 import copy
 import functools
 import secrets
+from collections.abc import Sequence
 
 from medusa_jax.data.messages import read_messages
 from medusa_jax.data.token_bytes import TokenBytes
@@ -10,9 +11,9 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.server.logprobs import LogprobWriter
 from medusa_jax.server.metrics import Metrics
 from medusa_jax.server.protocol import ChatRequest, Request
-from medusa_jax.server.worker import Worker
+from medusa_jax.serving.async_generator import AsyncGenerator
 from medusa_jax.serving.generator import Generator
-from medusa_jax.serving.jobs import Job
+from medusa_jax.serving.worker import Text
 
 
 class Service:
@@ -20,8 +21,7 @@ class Service:
 
     Attributes:
       name: of the model.
-      generator: the model, its tokenizer and its engine.
-      worker: runs that engine.
+      medusa: decodes with the model's tree.
       metrics: figures of all engines.
       key: that clients must send, or None.
     """
@@ -29,30 +29,33 @@ class Service:
     def __init__(
         self, name: str, generator: Generator, *, max_waiting: int, key: str | None = None
     ) -> None:
-        """Starts the worker.
+        """Starts the engine's thread.
 
         Args:
           max_waiting: texts that may wait for a slot of an engine.
         """
-        self.name, self.generator, self.key = name, generator, key
+        self.name, self.key = name, key
         self.metrics, self._max_waiting = Metrics(name), max_waiting
-        self.worker = self._worker(generator)
-        self._workers = [self.worker]
+        self.medusa = self._started(generator)
+        self._all = [self.medusa]
 
-    def _worker(self, generator: Generator) -> Worker:
-        worker = Worker(generator.engine, generator.text, self.metrics, self._max_waiting)
-        worker.start()
-        return worker
+    def _started(self, generator: Generator) -> AsyncGenerator:
+        return AsyncGenerator(generator, self.metrics, self._max_waiting)
 
     @functools.cached_property
-    def plain(self) -> Worker:
+    def plain(self) -> AsyncGenerator:
         """Decodes plainly, beside the tree; shares the weights, has slots of its own."""
         if self.tree_size == 1:
-            return self.worker
-        worker = self._worker(self.generator.with_tree(Tree()))
-        worker.draining = self.worker.draining
-        self._workers.append(worker)
-        return worker
+            return self.medusa
+        plain = self._started(self.generator.with_tree(Tree()))
+        plain.worker.draining = self.medusa.worker.draining
+        self._all.append(plain)
+        return plain
+
+    @property
+    def generator(self) -> Generator:
+        """The model, its tokenizer and its engine."""
+        return self.medusa.generator
 
     @property
     def tree_size(self) -> int:
@@ -67,36 +70,45 @@ class Service:
     @property
     def alive(self) -> bool:
         """Whether all engines work."""
-        return all(worker.alive for worker in self._workers)
+        return all(each.worker.alive for each in self._all)
 
     @property
     def taken(self) -> int:
         """Texts that are open."""
-        return sum(worker.taken for worker in self._workers)
+        return sum(each.worker.taken for each in self._all)
 
     def drain(self) -> None:
         """Takes no further text."""
-        for worker in self._workers:
-            worker.draining = True
+        for each in self._all:
+            each.worker.draining = True
 
     def stop(self) -> None:
-        """Ends all workers, and with them what still runs."""
-        for worker in self._workers:
-            worker.stop()
+        """Ends all engines, and with them what still runs."""
+        for each in self._all:
+            each.close()
 
-    def job(self, prompt_ids: list[int], request: Request, choice: int) -> Job:
-        """What the engine decodes for a choice of a request."""
+    def open(self, prompts: Sequence[list[int]], request: Request) -> list[Text]:
+        """Texts of all choices of all prompts of a request.
+
+        Raises:
+          InputError: a prompt is empty, or does not fit.
+          Busy, Closing, EngineFailed: see `serving.worker`.
+        """
+        engine = self.plain if request.speculative is False else self.medusa
         ends = () if request.ignore_eos else self.generator.stop_ids
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        new_tokens = self.generator.new_tokens(len(prompt_ids), request.new_tokens)
-        return Job(
-            prompt_ids,
-            new_tokens,
-            stream=(0, choice),
-            seed=seed,
-            sampling=request.sampling,
-            stop_ids=tuple({*ends, *(request.stop_token_ids or ())}),
-        )
+        jobs = [
+            engine.job(
+                prompt,
+                max_new_tokens=request.new_tokens,
+                sampling=request.sampling,
+                seed=secrets.randbits(63) if request.seed is None else request.seed,
+                stream=(0, choice),
+                stop_ids=tuple({*ends, *(request.stop_token_ids or ())}),
+            )
+            for prompt in prompts
+            for choice in range(request.n or 1)
+        ]
+        return engine.worker.open(jobs, request.stops)
 
     def chat_ids(self, request: ChatRequest) -> list[int]:
         """Token ids of a conversation."""

@@ -1,7 +1,6 @@
 """Texts of a request, gathered as they come: into one answer, or into a stream of events."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -9,19 +8,19 @@ import fastapi
 from fastapi.responses import StreamingResponse
 
 from medusa_jax.server.answers import Form, event
-from medusa_jax.server.problems import Problem
+from medusa_jax.server.problems import OF_A_TEXT, Problem, problem_of
 from medusa_jax.server.protocol import Request
-from medusa_jax.server.worker import Piece, Text
+from medusa_jax.serving.worker import Piece, Text
 
 LOOK_EVERY = 0.2  # seconds between two looks whether a client is still there
 
 
 async def whole(form: Form, texts: Sequence[Text]) -> dict[str, Any]:
-    """The answer, once all its texts have ended. Raises ExceptionGroup of Problem."""
+    """The answer, once all its texts have ended. Raises ExceptionGroup, as `Text.pieces`."""
 
     async def read(text: Text) -> tuple[str, Any]:
         pieces = [piece async for piece in text.pieces()]
-        return "".join(itertools.chain(*(piece.texts for piece in pieces))), pieces[-1].output
+        return "".join(piece.text for piece in pieces), pieces[-1].output
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(read(text)) for text in texts]
@@ -57,8 +56,8 @@ async def _events(form: Form, request: Request, texts: Sequence[Text]) -> AsyncI
             yield form.chunk(index, piece, steps=steps, offset=offsets[index])
             if form.logprobs is not None:
                 offsets[index] += form.logprobs.length(piece.token_ids)
-    except Problem as problem:
-        yield event(problem.body())
+    except OF_A_TEXT as error:
+        yield event(problem_of(error).body())
         return
     if request.stream_options and request.stream_options.include_usage:
         yield form.last([outputs[index] for index in sorted(outputs)])
@@ -66,22 +65,22 @@ async def _events(form: Form, request: Request, texts: Sequence[Text]) -> AsyncI
 
 
 async def _merged(texts: Sequence[Text]) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of all texts with the numbers of these. Raises Problem."""
-    coming: asyncio.Queue[tuple[int, Piece | Problem]] = asyncio.Queue()
+    """Pieces of all texts with the numbers of these. Raises as `Text.pieces`."""
+    coming: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
     async def read(index: int, text: Text) -> None:
         try:
             async for piece in text.pieces():
                 coming.put_nowait((index, piece))
-        except Problem as problem:
-            coming.put_nowait((index, problem))
+        except Exception as error:
+            coming.put_nowait((index, error))
 
     tasks = [asyncio.create_task(read(i, text)) for i, text in enumerate(texts)]
     running = len(tasks)
     try:
         while running:
             index, piece = await coming.get()
-            if isinstance(piece, Problem):
+            if isinstance(piece, Exception):
                 raise piece
             running -= piece.output is not None
             yield index, piece

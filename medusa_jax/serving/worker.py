@@ -1,7 +1,7 @@
-"""The engine's thread: requests come from the server's event loop, texts go back to it.
+"""The engine's thread: jobs come from event loops, pieces of texts go back to them.
 
-Only this thread touches the engine and the device. So HTTP and tokenization of prompts never
-block a step, and a step never blocks HTTP.
+Only this thread touches the engine and the device. So an event loop never blocks a step, and a
+step never blocks an event loop.
 """
 
 import asyncio
@@ -12,18 +12,65 @@ import functools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.logprobs import TextLogprobs
 from medusa_jax.decoding.state import Output
 from medusa_jax.errors import InputError
-from medusa_jax.server.metrics import Metrics
-from medusa_jax.server.problems import Problem
 from medusa_jax.serving.engine import Engine
 from medusa_jax.serving.growing_text import GrowingText
 from medusa_jax.serving.jobs import Job, Progress
 
 log = logging.getLogger(__name__)
+
+
+class Busy(RuntimeError):
+    """Too many texts wait already; the message says so."""
+
+
+class Closing(RuntimeError):
+    """No further text is taken."""
+
+
+class EngineFailed(RuntimeError):
+    """The engine failed, or has ended; the text has no end."""
+
+
+class Observer(Protocol):
+    """Who counts what a worker does; called in its thread, and in those of event loops."""
+
+    def observe(self, engine: Engine, texts: int) -> None:
+        """Looks at an engine between two calls, which has so many texts to write."""
+        ...
+
+    def add(self, output: Output) -> None:
+        """A text has ended."""
+        ...
+
+    def ended(self, reason: str) -> None:
+        """A text has ended without its output: "abort" or "error"."""
+        ...
+
+    def refuse(self) -> None:
+        """Texts were refused: too many wait."""
+        ...
+
+
+class Nobody:
+    """An observer that counts nothing."""
+
+    def observe(self, engine: Engine, texts: int) -> None:
+        pass
+
+    def add(self, output: Output) -> None:
+        pass
+
+    def ended(self, reason: str) -> None:
+        pass
+
+    def refuse(self) -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +93,14 @@ class Piece:
     logprobs: TextLogprobs | None = None
     output: Output | None = None
 
+    @property
+    def text(self) -> str:
+        """What can be read of it."""
+        return "".join(self.texts)
+
 
 class Text:
-    """A text that a client waits for, as its pieces come; made by `Worker.open`.
+    """A text that somebody waits for, as its pieces come; made by `Worker.open`.
 
     Whoever has opened it closes it. A text that has not ended gives back its slot then.
     """
@@ -56,19 +108,21 @@ class Text:
     def __init__(self, worker: "Worker", job: Job, text: GrowingText) -> None:
         self.job, self.growing = job, text
         self._worker, self._loop = worker, asyncio.get_running_loop()
-        self._pieces = asyncio.Queue[Piece | Problem]()
+        self._pieces = asyncio.Queue[Piece | Exception]()
         self._closed = self._ended = False
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Its pieces up to the last, which has the output.
 
         Raises:
-          Problem: it does not fit, or the engine failed.
+          InputError: it does not fit.
+          FloatingPointError: the model's numbers are not finite.
+          EngineFailed: see there.
         """
         while not self._ended:
             piece = await self._pieces.get()
-            self._ended = isinstance(piece, Problem) or piece.output is not None
-            if isinstance(piece, Problem):
+            self._ended = isinstance(piece, Exception) or piece.output is not None
+            if isinstance(piece, Exception):
                 raise piece
             yield piece
 
@@ -78,8 +132,8 @@ class Text:
             self._closed = True
             self._worker.closed(self, self._ended)
 
-    def tell(self, piece: Piece | Problem) -> None:
-        """Takes a piece, or the problem that ends the text, from the engine's thread."""
+    def tell(self, piece: Piece | Exception) -> None:
+        """Takes a piece, or the error that ends the text, from the engine's thread."""
         if not self._closed:
             with contextlib.suppress(RuntimeError):  # the event loop has ended in between
                 self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
@@ -93,17 +147,22 @@ class Worker:
       draining: no further text is taken.
     """
 
-    def __init__(self, engine: Engine, text: ChatTokenizer, metrics: Metrics, waiting: int) -> None:
-        self.taken, self.draining, self._most_waiting = 0, False, waiting
-        self._engine, self._text, self._metrics = engine, text, metrics
-        metrics.observe(engine, 0)
+    def __init__(
+        self, engine: Engine, text: ChatTokenizer, observer: Observer, most_waiting: int
+    ) -> None:
+        """Begins to work.
+
+        Args:
+          observer: counts what is done.
+          most_waiting: texts that may wait for a slot.
+        """
+        self.taken, self.draining, self._most_waiting = 0, False, most_waiting
+        self._engine, self._text, self._observer = engine, text, observer
+        observer.observe(engine, 0)
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._wake, self._over = threading.Event(), False
         self._texts: dict[Job, Text] = {}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Begins to work."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -122,7 +181,7 @@ class Worker:
         """Texts for jobs, which wait for slots from now on.
 
         Raises:
-          Problem: so many more would have to wait for too long.
+          Busy, Closing, EngineFailed: see there.
         """
         self._check_room(len(jobs))
         texts = []
@@ -142,17 +201,12 @@ class Worker:
 
     def _check_room(self, count: int) -> None:
         if self.draining:
-            raise Problem(503, "the server is shutting down", headers={"Retry-After": "10"})
+            raise Closing("no further text is taken: this is being shut down")
         if not self.alive:
-            raise Problem(500, "the engine has stopped")
+            raise EngineFailed("the engine has stopped")
         if self.taken + count > self._engine.slots + self._most_waiting:
-            self._metrics.refused.inc()
-            raise Problem(
-                429,
-                f"{self.taken} texts run or wait already; try again later",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
+            self._observer.refuse()
+            raise Busy(f"{self.taken} texts run or wait already; try again later")
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -174,13 +228,13 @@ class Worker:
             except Exception as error:
                 log.exception("the engine failed")
                 self._fail(error)
-            self._metrics.observe(self._engine, len(self._texts))
+            self._observer.observe(self._engine, len(self._texts))
 
     def _submit(self, text: Text) -> None:
         try:
             self._engine.submit(text.job)
         except InputError as error:
-            text.tell(Problem(400, str(error), code="context_length_exceeded"))
+            text.tell(error)
             return
         except Exception as error:  # the other texts go on
             log.exception("a text was not taken")
@@ -191,8 +245,8 @@ class Worker:
     def _cancel(self, text: Text) -> None:
         if self._texts.pop(text.job, None) is not None:
             self._engine.cancel(text.job)
-            self._metrics.ended("abort")
-            self._metrics.observe(self._engine, len(self._texts))
+            self._observer.ended("abort")
+            self._observer.observe(self._engine, len(self._texts))
 
     def _report(self, progress: Progress) -> None:
         text = self._texts.get(progress.job)
@@ -207,21 +261,21 @@ class Worker:
         try:
             output.check("the answer")
         except FloatingPointError as error:
-            self._metrics.ended("error")
-            text.tell(Problem(500, str(error)))
+            self._observer.ended("error")
+            text.tell(error)
             return
         text.growing.finish()
-        self._metrics.add(output)
+        self._observer.add(output)
         text.tell(Piece(text.growing.take(), *gained, output))
 
     def _fail(self, error: Exception) -> None:
         """Ends all texts: the state of the device may be gone."""
         for text in self._texts.values():
-            self._metrics.ended("error")
+            self._observer.ended("error")
             text.tell(_failure(error))
         self._texts.clear()
         self._engine.reset()
 
 
-def _failure(error: Exception) -> Problem:
-    return Problem(500, f"the engine failed: {type(error).__name__}")
+def _failure(error: Exception) -> EngineFailed:
+    return EngineFailed(f"the engine failed: {type(error).__name__}")
