@@ -43,7 +43,6 @@ def make_service(options: ServeOptions, key: str | None = None) -> Service:
     chosen = {name: value for name, value in vars(options).items() if name in shared}
     rows: dict[str, Any] = {"batch_size": options.slots, "most_logprobs": options.max_logprobs}
     generator = load_by_load(DecodingOptions(**chosen, **rows), NEW_TOKENS)
-    generator.engine.warm_up(64, 64)
     name = options.served_model_name or options.model or shipped().name
     return Service(name, generator, max_waiting=options.max_waiting, key=key)
 

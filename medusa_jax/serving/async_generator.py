@@ -21,6 +21,7 @@ from medusa_jax.serving.options import DEFAULT_NEW_TOKENS, DecodingOptions
 from medusa_jax.serving.worker import Nobody, Observer, Piece, Worker
 
 GREEDY = RowSampling()
+SHAPE = 64, 64  # tokens of a prompt and of its text, before there is any
 WAITING = 1 << 20  # texts that may wait, where nothing else is said: coroutines cost little
 
 
@@ -142,9 +143,13 @@ class AsyncGenerator:
 def load_by_load(options: DecodingOptions, at_most: int = DEFAULT_NEW_TOKENS) -> Generator:
     """`load_generator`, whose engine chooses batch size and tree by load, and sampling by request.
 
+    Compiles what the first requests need.
+
     Args:
       at_most: see `Generator`.
     """
     options = dataclasses.replace(options, by_load=True)
     generator = load_generator(options, at_most=at_most, need_heads=False)
-    return generator.with_tree(generator.tree, PerRow())
+    generator = generator.with_tree(generator.tree, PerRow())
+    generator.engine.warm_up(*SHAPE)
+    return generator

@@ -136,7 +136,8 @@ class Background:
                     chosen = dataclasses.replace(decoder, drafter=drafter)
                     programs.run(chosen, params, state(rows))
 
-        self._thread = threading.Thread(target=work, name="compiler")
+        # Python cannot end beside a thread that compiles: it aborts. So it waits for this thread.
+        self._thread = threading.Thread(target=work, name="compiler", daemon=False)
         self._thread.start()
 
     def close(self) -> None:

@@ -135,9 +135,12 @@ def test_the_examples_of_the_guide_run(process: tuple[subprocess.Popen, str]):
     (line,) = re.findall(r"^curl .*", guide, re.M)
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)["choices"][0]["text"].split()) > 5
-    (code,) = re.findall(r"```python\n(.*?)```", guide, re.S)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert len(done.stdout.split()) > 5
+    examples = re.findall(r"```python\n(.*?)```", guide, re.S)
+    assert len(examples) == 2  # the client's, and that without a server
+    for code in examples:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert len(done.stdout.split()) > 5
 
 
 def test_sigterm_under_load_finishes_what_was_taken(process: tuple[subprocess.Popen, str]):
