@@ -120,6 +120,15 @@ def _reader() -> Any:
     import gguf
 
     class Bounded(gguf.GGUFReader):
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, file: Any) -> None:
+            # A vocabulary is cut into a view for each token: views of a memmap are large and slow.
+            self._data = np.asarray(file)
+
         def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
             if int(offset) + np.dtype(dtype).itemsize * int(count) > self.data.size:
                 raise ValueError("the file ends before its content does")
