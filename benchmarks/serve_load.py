@@ -39,6 +39,7 @@ class LoadOptions:
     users: list[int] = option([1, 16], nargs="+", least=1, help="who ask at once; a run each")
     requests: int = option(64, least=1, help="of each run")
     prompts: str | None = option(None, help="JSON Lines (default: those of the shipped model)")
+    chat: bool = option(False, help="conversations, by the model's chat template")
     max_tokens: int = option(128, least=1, help="of an answer")
     temperature: float = option(0.0, least=0, help="0 is greedy")
     long_prompt: int = option(0, least=0, help="tokens of a prompt that arrives meanwhile")
@@ -57,11 +58,12 @@ class Answer:
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
-    """Streams a completion; the tokens are those of the server's usage."""
+    """Streams an answer; the tokens are those of the server's usage."""
     begun, first, tokens = time.perf_counter(), 0.0, 0
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
+    route = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as reply:
+        async with client.stream("POST", route, json=body) as reply:
             if reply.status_code != 200:
                 said = (await reply.aread()).decode("utf-8", "replace")
                 return Answer(0, 0.0, 0.0, f"{reply.status_code}: {said[:200]}")
@@ -71,12 +73,17 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
                     return Answer(0, 0.0, 0.0, str(chunk["error"]))
-                if not first and any(choice.get("text") for choice in chunk["choices"]):
+                if not first and any(map(text_of, chunk["choices"])):
                     first = time.perf_counter() - begun
                 tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     except httpx.HTTPError as error:
         return Answer(0, 0.0, 0.0, f"{type(error).__name__}: {error}")
     return Answer(tokens, first, time.perf_counter() - begun)
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    """What a chunk adds to a text."""
+    return choice.get("text") or choice.get("delta", {}).get("content") or ""
 
 
 async def load(
@@ -100,7 +107,7 @@ async def load(
 def figures(answers: list[Answer], seconds: float) -> dict[str, Any]:
     """Tokens a second of all users, and the median and 95th percentile of first-token times."""
     good = [answer for answer in answers if not answer.error]
-    firsts = sorted(answer.first for answer in good) or [0.0]
+    firsts = sorted(answer.first for answer in good if answer.first) or [0.0]
     return {
         "requests": len(answers),
         "failed": len(answers) - len(good),
@@ -131,7 +138,7 @@ async def measure(options: LoadOptions) -> list[dict[str, Any]]:
         if not prompts:
             raise InputError(f"{source} holds no prompts")
         bodies = [
-            shared | {"prompt": prompts[i % len(prompts)], "seed": i}
+            shared | asked(prompts[i % len(prompts)], options.chat) | {"seed": i}
             for i in range(options.requests)
         ]
         rows = []
@@ -146,6 +153,11 @@ async def measure(options: LoadOptions) -> list[dict[str, Any]]:
             for error in sorted({answer.error for answer in answers if answer.error})[:3]:
                 print(f"  failed: {error}")
         return rows
+
+
+def asked(prompt: str, chat: bool) -> dict[str, Any]:
+    """The field of a request that has the prompt."""
+    return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
 
 
 async def _long(
