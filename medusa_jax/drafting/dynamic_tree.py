@@ -6,8 +6,9 @@ elsewhere several first guesses are about equal and deserve breadth. A path's
 log-probability is the sum of its guesses', each given the guess before it: what
 Medusa heads, which do not know each other's guesses, say of it, and how well the two
 go together where that was counted (`bigrams.py`) or learned (`selector.py`). Hydra
-heads know the guesses before (`hydra_drafter.py`). The best tree of N tokens is the root with the N - 1 likeliest paths. A path is never
-likelier than its beginning, so these paths are prefix-closed.
+heads know the guesses before (`hydra_drafter.py`). The best tree of N tokens is the
+root with the N - 1 likeliest paths. A path is never likelier than its beginning, so
+these paths are prefix-closed.
 """
 
 import dataclasses

@@ -10,7 +10,14 @@ from jaxtyping import Array, Float, Int
 from medusa_jax.drafting import bigrams, selector
 from medusa_jax.drafting.drafter import Drafter, NoDraft, Params, Proposal, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, first_heads, top_guesses
+from medusa_jax.drafting.hydra_drafter import HydraDrafter
+from medusa_jax.drafting.medusa_heads import (
+    HYDRA,
+    HeadsConfig,
+    MedusaHeads,
+    first_heads,
+    top_guesses,
+)
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone
@@ -120,8 +127,13 @@ class MedusaDrafter:
 
 
 def medusa_drafter(heads: HeadsConfig, tree: Tree | DynamicTree) -> Drafter:
-    """A drafter for a tree of any size: `NoDraft` where the tree is the root alone."""
-    return MedusaDrafter(heads, tree) if tree.depth else NoDraft()
+    """The drafter of heads and a tree of any size: `NoDraft` where the tree is the root alone.
+
+    Hydra heads get theirs.
+    """
+    if not tree.depth:
+        return NoDraft()
+    return HydraDrafter(heads, tree) if heads.architecture == HYDRA else MedusaDrafter(heads, tree)
 
 
 def path_scores(

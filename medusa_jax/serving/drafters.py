@@ -13,10 +13,11 @@ from medusa_jax.decoding.acceptance import Acceptance
 from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.medusa_heads import ARCHITECTURES
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError, listed
 
-OF_HEADS = ("medusa",)  # those whose guesses come from the heads of the model
+OF_HEADS = ARCHITECTURES  # those whose guesses come from the heads of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,25 @@ class Recipe:
     acceptance: Acceptance
 
 
+def _of_heads(name: str) -> Callable[[Recipe], Drafter]:
+    """The drafter of heads of this architecture."""
+
+    def build(recipe: Recipe) -> Drafter:
+        heads = recipe.model.heads
+        if heads.architecture != name:
+            raise InputError(f"--drafter {name}: the heads of this model are {heads.architecture}")
+        return medusa_drafter(heads, recipe.tree)
+
+    return build
+
+
 DRAFTERS: dict[str, Callable[[Recipe], Drafter]] = {
-    "medusa": lambda recipe: medusa_drafter(recipe.model.heads, recipe.tree),
+    **{name: _of_heads(name) for name in ARCHITECTURES},
 }
 
 
 def from_heads(name: str | None) -> bool:
-    """Whether the drafter of this name asks heads: None, the default, and "medusa" do."""
+    """Whether the drafter of this name asks heads, as that of None, the default, does."""
     return name is None or name in OF_HEADS
 
 

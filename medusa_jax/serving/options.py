@@ -35,7 +35,8 @@ class ModelOptions:
         "those found with the model)")  # fmt: skip
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
         "tokenizer's)")  # fmt: skip
-    drafter: str | None = option(None, help="what guesses: medusa (default: what the heads are)")
+    drafter: str | None = option(None, help="what guesses: medusa or hydra (default: what the "
+        "heads are)")  # fmt: skip
     tree: str | Tree | DynamicTree = option("auto", help="auto: the tree tuned for this model and "
         "device; a published name; a JSON file; grow:SIZE or grow:SIZE:DEPTH: grown anew at each "
         "step")  # fmt: skip
