@@ -6,7 +6,6 @@ grown tree keeps the likeliest paths of each depth (`dynamic_tree.py`): a beam.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from medusa_jax.drafting.drafter import Params, Proposal, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree, likeliest, next_level
-from medusa_jax.drafting.hydra_heads import HydraHead, head_input
+from medusa_jax.drafting.hydra_heads import head_input, hydra_logits
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import TreeTables
@@ -132,9 +131,7 @@ class _Asked:
         Args:
           z: its input at each node.
         """
-        own, vocab = self.params["heads"][f"head_{k}"], self.params["heads"].get("vocab")
-        unembed = self.backbone.unembed if vocab is None else weight_of(vocab).dot
-        logits: Any = HydraHead(self.heads).apply({"params": own}, z, unembed)
+        logits = hydra_logits(self.heads, self.params["heads"], k, z, self.backbone.unembed)
         tokens, scores = best_of(logits, top_k)
         token_map = self.params["heads"].get("token_map")
         return tokens if token_map is None else token_map[tokens], scores

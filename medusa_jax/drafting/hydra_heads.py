@@ -14,13 +14,14 @@ those of Medusa heads. Only a projection of its own has a bias u_k.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from medusa_jax.drafting.medusa_heads import HeadsConfig
-from medusa_jax.model.linear import Linear, parameter, projections
+from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig, MedusaHeads
+from medusa_jax.model.linear import Linear, parameter, projections, weight_of
 from medusa_jax.shapes import typed
 
 RESIDUAL = "residual"  # R, beside the layers "linear_0", "linear_1", ...
@@ -68,3 +69,49 @@ def head_input(
     """
     flat = drafted.reshape(*drafted.shape[:-2], -1)
     return jnp.concatenate((hidden, flat.astype(hidden.dtype)), axis=-1)
+
+
+def hydra_logits(
+    config: HeadsConfig,
+    params: dict[str, Any],
+    k: int,
+    z: Float[Array, "*dims z"],
+    unembed: Callable[[Array], Array],
+) -> Array:
+    """Logits of head k (0-based) [*dims, W].
+
+    Args:
+      params: of all heads, as decoding holds them.
+      unembed: the backbone's own projection, for shared heads without rows of it.
+    """
+    if "vocab" in params:
+        unembed = weight_of(params["vocab"]).dot
+    logits: Any = HydraHead(config).apply({"params": params[f"head_{k}"]}, z, unembed)
+    return logits
+
+
+def text_logits(
+    config: HeadsConfig,
+    params: dict[str, Any],
+    hidden: Float[Array, "T D"],
+    ids: Int[Array, " T"],
+    unembed: Callable[[Array], Array],
+) -> list[Array]:
+    """Logits of each head at each position of a text [T, W], of either architecture.
+
+    Hydra heads are asked after the tokens that came. Those beyond the end of the text mean nothing.
+
+    Args:
+      params: {"backbone", "heads"}.
+    """
+    if config.architecture != HYDRA:
+        logits: Any = MedusaHeads(config).apply({"params": params["heads"]}, hidden, unembed)
+        return logits
+    table = weight_of(params["backbone"]["embed"]["embedding"])
+    came = [table.lookup(jnp.roll(ids, -k)) for k in range(1, config.num_heads + 1)]
+    return [
+        hydra_logits(
+            config, params["heads"], k, head_input(hidden, jnp.stack(came[: k + 1], 1)), unembed
+        )
+        for k in range(config.num_heads)
+    ]

@@ -22,7 +22,8 @@ from medusa_jax.drafting.hydra_heads import HydraHead, head_input
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.model.backbone import Backbone
+from medusa_jax.model.backbone import Backbone, causal_mask
+from medusa_jax.tuning.head_ranks import right_ranks
 
 PROMPTS = [[1, 5, 9], [3], [7, 2, 11, 30, 4]]
 STATIC = Tree(((0,), (1,), (0, 0), (1, 0), (1, 1), (0, 2), (0, 0, 0), (1, 1, 0)))
@@ -138,6 +139,23 @@ def test_a_grown_tree_holds_the_likeliest_paths(tiny: TinyModel):
             line = proposal.tree.ancestors[row, slot].tolist()
             found.append(tuple(int(proposal.tokens[row, cell]) for cell in line[1:] if cell >= 0))
         assert set(found) == set(best)
+
+
+def test_ranks_of_the_tokens_that_came(tiny: TinyModel):
+    """As the tuning replays them: each head after the right tokens before."""
+    model = with_hydra(tiny, **SHAPES["shared and truncated"])
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (1, 7)))
+    ranks = np.asarray(right_ranks(model.config, model.heads, prepared(model), ids))[0]
+    variables = {"params": model.params["backbone"]}
+    positions = jnp.arange(7)[None]
+    hidden: Any = Backbone(model.config).apply(variables, ids, positions, causal_mask(7))
+    text = ids[0].tolist()
+    for t in range(7):
+        for k in range(1, min(3, 7 - t - 2) + 1):
+            guesses, _ = after(model, hidden[0][0, t], text[t + 1 : t + k + 1])
+            right = text[t + k + 1]
+            expected = guesses.index(right) if right in guesses else model.config.vocab_size
+            assert ranks[t, k - 1] == expected
 
 
 def test_the_example_of_the_docstring():
