@@ -6,7 +6,8 @@
 
 Purpose: heads that see the tokens drafted before (arXiv 2402.05109), to compare with those of
 `smollm2_medusa1` on the same answers and hidden states.
-Recipe: as `smollm2_medusa1`, whose selector they do not need. Head k reads k + 1 vectors.
+Recipe: as `smollm2_medusa1`, whose selector they do not need. Head k reads k + 1 vectors. All of it
+has 18.6 MB.
 Hardware: 2 CPU cores and 4 GB.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medusa_jax.checkpoints.names import ORIGINAL, HeadNames
+from medusa_jax.checkpoints.names import ORIGINAL, ORIGINAL_HYDRA, HeadNames
 from medusa_jax.drafting.medusa_heads import HYDRA, MEDUSA, HeadsConfig
 
 MERGED = HeadNames(
@@ -21,14 +21,7 @@ MERGED = HeadNames(
 MODELOPT = HeadNames("medusa_heads.{h}.{l}.linear", "medusa_heads.{h}.{L}.weight")
 VLLM = HeadNames("blocks.{h}.layers.{l}", "lm_heads.{h}.weight", "lm_head.weight", "token_map")
 TRTLLM = HeadNames("medusa_heads.{h}.medusa_layers.{l}.linear", "medusa_heads.{h}.lm_head.weight")
-# The original of Hydra heads is zankner/Hydra; it knows no truncated heads.
-HYDRA_HEADS = HeadNames(
-    "hydra_mlp.{h}.{l}.linear",
-    "hydra_lm_head.{h}.weight",
-    token_map="token_map",
-    residual="hydra_mlp.{h}.0.res_connection",
-)
-# As they stand in its whole model, which it never stores: heads beside a backbone that has learnt.
+# As they stand in the original's whole model, which it never stores.
 HYDRA_MERGED = HeadNames(
     "hydra_head.hydra_mlp.{h}.{l}.linear",
     "hydra_head.hydra_lm_head.{h}.weight",
@@ -84,7 +77,7 @@ DIALECTS = {
     "mlc": Dialect(MERGED, "model"),
     "modelopt": Dialect(MODELOPT, "model", merged=True),
     "trtllm": Dialect(TRTLLM, "rank", merged=True, writable=False),
-    "hydra": Dialect(HYDRA_HEADS, "hydra_lm_head", repeated=True, architecture=HYDRA),
+    "hydra": Dialect(ORIGINAL_HYDRA, "hydra_lm_head", repeated=True, architecture=HYDRA),
     "hydra_merged": Dialect(HYDRA_MERGED, "model", merged=True, repeated=True, architecture=HYDRA),
 }
 

@@ -13,17 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from medusa_jax import json_files
-from medusa_jax.checkpoints.dialects import (
-    DIALECTS,
-    HYDRA_HEADS,
-    HYDRA_MERGED,
-    MERGED,
-    MODELOPT,
-    TRTLLM,
-    VLLM,
-    folder,
+from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, TRTLLM, VLLM, folder
+from medusa_jax.checkpoints.names import (
+    ORIGINAL,
+    ORIGINAL_HYDRA,
+    SELECTOR,
+    HeadNames,
+    head_places,
+    matched,
 )
-from medusa_jax.checkpoints.names import ORIGINAL, SELECTOR, HeadNames, head_places, matched
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.checkpoints.tensors import open_file, open_model
 from medusa_jax.drafting.medusa_heads import HYDRA, MEDUSA, HeadsConfig
@@ -95,7 +93,7 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
     settings = json_files.read_object(config) if config.is_file() else {}
     _check_settings(json_files.Fields(settings, str(config)))
     wanted = DIALECTS[dialect].names if dialect else None
-    file = head_file(source) if wanted in (None, ORIGINAL, HYDRA_HEADS) else None
+    file = head_file(source) if wanted in (None, ORIGINAL, ORIGINAL_HYDRA) else None
     if source.is_file():
         tensors = open_file(source)
     elif (source / "rank0.safetensors").is_file() and wanted in (None, TRTLLM):
@@ -121,7 +119,7 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
             "expected Hydra heads without it (mlp)"
         )
     rest: Tensors = {}
-    if names in (MERGED, MODELOPT, TRTLLM, HYDRA_MERGED):
+    if names not in (ORIGINAL, ORIGINAL_HYDRA, VLLM):  # those with a prefix
         tensors, rest = divide(tensors)
     _check_kinds(names, tensors, source)
     if names is VLLM:

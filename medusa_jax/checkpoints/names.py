@@ -98,18 +98,27 @@ class HeadNames:
 
 # The original itself has no truncated heads and no selector; the map's name is vLLM's.
 ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight", token_map="token_map", selector="selector")
+# That of Hydra heads, zankner/Hydra, has no truncated heads either.
+ORIGINAL_HYDRA = HeadNames(
+    "hydra_mlp.{h}.{l}.linear",
+    "hydra_lm_head.{h}.weight",
+    token_map="token_map",
+    residual="hydra_mlp.{h}.0.res_connection",
+)
 SELECTOR = ("before.weight", "after.weight", "context.weight", "context.bias")
 
 
 def head_places(
-    config: HeadsConfig, names: HeadNames = ORIGINAL, *, with_shared: bool = False
+    config: HeadsConfig, names: HeadNames | None = None, *, with_shared: bool = False
 ) -> dict[str, Place]:
     """Names of head tensors: "0.0.linear.weight" in the original's files.
 
     Args:
+      names: of a dialect for heads of this architecture; default: the original's.
       with_shared: whether a projection that all heads share is stored with them.
     """
     width, rows = config.hidden_size, config.truncated or config.vocab_size
+    names = names or (ORIGINAL_HYDRA if config.architecture == HYDRA else ORIGINAL)
     places = {}
     if config.truncated:
         places[names.token_map] = Place(("token_map",), (rows,))

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from medusa_jax.checkpoints.backbone import open_backbone, read_settings, settings_file
-from medusa_jax.checkpoints.dialects import DIALECTS, dialect_of
 from medusa_jax.checkpoints.heads import head_tensors
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.load import backbone_tensors
@@ -121,8 +120,7 @@ def plan(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Pa
         stacks = {path: shape for path, shape in stacks.items() if path in needed}
     backbone = {f"backbone/{path}": shape for path, shape in stacks.items()}
     shapes = backbone | _teacher_shapes(config, backbone) | _adapter_shapes(config, model, stacks)
-    names = DIALECTS[dialect_of(heads)].names
-    shapes |= {f"heads/{path}": shape for path, shape in _shapes(head_places(heads, names)).items()}
+    shapes |= {f"heads/{path}": shape for path, shape in _shapes(head_places(heads)).items()}
     group = group_of(shapes, groups(config))
 
     def parameter(path: str) -> Parameter:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from helpers.models import TinyModel
-from medusa_jax.checkpoints.dialects import DIALECTS
 from medusa_jax.checkpoints.names import head_places
 from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig
 from medusa_jax.param_paths import nested
@@ -19,7 +18,7 @@ def hydra_shape(tiny: TinyModel, **changes: Any) -> HeadsConfig:
 
 def random_heads(heads: HeadsConfig, seed: int = 0) -> dict[str, Any]:
     """Nested parameters [out, in], right now and then; of shared heads no projection."""
-    places = head_places(heads, DIALECTS["hydra"].names).values()
+    places = head_places(heads).values()
     keys = jax.random.split(jax.random.key(seed), len(places))
     leaves = {
         "/".join(place.path): jax.random.normal(key, place.shape) / place.shape[-1] ** 0.5
