@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from medusa_jax.decoding.state import Output, State, outputs
     from medusa_jax.drafting.drafter import NoDraft
     from medusa_jax.drafting.dynamic_tree import DynamicTree
+    from medusa_jax.drafting.hydra_drafter import HydraDrafter
     from medusa_jax.drafting.medusa_drafter import MedusaDrafter
     from medusa_jax.drafting.tree import Tree
     from medusa_jax.errors import InputError
@@ -43,6 +44,7 @@ __all__ = [
     "DynamicTree",
     "Generator",
     "Greedy",
+    "HydraDrafter",
     "InputError",
     "Lossless",
     "MedusaDrafter",
@@ -71,6 +73,7 @@ _PLACES = {
     "outputs": "decoding.state",
     "NoDraft": "drafting.drafter",
     "DynamicTree": "drafting.dynamic_tree",
+    "HydraDrafter": "drafting.hydra_drafter",
     "MedusaDrafter": "drafting.medusa_drafter",
     "Tree": "drafting.tree",
     "InputError": "errors",

@@ -1,4 +1,4 @@
-"""Converts Medusa heads, alone or merged with their backbone, from one dialect to another.
+"""Converts heads, alone or merged with their backbone, from one dialect to another.
 
 Tensors are renamed: each keeps its numbers and its type. They are read one at a time, and
 compared with what was written before it takes its place. `--to hf` writes a backbone alone.

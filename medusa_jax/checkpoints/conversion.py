@@ -1,4 +1,4 @@
-"""Medusa heads, alone or merged with their backbone, from one dialect to another.
+"""Heads, alone or merged with their backbone, from one dialect to another.
 
 Tensors are renamed: each keeps its numbers and its type. They are read one at a time, and
 compared with what was written before the output takes its place.
@@ -30,7 +30,7 @@ from medusa_jax.checkpoints.fitting import (
 )
 from medusa_jax.checkpoints.heads import HEAD_FILES, StoredHeads, open_heads
 from medusa_jax.checkpoints.hub import resolve
-from medusa_jax.checkpoints.names import ORIGINAL, backbone_places, head_places
+from medusa_jax.checkpoints.names import backbone_places, head_places
 from medusa_jax.checkpoints.stored_tensor import Tensors
 from medusa_jax.checkpoints.tensors import (
     SHARD_BYTES,
@@ -116,7 +116,7 @@ def convert(
         if DIALECTS[target].merged and backbone:
             tensors = _named(backbone) | tensors
             settings = backbone_settings(backbone.settings, dtype) | settings
-        elif DIALECTS[target].names is ORIGINAL:
+        elif DIALECTS[target].single:
             settings["base_model_name_or_path"] = _base_name(heads, source, base, target, output)
         model = backbone.directory if DIALECTS[target].merged and backbone else None
         files = _Files(
@@ -126,7 +126,7 @@ def convert(
             settings,
             model=model,
             bigrams=bigram_file.beside(local),
-            pickled=target in ("v0.1", "v2") and not as_is,
+            pickled=target in ("v0.1", "v2", "hydra") and not as_is,
         )
     _write(files, output, save_tokenizer)
     print(f"wrote {target} to {output}: {_amount(files.tensors)}, all compared")
@@ -205,10 +205,9 @@ def _write(
     files: _Files, output: Path, save_tokenizer: Callable[[Path, Path], object] | None
 ) -> None:
     """Writes all into a new directory, which takes its place once it was compared."""
-    original = files.stem == DIALECTS["v0.1"].stem
+    single = files.target != HF and DIALECTS[files.target].single
     with Replacing(output) as directory:
-        # No reader of the original's heads knows of shards.
-        shard_bytes = math.inf if original else SHARD_BYTES
+        shard_bytes = math.inf if single else SHARD_BYTES
         write_model(directory, files.stem, files.tensors, shard_bytes=shard_bytes)
         if files.pickled and not write_pickle(directory / f"{files.stem}.safetensors"):
             log.warning("no %s.pt, which alone the original reads: torch is missing", files.stem)
@@ -227,7 +226,7 @@ def _verify(directory: Path, files: _Files) -> None:
     """Reads all back. Raises RuntimeError where anything differs from what was to be written."""
     if files.target != HF:
         open_heads(directory, files.target)
-    if files.stem == DIALECTS["v0.1"].stem:
+    if files.target != HF and DIALECTS[files.target].single:
         paths = (directory / name for name in HEAD_FILES)
         written = {file: open_file(file) for file in paths if file.is_file()}
     else:

@@ -1,4 +1,4 @@
-"""The dialects of Medusa heads: how each names its tensors, and what it can hold.
+"""The dialects of heads: how each names its tensors, and what it can hold.
 
 A dialect is a naming of head tensors, a file, and keys in `config.json`. `heads.py` recognizes
 and reads them, `conversion.py` writes them, and `names.head_places` serves both.
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medusa_jax.checkpoints.names import ORIGINAL, HeadNames
-from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.checkpoints.names import ORIGINAL, ORIGINAL_HYDRA, HeadNames
+from medusa_jax.drafting.medusa_heads import HYDRA, MEDUSA, HeadsConfig
 
 MERGED = HeadNames(
     "medusa_head.{h}.{l}.linear",
@@ -21,6 +21,13 @@ MERGED = HeadNames(
 MODELOPT = HeadNames("medusa_heads.{h}.{l}.linear", "medusa_heads.{h}.{L}.weight")
 VLLM = HeadNames("blocks.{h}.layers.{l}", "lm_heads.{h}.weight", "lm_head.weight", "token_map")
 TRTLLM = HeadNames("medusa_heads.{h}.medusa_layers.{l}.linear", "medusa_heads.{h}.lm_head.weight")
+# As they stand in the original's whole model, which it never stores.
+HYDRA_MERGED = HeadNames(
+    "hydra_head.hydra_mlp.{h}.{l}.linear",
+    "hydra_head.hydra_lm_head.{h}.weight",
+    token_map="hydra_head.token_map",
+    residual="hydra_head.hydra_mlp.{h}.0.res_connection",
+)
 
 
 # In a model's directory, what is read by medusa_jax alone: heads, and their table of bigrams.
@@ -28,6 +35,7 @@ TRTLLM = HeadNames("medusa_heads.{h}.medusa_layers.{l}.linear", "medusa_heads.{h
 FOLDER = "medusa"
 # What configs of merged models say of heads.
 HEAD_KEYS = ("medusa_num_heads", "medusa_num_layers", "version", "medusa")
+HEAD_KEYS += ("hydra_num_heads", "hydra_num_layers", "hydra_head_arch", "grounded_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Dialect:
         heads that share the backbone's.
       repeated: its reader builds the blocks of a head as a single module, repeated.
       writable: whether `convert` writes it; off for formats without living readers.
+      architecture: of the heads that it holds.
     """
 
     names: HeadNames
@@ -51,6 +60,12 @@ class Dialect:
     shared: bool = False
     repeated: bool = False
     writable: bool = True
+    architecture: str = MEDUSA
+
+    @property
+    def single(self) -> bool:
+        """Whether heads are a file of their own, however large: no reader knows of shards."""
+        return self.stem.endswith("_lm_head")
 
 
 DIALECTS = {
@@ -62,7 +77,18 @@ DIALECTS = {
     "mlc": Dialect(MERGED, "model"),
     "modelopt": Dialect(MODELOPT, "model", merged=True),
     "trtllm": Dialect(TRTLLM, "rank", merged=True, writable=False),
+    "hydra": Dialect(ORIGINAL_HYDRA, "hydra_lm_head", repeated=True, architecture=HYDRA),
+    "hydra_merged": Dialect(HYDRA_MERGED, "model", merged=True, repeated=True, architecture=HYDRA),
 }
+
+
+def dialect_of(heads: HeadsConfig, *, merged: bool = False) -> str:
+    """The dialect that training writes: the original's, alone or merged with a backbone."""
+    if heads.architecture == HYDRA:
+        return "hydra_merged" if merged else "hydra"
+    if merged:
+        return "v1.0"
+    return "v2" if heads.shared else "v0.1"
 
 
 def folder(directory: Path) -> Path:
@@ -76,6 +102,11 @@ def shares(dialect: str, heads: HeadsConfig) -> bool:
     return known and not (dialect == "tgi" and heads.num_layers > 1)  # TGI then knows one block
 
 
+def first_repeated(heads: HeadsConfig) -> int:
+    """Number of the first block that the originals repeat; a Hydra head's first has no equal."""
+    return int(heads.architecture == HYDRA)
+
+
 def misread(dialect: str, heads: HeadsConfig) -> str:
     """What a dialect's readers would get wrong of such heads; empty: nothing.
 
@@ -83,7 +114,7 @@ def misread(dialect: str, heads: HeadsConfig) -> str:
       heads: their shape; blocks that are all equal count as a single layer.
     """
     reasons = []
-    if DIALECTS[dialect].repeated and heads.num_layers > 1:
+    if DIALECTS[dialect].repeated and heads.num_layers > 1 + first_repeated(heads):
         reasons.append(
             "the original builds a head of a single block, repeated, and these heads have "
             f"{heads.num_layers} different blocks"
@@ -97,6 +128,13 @@ def misread(dialect: str, heads: HeadsConfig) -> str:
 
 def head_settings(dialect: str, heads: HeadsConfig) -> dict[str, Any]:
     """What `config.json` says of heads; for merged dialects, beside the backbone's keys."""
+    if DIALECTS[dialect].architecture == HYDRA:
+        return {
+            "hydra_num_heads": heads.num_heads,
+            "hydra_num_layers": heads.num_layers,
+            "hydra_head_arch": "mlp",
+            "grounded_heads": True,  # they see the tokens drafted before
+        }
     counted = {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers}
     shape = {"hidden_size": heads.hidden_size, "vocab_size": heads.vocab_size}
     if dialect == "vllm":

@@ -13,12 +13,12 @@ import numpy as np
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints.backbone import open_backbone
-from medusa_jax.checkpoints.dialects import DIALECTS, FOLDER, misread, shares
-from medusa_jax.checkpoints.heads import StoredHeads, check_fit
+from medusa_jax.checkpoints.dialects import DIALECTS, FOLDER, first_repeated, misread, shares
+from medusa_jax.checkpoints.heads import StoredHeads, check_fit, zeros
 from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
-from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 
@@ -75,6 +75,11 @@ def check(heads: StoredHeads, target: str, *, as_is: bool) -> None:
       InputError: says why.
     """
     config, dialect = heads.config, DIALECTS[target]
+    if config.architecture != dialect.architecture:
+        raise InputError(
+            f"--to {target} holds {dialect.architecture} heads, and these are "
+            f"{config.architecture} heads"
+        )
     if not config.shared and not dialect.own:
         raise InputError(
             f"--to {target}: there heads share the backbone's projection, and these heads have "
@@ -83,7 +88,7 @@ def check(heads: StoredHeads, target: str, *, as_is: bool) -> None:
     if as_is and config.truncated and not dialect.names.token_map:
         raise InputError(f"--to {target} --as_is: this dialect has no place for a token_map")
     if dialect.repeated and _repeated(heads):
-        config = dataclasses.replace(config, num_layers=1)
+        config = dataclasses.replace(config, num_layers=1 + first_repeated(config))
     if not as_is:  # then the projections will be those that the readers need
         config = dataclasses.replace(config, shared=False, truncated=0)
     if not (wrong := misread(target, config)):
@@ -138,7 +143,7 @@ def fitted(
     if ids is not None and not as_is:
         del tensors["token_map"]
         config = dataclasses.replace(config, truncated=0)
-        for path in [path for path in tensors if path.endswith("/vocab")]:
+        for path in [path for path in tensors if path.endswith(("/vocab", "/vocab_bias"))]:
             tensors[path] = with_all_rows(tensors[path], ids, size)
     if not config.shared:
         return config, tensors
@@ -154,6 +159,8 @@ def fitted(
     if DIALECTS[target].names.shared:
         return config, tensors | {"vocab": stored}
     written_out = {f"head_{number}/vocab": stored for number in range(config.num_heads)}
+    if DIALECTS[target].names.vocab_bias:
+        written_out |= {f"{path}_bias": zeros(stored) for path in written_out}
     return dataclasses.replace(config, shared=False), tensors | written_out
 
 
@@ -212,10 +219,13 @@ def _stated_size(heads: StoredHeads, ids: np.ndarray) -> int:
 def _repeated(heads: StoredHeads) -> bool:
     """Whether each head's blocks are equal, as those are that the original has trained."""
     tensors = heads.tensors
+    first, name = first_repeated(heads.config), "block"
+    if heads.config.architecture == HYDRA:
+        name = "linear"
     return all(
-        same(tensors[f"head_{h}/block_0/{part}"], tensors[f"head_{h}/block_{number}/{part}"])
+        same(tensors[f"head_{h}/{name}_{first}/{part}"], tensors[f"head_{h}/{name}_{i}/{part}"])
         for h in range(heads.config.num_heads)
-        for number in range(1, heads.config.num_layers)
+        for i in range(first + 1, heads.config.num_layers)
         for part in ("bias", "weight")
     )
 

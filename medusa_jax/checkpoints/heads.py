@@ -1,4 +1,4 @@
-"""Medusa heads in files: finds them, recognizes their dialect, and checks them; reads nothing yet.
+"""Heads in files: finds them, recognizes their dialect, and checks them; reads nothing yet.
 
 All dialects are read to the paths of our parameters ("head_0/block_0/weight", "head_0/vocab").
 Heads, layers and rows are counted from the tensors, because the configs of old uploads are wrong.
@@ -13,18 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from medusa_jax import json_files
-from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, MODELOPT, TRTLLM, VLLM, folder
-from medusa_jax.checkpoints.names import ORIGINAL, SELECTOR, HeadNames, head_places, matched
+from medusa_jax.checkpoints.dialects import DIALECTS, MERGED, TRTLLM, VLLM, folder
+from medusa_jax.checkpoints.names import (
+    ORIGINAL,
+    ORIGINAL_HYDRA,
+    SELECTOR,
+    HeadNames,
+    head_places,
+    matched,
+)
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.checkpoints.tensors import open_file, open_model
-from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.medusa_heads import HYDRA, MEDUSA, HeadsConfig
 from medusa_jax.errors import InputError, listed
 from medusa_jax.model.config import ModelConfig
 
 MOST_RANKS = 4096  # processes that wrote a model together
-HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+HEAD_FILES = tuple(
+    f"{kind}_lm_head.{ending}" for kind in (MEDUSA, HYDRA) for ending in ("safetensors", "pt")
+)
 # Prefixes of head tensors in files that hold a backbone too.
-_PREFIXES = ("medusa_head.", "medusa_heads.")
+_PREFIXES = ("medusa_head.", "medusa_heads.", "hydra_head.")
+_HYDRA_PLUS = "prefix_embeding_layer."  # so in the files of Hydra++
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +60,7 @@ class StoredHeads:
 
 
 def head_file(directory: Path) -> Path | None:
-    """The original's file of heads, in a directory or its `medusa/`, where there is one."""
+    """An original's file of heads, in a directory or its `medusa/`, where there is one."""
     files = (place / name for place in (directory, folder(directory)) for name in HEAD_FILES)
     return next((file for file in files if file.is_file()), None)
 
@@ -63,7 +73,8 @@ def divide(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 def merged_dialect(heads: Tensors) -> str:
     """The dialect of head tensors in a backbone's files."""
-    return "modelopt" if next(iter(heads)).startswith("medusa_heads.") else "v1.0"
+    prefix = next(iter(heads)).split(".")[0]
+    return {"medusa_heads": "modelopt", "hydra_head": "hydra_merged"}.get(prefix, "v1.0")
 
 
 def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
@@ -82,7 +93,7 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
     settings = json_files.read_object(config) if config.is_file() else {}
     _check_settings(json_files.Fields(settings, str(config)))
     wanted = DIALECTS[dialect].names if dialect else None
-    file = head_file(source) if wanted in (None, ORIGINAL) else None
+    file = head_file(source) if wanted in (None, ORIGINAL, ORIGINAL_HYDRA) else None
     if source.is_file():
         tensors = open_file(source)
     elif (source / "rank0.safetensors").is_file() and wanted in (None, TRTLLM):
@@ -102,8 +113,13 @@ def open_heads(source: Path, dialect: str | None = None) -> StoredHeads:
             f"{source} holds no Medusa heads{of}: expected {' or '.join(HEAD_FILES)}, or tensors "
             f"named medusa_head.*, medusa_heads.* or blocks.*; its tensors: {listed(tensors, 5)}"
         )
+    if any(name.startswith(_HYDRA_PLUS) for name in tensors):
+        raise InputError(
+            f"{source}: these are Hydra++ heads, which read a layer of their own (prefix-mlp); "
+            "expected Hydra heads without it (mlp)"
+        )
     rest: Tensors = {}
-    if names in (MERGED, MODELOPT, TRTLLM):
+    if names not in (ORIGINAL, ORIGINAL_HYDRA, VLLM):  # those with a prefix
         tensors, rest = divide(tensors)
     _check_kinds(names, tensors, source)
     if names is VLLM:
@@ -191,9 +207,12 @@ def _role(names: HeadNames, tensor: str) -> tuple[str, dict[str, str]] | None:
         "weight": f"{names.linear}.weight",
         "bias": f"{names.linear}.bias",
         "vocab": names.vocab,
+        "vocab_bias": names.vocab_bias,
         "shared": names.shared,
         "token_map": names.token_map,
     }
+    if names.residual:
+        templates |= {f"residual.{part}": f"{names.residual}.{part}" for part in ("weight", "bias")}
     if names.selector:
         templates |= {f"selector.{part}": f"{names.selector}.{part}" for part in SELECTOR}
     for role, template in templates.items():
@@ -210,8 +229,8 @@ def _check_kinds(names: HeadNames, tensors: Tensors, source: Path) -> None:
     """
     for name, tensor in tensors.items():
         role = (_role(names, name) or ("",))[0]
-        vectors = {"bias": 1, "token_map": 1, "selector.context.bias": 1}
-        dimensions = ({"": len(tensor.shape)} | vectors).get(role, 2)
+        vector = role == "token_map" or role.endswith("bias")
+        dimensions = len(tensor.shape) if not role else 1 if vector else 2
         ids = role != "token_map" or "int" in tensor.dtype
         if len(tensor.shape) != dimensions or not ids:
             raise InputError(f"{source}: misshapen {name}: {tensor.dtype} {list(tensor.shape)}")
@@ -238,20 +257,24 @@ def _counted(names: HeadNames, tensors: Tensors, source: Path) -> tuple[HeadsCon
             f"of {num_layers} blocks"
         )
     if not named("bias"):  # the dialect allows heads without biases
-        zeros = {name.replace("weight", "bias"): _zeros(tensors[name]) for name in named("weight")}
-        tensors = tensors | zeros
+        none = {name.replace("weight", "bias"): zeros(tensors[name]) for name in named("weight")}
+        tensors = tensors | none
     projections = named("vocab") + named("shared")
     rows = tensors[projections[0]].shape[0] if projections else 0
     truncated = tensors[names.token_map].shape[0] if named("token_map") else 0
     ranks = [tensors[name].shape[0] for name in named("selector.before.weight")]
+    width = tensors[(named("weight") + projections)[0]].shape[-1]
+    if names.residual:  # its heads have inputs of several times that
+        width = next((tensors[name].shape[0] for name in named("weight")), width)
     config = HeadsConfig(
         num_heads=num_heads,
         num_layers=num_layers,
-        hidden_size=tensors[(named("weight") + projections)[0]].shape[-1],
+        hidden_size=width,
         vocab_size=0 if truncated else rows,
         shared=not named("vocab"),
         truncated=truncated,
         selector=next(iter(ranks), 0),
+        architecture=HYDRA if names.residual else MEDUSA,
     )
     places = head_places(config, names, with_shared=bool(named("shared")))
     return config, matched(places, tensors, source)
@@ -316,7 +339,7 @@ def _join_ranks(directory: Path, settings: dict[str, Any]) -> Tensors:
     return {name: joined(name) for name in ranks[0]}
 
 
-def _zeros(weight: StoredTensor) -> StoredTensor:
-    """A bias that adds nothing to x W^T."""
+def zeros(weight: StoredTensor) -> StoredTensor:
+    """A bias that adds nothing to W x."""
     shape, dtype = weight.shape[:1], weight.dtype
     return StoredTensor(shape, dtype, lambda index=...: np.zeros(shape, jnp.dtype(dtype))[index])

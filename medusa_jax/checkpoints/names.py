@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from medusa_jax.checkpoints.stored_tensor import Tensors
-from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.hydra_heads import RESIDUAL
+from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 
@@ -78,6 +79,8 @@ class HeadNames:
       shared: a stored projection that all heads share; "" where the dialect has none.
       token_map: ids of the rows of truncated projections; "" where the dialect has none.
       selector: what begins the names of the learned selector; "" where the dialect has none.
+      residual: of Hydra heads, the R of their first block, without ".weight" and ".bias"; their
+        own projections have biases.
     """
 
     linear: str
@@ -85,34 +88,50 @@ class HeadNames:
     shared: str = ""
     token_map: str = ""
     selector: str = ""
+    residual: str = ""
+
+    @property
+    def vocab_bias(self) -> str:
+        """The bias of a head's own projection; "" where the dialect has none."""
+        return self.vocab.replace(".weight", ".bias") if self.residual else ""
 
 
 # The original itself has no truncated heads and no selector; the map's name is vLLM's.
 ORIGINAL = HeadNames("{h}.{l}.linear", "{h}.{L}.weight", token_map="token_map", selector="selector")
+# That of Hydra heads, zankner/Hydra, has no truncated heads either.
+ORIGINAL_HYDRA = HeadNames(
+    "hydra_mlp.{h}.{l}.linear",
+    "hydra_lm_head.{h}.weight",
+    token_map="token_map",
+    residual="hydra_mlp.{h}.0.res_connection",
+)
 SELECTOR = ("before.weight", "after.weight", "context.weight", "context.bias")
 
 
 def head_places(
-    config: HeadsConfig, names: HeadNames = ORIGINAL, *, with_shared: bool = False
+    config: HeadsConfig, names: HeadNames | None = None, *, with_shared: bool = False
 ) -> dict[str, Place]:
     """Names of head tensors: "0.0.linear.weight" in the original's files.
 
     Args:
+      names: of a dialect for heads of this architecture; default: the original's.
       with_shared: whether a projection that all heads share is stored with them.
     """
     width, rows = config.hidden_size, config.truncated or config.vocab_size
+    names = names or (ORIGINAL_HYDRA if config.architecture == HYDRA else ORIGINAL)
     places = {}
     if config.truncated:
         places[names.token_map] = Place(("token_map",), (rows,))
     for h in range(config.num_heads):
         head = f"head_{h}"
-        for l in range(config.num_layers):  # noqa: E741
-            linear, path = names.linear.format(h=h, l=l), (head, f"block_{l}")
-            places[f"{linear}.weight"] = Place((*path, "weight"), (width, width))
-            places[f"{linear}.bias"] = Place((*path, "bias"), (width,))
+        for name, path, into in _layers(config, names, h):
+            places[f"{name}.weight"] = Place((head, path, "weight"), (width, into))
+            places[f"{name}.bias"] = Place((head, path, "bias"), (width,))
         if not config.shared:
             vocab = names.vocab.format(h=h, L=config.num_layers)
             places[vocab] = Place((head, "vocab"), (rows, width))
+            if names.vocab_bias:
+                places[names.vocab_bias.format(h=h)] = Place((head, "vocab_bias"), (rows,))
     if config.selector and names.selector:
         of_heads = config.num_heads * config.selector
         shapes = ((config.selector, width),) * 2 + ((of_heads, width), (of_heads,))
@@ -121,6 +140,18 @@ def head_places(
     if with_shared:
         places[names.shared] = Place(("vocab",), (rows, width))
     return places
+
+
+def _layers(config: HeadsConfig, names: HeadNames, h: int) -> list[tuple[str, str, int]]:
+    """The layers of head h (0-based): their name in files, our name, and the width of the input."""
+    width, numbers = config.hidden_size, range(config.num_layers)
+    linears = [names.linear.format(h=h, l=l) for l in numbers]  # noqa: E741
+    if config.architecture != HYDRA:
+        return [(name, f"block_{l}", width) for l, name in enumerate(linears)]  # noqa: E741
+    inputs = [(h + 2) * width, *(width for _ in numbers[1:])]
+    residual = (names.residual.format(h=h), RESIDUAL, inputs[0])
+    ours = [f"linear_{l}" for l in numbers]  # noqa: E741
+    return [residual, *zip(linears, ours, inputs, strict=True)]
 
 
 def matched(places: Mapping[str, Place], tensors: Tensors, source: Path) -> Tensors:

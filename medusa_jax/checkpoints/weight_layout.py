@@ -24,7 +24,8 @@ from medusa_jax.model.linear import Weight, joint_name
 from medusa_jax.param_paths import flat, nested
 
 _EMBEDDING = "embed/embedding"
-_JOINT = (("query", "key", "value"), ("gate", "up"))  # layers of one input
+# Layers of one input; the last are those of a Hydra head.
+_JOINT = (("query", "key", "value"), ("gate", "up"), ("residual", "linear_0"))
 
 
 def usable(mesh: Any) -> bool:

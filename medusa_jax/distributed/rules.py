@@ -44,7 +44,8 @@ RULES = (
     (r"(query|key|value|gate|up|lm_head)/b$", P("tensor", None)),
     (r"(out|down)/a$", P(None, "tensor")),
     (r"(out|down)/b$", P("fsdp", None)),
-    (r"head_\d+/block_\d+/weight$", P(None, "fsdp")),  # of one head, in training
+    # Of one head. With outputs over `tensor` too, XLA gets the gradients of Hydra heads wrong.
+    (r"head_\d+/(block_\d+|residual|linear_\d+)/weight$", P(None, "fsdp")),
     (r"block_\d+/weight$", P(ALL, None)),  # of all heads, for decoding
     (r"selector/\w+/weight$", P()),  # small: a step multiplies a few rows with it
     (r"(scale|bias|token_map)$", P(None)),

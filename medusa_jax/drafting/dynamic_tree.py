@@ -4,14 +4,16 @@ A static tree spends its nodes where guesses are right on average. The heads
 know more: after "Once upon a" the first guess is nearly sure and deserves depth,
 elsewhere several first guesses are about equal and deserve breadth. A path's
 log-probability is the sum of its guesses', each given the guess before it: what
-the heads, which do not know each other's guesses, say of it, and how well the two
-go together where that was counted (`bigrams.py`) or learned (`selector.py`). The
-best tree of N tokens is the root with the N - 1 likeliest paths. A path is never
-likelier than its beginning, so these paths are prefix-closed.
+Medusa heads, which do not know each other's guesses, say of it, and how well the two
+go together where that was counted (`bigrams.py`) or learned (`selector.py`). Hydra
+heads know the guesses before (`hydra_drafter.py`). The best tree of N tokens is the
+root with the N - 1 likeliest paths. A path is never likelier than its beginning, so
+these paths are prefix-closed.
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,48 +78,92 @@ def grow(scores: Float[Array, "B M R R"], size: int) -> tuple[Array, TreeTables]
     Example: two heads whose guesses have probabilities (0.6, 0.3) and, after either of
     these, (0.9, 0.1), size 4. Paths: (0) 0.6, (0, 0) 0.54, (1) 0.3, (1, 0) 0.27, ... The
     tree is the root with the first three: parents (-1, 0, 1, 0), depths (0, 1, 2, 1).
-
-    Level by level: of each level at most size - 1 nodes can be in the tree, and
-    they hang from the best of the level above.
     """
-    batch, levels, _, ranks = scores.shape
-    keep, rows = size - 1, jnp.arange(batch)[:, None]
+    batch, depth, _, ranks = scores.shape
     best = jnp.zeros((batch, 1))  # of the level above; the root is certain
     rank = jnp.zeros((batch, 1), jnp.int32)  # ... among the guesses of its head
-    score, cell, parent, depth = [], [], [], []
-    start = 0  # number of the first node of the level above, counting the root as 0
-    for level in range(levels):
-        after = jnp.take_along_axis(scores[:, level], rank[:, :, None], axis=1)
-        paths = (best[:, :, None] + after - _STEP).reshape(batch, -1)
-        best, chosen = jax.lax.top_k(paths, min(keep, paths.shape[1]))
-        rank = chosen % ranks
-        score.append(best)
-        cell.append(1 + level * ranks + rank)
-        parent.append(start + chosen // ranks)
-        depth.append(jnp.full_like(chosen, level + 1))
-        start = 1 + sum(one.shape[1] for one in score[:-1])
-    numbers = jax.lax.top_k(jnp.concatenate(score, axis=1), keep)[1]
-    cell, parent, depth = (
-        jnp.take_along_axis(jnp.concatenate(table, axis=1), numbers, axis=1)
-        for table in (cell, parent, depth)
+    levels, cells = [], [rank]
+    for number in range(depth):
+        after = jnp.take_along_axis(scores[:, number], rank[:, :, None], axis=1)
+        level, rank = next_level(best, after, size - 1)
+        levels.append(level)
+        cells.append(1 + number * ranks + rank)
+        best = level.scores
+    chosen, tables = likeliest(levels, size)
+    return jnp.take_along_axis(jnp.concatenate(cells, axis=1), chosen, axis=1), tables
+
+
+class Level(NamedTuple):
+    """The best nodes of one depth.
+
+    Attributes:
+      scores: log-probability of the path to each [B, n].
+      parents: number of the node that it hangs from, in the level above [B, n].
+    """
+
+    scores: Array
+    parents: Array
+
+
+@typed
+def next_level(
+    best: Float[Array, "B n"], after: Float[Array, "B n R"], keep: int
+) -> tuple[Level, Int[Array, "B m"]]:
+    """The `keep` best children of the nodes of a level, best first, and their ranks.
+
+    Of each level at most size - 1 nodes can be in a tree, and they hang from the best of the
+    level above.
+
+    Example: paths of log-probability (0 -2), whose children have (-1 -3) and (-0.5 -4), keep 2:
+    children 0 and 0 of the nodes 0 and 1, -1 and -2.5.
+
+    Args:
+      best: log-probability of the path to each node.
+      after: of each child, given its parent.
+    """
+    batch, _, ranks = after.shape
+    paths = (best[:, :, None] + after - _STEP).reshape(batch, -1)
+    scores, chosen = jax.lax.top_k(paths, min(keep, paths.shape[1]))
+    return Level(scores, chosen // ranks), chosen % ranks
+
+
+def likeliest(levels: Sequence[Level], size: int) -> tuple[Array, TreeTables]:
+    """The tree of the root and the `size - 1` likeliest nodes of all levels.
+
+    Returns:
+      which node is in each slot, counting the root as 0 and then level by level [B, N]; the tables.
+    """
+    batch, depth, keep = levels[0].scores.shape[0], len(levels), size - 1
+    rows = jnp.arange(batch)[:, None]
+    parent, depths = [], []
+    above, start = 0, 1  # numbers of the first nodes of the level above, and of this one
+    for number, level in enumerate(levels, start=1):
+        parent.append(above + level.parents)
+        depths.append(jnp.full_like(level.parents, number))
+        above, start = start, start + level.parents.shape[1]
+    scores = jnp.concatenate([level.scores for level in levels], axis=1)
+    chosen = 1 + jax.lax.top_k(scores, keep)[1]
+    parent, depth_of = (
+        jnp.take_along_axis(jnp.concatenate(table, axis=1), chosen - 1, axis=1)
+        for table in (parent, depths)
     )
-    # From numbers among all candidates to slots of the tree.
-    slots = jnp.zeros((batch, start + keep + 1), jnp.int32)
-    slots = slots.at[rows, numbers + 1].set(1 + jnp.arange(keep, dtype=jnp.int32))
+    # From numbers among all nodes to slots of the tree.
+    slots = jnp.zeros((batch, start + 1), jnp.int32)
+    slots = slots.at[rows, chosen].set(1 + jnp.arange(keep, dtype=jnp.int32))
     parent = jnp.take_along_axis(slots, parent, axis=1)
 
     def rooted(table: Int[Array, "B n"], root: int) -> Int[Array, "B N"]:
         return jnp.pad(table, ((0, 0), (1, 0)), constant_values=root)
 
-    parents, depths = rooted(parent, PAD), rooted(depth, 0)
+    parents, depths = rooted(parent, PAD), rooted(depth_of, 0)
     up = jnp.broadcast_to(jnp.arange(size), (batch, size))
     mask = jnp.broadcast_to(jnp.eye(size, dtype=bool), (batch, size, size))
-    ancestors = jnp.full((batch, size, levels + 1), PAD)
-    slot, cells = jnp.arange(size)[None, :], jnp.arange(levels + 1)
-    for height in range(levels + 1):
+    ancestors = jnp.full((batch, size, depth + 1), PAD)
+    slot, cells = jnp.arange(size)[None, :], jnp.arange(depth + 1)
+    for height in range(depth + 1):
         here = (cells == (depths - height)[..., None]) & (up >= 0)[..., None]
         ancestors = jnp.where(here, up[..., None], ancestors)
         mask |= up[..., None] == slot[:, None]
         up = jnp.where(up > 0, jnp.take_along_axis(parents, jnp.maximum(up, 0), axis=1), PAD)
     inner = tuple(range(max(size - 1, 1)))
-    return rooted(cell, 0), TreeTables(parents, depths, ancestors, mask, inner)
+    return rooted(chosen, 0), TreeTables(parents, depths, ancestors, mask, inner)

@@ -23,6 +23,8 @@ from jaxtyping import Array, Float, Int
 from medusa_jax.model.linear import Linear, parameter, weight_of
 from medusa_jax.shapes import typed
 
+MEDUSA, HYDRA = ARCHITECTURES = ("medusa", "hydra")
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadsConfig:
@@ -37,6 +39,7 @@ class HeadsConfig:
         `token_map` rows, instead of its own (the original's version "2").
       truncated: W, rows of the projection where it has fewer than V; else 0.
       selector: ranks r of the learned selector (`selector.py`), 0 where they have none.
+      architecture: `MEDUSA`, or `HYDRA` (`hydra_heads.py`).
     """
 
     num_heads: int
@@ -46,6 +49,7 @@ class HeadsConfig:
     shared: bool = False
     truncated: int = 0
     selector: int = 0
+    architecture: str = MEDUSA
 
 
 NO_HEADS = HeadsConfig(num_heads=0, num_layers=0, hidden_size=0, vocab_size=0)

@@ -1,4 +1,4 @@
-"""Trained weights to the original's formats: v0.1 heads, or a merged v1.0 directory."""
+"""Trained weights to the originals' formats: a file of heads, or a merged directory."""
 
 import dataclasses
 import functools
@@ -18,6 +18,7 @@ from medusa_jax.checkpoints.backbone import read_settings
 from medusa_jax.checkpoints.dialects import (
     DIALECTS,
     backbone_settings,
+    dialect_of,
     head_settings,
     misread,
 )
@@ -44,8 +45,8 @@ log = logging.getLogger(__name__)
 def export(config: Config, weights: Weights, target: Path, *, write: bool = True) -> Path:
     """Writes what a run has trained under `target`, one tensor at a time.
 
-    `heads/` gets the heads (v0.1), `model/`, where the backbone has learnt
-    too, backbone and heads as one model (v1.0), adapters folded in.
+    `heads/` gets the heads (v0.1, or hydra), `model/`, where the backbone has learnt
+    too, backbone and heads as one model (v1.0, or hydra_merged), adapters folded in.
 
     Args:
       write: whether this process writes; all must call, since each holds a part.
@@ -81,14 +82,14 @@ def _heads(config: Config, weights: Weights, target: Path, dtype: str, write: bo
     params = flat(joined(weights.trainable, weights.frozen))
     base = Path(config.model.path)
     named = {"base_model_name_or_path": str(base.resolve() if base.exists() else base)}
-    dialect = "v2" if weights.heads.shared else "v0.1"
+    dialect = dialect_of(weights.heads)
     tensors = _head_tensors(dialect, weights.heads, params, dtype)
     _warn(dialect, weights.heads, write)
     with Replacing(target, write) as directory:
         # One file, however large: no reader of heads knows of shards.
         write_model(directory, DIALECTS[dialect].stem, tensors, write, math.inf)
         if write:
-            write_pickle(directory / "medusa_lm_head.safetensors")
+            write_pickle(directory / f"{DIALECTS[dialect].stem}.safetensors")
             json_files.write(
                 directory / "config.json", head_settings(dialect, weights.heads) | named
             )
@@ -98,18 +99,19 @@ def _merged(config: Config, weights: Weights, target: Path, dtype: str, write: b
     params = joined(weights.trainable, weights.frozen)
     source = resolve(config.model.path)
     settings = backbone_settings(read_settings(source), dtype)
+    dialect = dialect_of(weights.heads, merged=True)
     if weights.heads.num_heads:
-        settings |= head_settings("v1.0", weights.heads)
-        _warn("v1.0", weights.heads, write)
+        settings |= head_settings(dialect, weights.heads)
+        _warn(dialect, weights.heads, write)
     if config.adapted:
         scale = config.lora.alpha / config.lora.rank
         params["backbone"] = lora.attached(params["backbone"], params["adapters"], scale)
     if config.adapted or not weights.model.tied:
         settings["tie_word_embeddings"] = False  # the lm_head has left the embedding
     tensors = _backbone_tensors(weights.model, flat(params), dtype)
-    tensors |= _head_tensors("v1.0", weights.heads, flat(params), dtype)
+    tensors |= _head_tensors(dialect, weights.heads, flat(params), dtype)
     with Replacing(target, write) as directory:
-        write_model(directory, DIALECTS["v1.0"].stem, tensors, write)
+        write_model(directory, DIALECTS[dialect].stem, tensors, write)
         if write:
             copy_beside(source, directory)
             if is_gguf(source):

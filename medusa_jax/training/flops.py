@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.extend.core import jaxprs_in_params
 
-from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.training.settings import Config
 
@@ -60,5 +60,9 @@ def needed(config: Config, model: ModelConfig, heads: HeadsConfig) -> float:
         backbone += 3 * config.lora.rank * adapters
     if config.loss.distill:
         backbone += layers + pairs + lm_head
-    drafts = heads.num_heads * ((2 + learns) * block + (2 + (full or not heads.shared)) * vocab)
+    blocks = heads.num_heads * block
+    if heads.architecture == HYDRA:  # in place of a first block, two products of 2, 3, ... states
+        wider = sum(2 * (k + 2) - 1 for k in range(heads.num_heads))
+        blocks += wider * width * width
+    drafts = (2 + learns) * blocks + heads.num_heads * (2 + (full or not heads.shared)) * vocab
     return 2.0 * config.optim.batch_size * length * (backbone + drafts)

@@ -19,6 +19,17 @@ def overlap(
 
 
 @typed
+def soft_cross_entropy(
+    teacher: Float[Array, "*dims W"], logits: Float[Array, "*dims W"]
+) -> Float[Array, "*dims"]:
+    """-sum p log q, cross-entropy with the backbone's distribution: Hydra's teacher loss.
+
+    Example: p (0.5 0.5) and q (0.9 0.1) -> -(0.5 log 0.9 + 0.5 log 0.1) = 1.204.
+    """
+    return -jnp.sum(jax.nn.softmax(teacher) * jax.nn.log_softmax(logits), axis=-1)
+
+
+@typed
 def total_variation(
     teacher: Float[Array, "*dims W"], logits: Float[Array, "*dims W"]
 ) -> Float[Array, "*dims"]:

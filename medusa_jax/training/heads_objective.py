@@ -10,13 +10,15 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from medusa_jax.drafting import selector
-from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, rows_of
+from medusa_jax.drafting.hydra_heads import HydraHead, head_input
+from medusa_jax.drafting.medusa_heads import HYDRA, Head, HeadsConfig, rows_of
 from medusa_jax.model.linear import Weight
 from medusa_jax.training import selector_loss
 from medusa_jax.training.head_losses import (
     accepted_lengths,
     lk_hybrid,
     pace_weights,
+    soft_cross_entropy,
     total_variation,
 )
 from medusa_jax.training.losses import MISS, TOP, Sums, each_target, over_chunks, targets_at
@@ -83,7 +85,7 @@ class HeadsObjective:
         Args:
           projection: for shared heads, of the tokens that they guess among; also the backbone's
             own, whose distribution some losses learn.
-          embedding: `Weight` of all tokens, which the selector reads; None without one.
+          embedding: `Weight` of all tokens, for Hydra heads and for the selector; else None.
           hidden: [B, T, D].
           batch: arrays [B, T] of `packing.row`.
         """
@@ -94,7 +96,7 @@ class HeadsObjective:
         given = [self._given(k, heads, hidden, batch) for k in numbers]
         counted = jnp.stack([_targets(batch, k)[1] for k in numbers])
         if self.loss.kind == "d_pace":
-            weights = self._pace(heads, projection, hidden, given, counted)
+            weights = self._pace(heads, projection, embedding, hidden, given, counted)
             given = [one | {"weights": weights[k]} for k, one in enumerate(given)]
         learned: Params = {}
         if self.config.selector:
@@ -135,37 +137,47 @@ class HeadsObjective:
         if self.config.truncated:
             targets = rows_of(targets, heads["token_map"], self.vocab_size)
         given = {"targets": targets}
-        if self.loss.kind in ("tv", "lk_hybrid"):
+        if self.loss.kind in ("teacher", "tv", "lk_hybrid"):
             given["teacher"] = jax.lax.stop_gradient(_ahead(hidden, k + 1))
         if self.config.selector:
             given["before"] = _ahead(batch["tokens"], k + 1)
+        if self.config.architecture == HYDRA:
+            between = [_ahead(batch["tokens"], offset) for offset in range(1, k + 2)]
+            given["drafted"] = jnp.stack(between, axis=-1)
         return given
 
     def _pace(
-        self, heads: Params, projection: Weight, hidden: Array, given: list[Batch], counted: Array
-    ) -> Array:
+        self, heads: Params, projection: Weight, embedding: Any, hidden: Array,
+        given: list[Batch], counted: Array,
+    ) -> Array:  # fmt: skip
         """D-PACE's weights [M, B, T], by one more pass through the heads."""
 
         def losses(params: Any, hidden: Array, counted: Array, given: Batch) -> Any:
-            own, shared = params
-            loss, rank = each_target(self._logits(own, shared, hidden), given["targets"])
+            own, shared, embedding = params
+            logits = self._logits(own, shared, embedding, hidden, given)
+            loss, rank = each_target(logits, given["targets"])
             return jnp.zeros(()), (), jnp.where(rank == MISS, jnp.inf, loss)
 
         found = []
         for k, one in enumerate(given):
-            params = jax.lax.stop_gradient((heads[f"head_{k}"], projection))
+            params = jax.lax.stop_gradient((heads[f"head_{k}"], projection, embedding))
             fixed = jax.lax.stop_gradient(hidden)
             found.append(self._over(losses, params, fixed, counted[k], one)[2])
         return pace_weights(jnp.stack(found), counted, self.loss.smoothing)
 
-    def _logits(self, own: Params, shared: Weight, hidden: Array) -> Array:
-        logits: Any = Head(self.config).apply({"params": own}, hidden, shared.dot)
+    def _logits(
+        self, own: Params, shared: Weight, embedding: Any, hidden: Array, given: Batch
+    ) -> Array:
+        head, x = Head(self.config), hidden
+        if self.config.architecture == HYDRA:
+            head, x = HydraHead(self.config), head_input(x, embedding.lookup(given["drafted"]))
+        logits: Any = head.apply({"params": own}, x, shared.dot)
         return logits
 
     def _losses(self, k: int, params: Any, hidden: Array, counted: Array, given: Batch) -> Any:
         """What head k learns of some positions, its sums, and the ranks of its targets [B, t]."""
         own, shared, learned, embedding = params
-        logits = self._logits(own, shared, hidden)
+        logits = self._logits(own, shared, embedding, hidden, given)
         loss, rank = each_target(logits, given["targets"])
         known = counted & (rank < MISS)
         learnt = self._learnt(loss, logits, shared, given)
@@ -186,6 +198,8 @@ class HeadsObjective:
         if self.loss.kind == "ce":
             return loss
         teacher = jax.lax.stop_gradient(shared.dot(given["teacher"]))
+        if self.loss.kind == "teacher":
+            return soft_cross_entropy(teacher, logits)
         if self.loss.kind == "tv":
             return total_variation(teacher, logits)
         return lk_hybrid(teacher, logits, self.loss.eta)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
-from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.linear import Weight, weight_of
 from medusa_jax.param_paths import joined
@@ -198,7 +198,7 @@ class Objective:
         if self.heads.truncated:
             projection = projection.rows(params["heads"]["token_map"])
         embedding = None
-        if self.heads.selector:
+        if self.heads.selector or self.heads.architecture == HYDRA:
             embedding = jax.lax.stop_gradient(weight_of(student["embed"]["embedding"]))
         ours = HeadsObjective(
             self.heads, self.model.vocab_size, self.heads_loss, chunk, self.sharding

@@ -9,6 +9,7 @@ from typing import Any
 from flax import traverse_util
 
 from medusa_jax import options
+from medusa_jax.drafting.medusa_heads import ARCHITECTURES, HYDRA, MEDUSA
 from medusa_jax.errors import InputError
 from medusa_jax.json_files import Fields
 from medusa_jax.options import option
@@ -38,6 +39,7 @@ class Heads:
     """The heads to train.
 
     Attributes:
+      architecture: `medusa`; or `hydra`, heads that also see the tokens drafted before.
       number, layers: M heads of this many residual blocks.
       shared: predict through the backbone's lm_head instead of a projection each.
       truncated: guess among this many tokens only, those most frequent in the training
@@ -48,6 +50,7 @@ class Heads:
         directory of an earlier run. Empty: copies of the lm_head.
     """
 
+    architecture: str = option(MEDUSA, choices=ARCHITECTURES)
     number: int = option(5, least=0)
     layers: int = option(1, least=0)
     shared: bool = False
@@ -118,8 +121,9 @@ class Loss:
       ramp_fraction: share of the run after which it is reached.
       distill: KL to the backbone as it was in place of its own cross-entropy.
       heads: what a head learns: `ce`, cross-entropy with the text; `d_pace`, the same with
-        weights by what it adds to the accepted length; `tv`, total variation to the backbone's
-        distribution, and `lk_hybrid`, KL and then total variation (`head_losses.py`).
+        weights by what it adds to the accepted length; and losses to the backbone's distribution
+        (`head_losses.py`): `teacher`, cross-entropy; `tv`, total variation; `lk_hybrid`, KL and
+        then total variation.
       smoothing: s of `d_pace`.
       eta: of `lk_hybrid`.
       chunk: positions of a device's rows whose logits exist at a time, 0 for all.
@@ -130,7 +134,7 @@ class Loss:
     ramp: str = option("constant", choices=("constant", "linear", "sine"))
     ramp_fraction: float = 1.0
     distill: bool = False
-    heads: str = option("ce", choices=("ce", "d_pace", "tv", "lk_hybrid"))
+    heads: str = option("ce", choices=("ce", "teacher", "d_pace", "tv", "lk_hybrid"))
     smoothing: float = option(0.5, least=0, most=1)
     eta: float = option(3.0, least=0)
     chunk: int = option(512, least=0)
@@ -259,6 +263,8 @@ def check(config: Config) -> None:
         raise InputError("heads.number must be at least 1, got 0")
     if config.heads.shared and not config.heads.layers:
         raise InputError("heads.layers is 0 with heads.shared: such heads would hold nothing")
+    if config.heads.architecture == HYDRA:
+        _check_hydra(config.heads)
     if config.optim.batch_size % config.optim.accumulation:
         raise InputError(
             f"optim.batch_size {config.optim.batch_size} does not divide into "
@@ -277,6 +283,16 @@ def check(config: Config) -> None:
         raise InputError(
             "optim.trained chooses among backbone parameters, none of which learn "
             f"in mode {config.mode!r}" + (" with LoRA" if config.adapted else "")
+        )
+
+
+def _check_hydra(heads: Heads) -> None:
+    """Raises InputError for what Hydra heads cannot have."""
+    if not heads.layers:
+        raise InputError("heads.layers is 0; Hydra heads read their input by a block: 1 or more")
+    if heads.selector:
+        raise InputError(
+            f"heads.selector is {heads.selector}; Hydra heads see the token before: expected 0"
         )
 
 

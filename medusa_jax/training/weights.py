@@ -18,7 +18,7 @@ from medusa_jax.checkpoints.load import backbone_tensors
 from medusa_jax.checkpoints.names import Place, backbone_places, head_places
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.distributed.rules import put, spec
-from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
+from medusa_jax.drafting.medusa_heads import HYDRA, NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig, from_hf
 from medusa_jax.model.presets import PRESETS
@@ -103,6 +103,7 @@ def heads_shape(config: Config, model: ModelConfig) -> HeadsConfig:
         shared=ours.shared,
         truncated=ours.truncated,
         selector=ours.selector,
+        architecture=ours.architecture,
     )
 
 
@@ -115,7 +116,7 @@ def plan(config: Config, model: ModelConfig, heads: HeadsConfig) -> dict[str, Pa
     stacks = scanned_backbone.shapes(_shapes(backbone_places(model)), model.num_layers)
     if config.data.hidden_states:  # then only the projection is left to compute
         needed = {"embed/embedding" if model.tied else "lm_head"}
-        needed |= {"embed/embedding"} if heads.selector else set()
+        needed |= {"embed/embedding"} if heads.selector or heads.architecture == HYDRA else set()
         stacks = {path: shape for path, shape in stacks.items() if path in needed}
     backbone = {f"backbone/{path}": shape for path, shape in stacks.items()}
     shapes = backbone | _teacher_shapes(config, backbone) | _adapter_shapes(config, model, stacks)
@@ -262,6 +263,8 @@ def _initial(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> j
         return jnp.ones(shape, dtype)
     if re.search("selector/(before|after)/", path):  # of inputs with a root mean square of 1
         return (jax.random.normal(lora.path_key(key, path), shape) / shape[1] ** 0.5).astype(dtype)
+    if path.endswith("/residual/weight"):  # a new Hydra head passes the hidden state on
+        return jnp.eye(*shape, dtype=dtype)
     if path.startswith("heads/") or path.endswith("/bias"):
         return jnp.zeros(shape, dtype)
     return (0.02 * jax.random.normal(lora.path_key(key, path), shape)).astype(dtype)

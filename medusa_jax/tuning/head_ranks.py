@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, rows_of
+from medusa_jax.drafting.hydra_heads import text_logits
+from medusa_jax.drafting.medusa_heads import HeadsConfig, rows_of
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 
@@ -42,7 +43,7 @@ def right_ranks(
     def row(ids: Array) -> Array:  # one at a time, for the logits of a large vocabulary
         positions = jnp.arange(length)[None]
         hidden, _ = backbone(ids[None], positions, causal_mask(length))
-        logits: Any = MedusaHeads(heads).apply({"params": params["heads"]}, hidden[0], unembed)
+        logits = text_logits(heads, params, hidden[0], ids, unembed)
         ranks = []
         for k, one in enumerate(logits, start=1):
             right = jnp.roll(ids, -(k + 1))

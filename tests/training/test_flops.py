@@ -28,6 +28,7 @@ def test_products_in_loops_and_branches():
 CASES = {
     "medusa1": {},
     "shared": {"heads": Heads(number=3, shared=True)},
+    "hydra": {"heads": Heads("hydra", number=3, shared=True)},
     "lora": {"mode": "medusa2"},
 }
 

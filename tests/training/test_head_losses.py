@@ -13,6 +13,7 @@ from medusa_jax.training.head_losses import (
     lk_hybrid,
     overlap,
     pace_weights,
+    soft_cross_entropy,
     total_variation,
 )
 from medusa_jax.training.heads_objective import HeadsLoss
@@ -35,6 +36,7 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
 def test_worked_examples():
     p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
     assert float(total_variation(p, q)) == pytest.approx(0.4)
+    assert float(soft_cross_entropy(p, q)) == pytest.approx(1.204, abs=1e-3)
     losses = jnp.array([0.0, np.log(2)])
     weights = pace_weights(losses, jnp.ones(2, bool), 0.5)
     np.testing.assert_allclose(weights, [1.75, 0.75], rtol=1e-6)

@@ -47,9 +47,10 @@ def assert_same_step(found: Path, expected: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_a_step_on_eight_devices_equals_one(tmp_path: Path):
-    """Gradients of everything there is; and of adapters, with KL to the teacher."""
-    runs = ["full:1,8,1", "full:2,2,2", "lora:2,2,2"]
-    finish(start(tmp_path / "step", "full:1,1,1", "lora:1,1,1", *runs, devices=8))
+    """Gradients of everything there is; of adapters, with KL to the teacher; of Hydra heads."""
+    runs = ["full:1,8,1", "full:2,2,2", "lora:2,2,2", "hydra:2,2,2"]
+    alone = [f"{mode}:1,1,1" for mode in ("full", "lora", "hydra")]
+    finish(start(tmp_path / "step", *alone, *runs, devices=8))
     for run in runs:
         alone = f"step-{run.partition(':')[0]}:1,1,1.npz"
         assert_same_step(tmp_path / f"step-{run}.npz", tmp_path / alone)
