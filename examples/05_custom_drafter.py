@@ -18,9 +18,7 @@ from medusa_jax.serving.drafters import DRAFTERS
 
 @dataclasses.dataclass(frozen=True)
 class Echo:
-    """Guesses a single token; so its draft is one a row."""
-
-    size: int = 2  # tokens that a step verifies, the root included
+    size: int = 2  # tokens that a step verifies: the root and a guess
     depth: int = 1
 
     def check(self, model: ModelConfig) -> None: ...
