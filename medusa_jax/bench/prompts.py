@@ -5,13 +5,23 @@ all of it several times. A machine whose speed drifts slows all systems alike. R
 taken within a repeat; reported are medians over the repeats, with their extremes.
 Compilation and a first pass of each system are not timed. The history of a conversation
 holds Medusa's own answers.
+
+Each run is kept in the output directory (`runs.jsonl`) until all are made, and the report is
+written after each prompt. So a run that was stopped goes on.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from medusa_jax.bench.measure import make_systems, make_tasks, measure
+import jax
+
+from medusa_jax import json_files
+from medusa_jax.bench.measure import Measurement, Systems, Task, make_systems
 from medusa_jax.bench.output import write_report
 from medusa_jax.bench.peers import PEERS, HuggingFace, available
 from medusa_jax.bench.summary import about, copy_bandwidth, summarise
@@ -22,8 +32,11 @@ from medusa_jax.decoding.acceptance import Acceptance
 from medusa_jax.errors import InputError
 from medusa_jax.files import check_directory
 from medusa_jax.options import option
+from medusa_jax.progress import say
+from medusa_jax.serving import tree_store
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, tree_of
+from medusa_jax.tuning.journal import Journal
 
 EXAMPLE = """python -m medusa_jax.bench prompts --model DIR --heads DIR --prompts question.jsonl \\
       --acceptance greedy,lossless --output out/bench
@@ -44,9 +57,16 @@ class PromptsOptions(DecodingOptions):
     max_prompts: int = option(0, least=0, help="of each file; 0 for all")
     max_new_tokens: int | None = option(128, least=1, help="of each text, if they fit")
     repeats: int = option(3, least=1, help="times that everything is decoded")
+    minutes: float | None = option(None, least=0, help="begin nothing new after so many, loading "
+        "left out; a later run with this output goes on")  # fmt: skip
     peers: list[str] | None = option(None, nargs="+", choices=(*PEERS, "none"), help="default: "
         "all where torch is installed")  # fmt: skip
     output: str = option(metavar="DIR", help="bench.json, bench.md and plots")
+
+
+# What may differ between a run and the run that goes on with it.
+FREE = ("minutes", "output", "debug", "repeats", "acceptance")
+RUNS = "runs.jsonl"
 
 
 def bench(options: PromptsOptions) -> None:
@@ -61,11 +81,43 @@ def bench(options: PromptsOptions) -> None:
     peers = chosen_peers(options)
     bandwidth = copy_bandwidth()
     medusa = generators(options, schemes)
-    tasks = list(make_tasks(medusa, requests))
-    reference = load_peer(options, medusa, tasks[0].prompts[0]) if peers else None
-    runs = list(measure(tasks, make_systems(medusa, reference, peers), options.repeats))
-    trees = {name: generator.tree for name, generator in medusa.items()}
-    report = about() | {
+    over = clock(options.minutes)
+    reference: HuggingFace | None = None
+
+    def systems(task: Task) -> Systems:
+        nonlocal reference
+        reference = load_peer(options, medusa, task.prompts[0]) if peers else None
+        return make_systems(medusa, reference, peers)
+
+    directory = Path(options.output)
+    directory.mkdir(exist_ok=True)
+    with Journal(directory / RUNS, purpose(options, medusa, requests, peers)) as journal:
+        measured = Measurement(medusa, requests, systems, journal)
+
+        def report() -> dict[str, Any]:
+            threads = reference and reference.threads
+            about_it = describe(options, schemes, medusa)
+            return (
+                about_it
+                | {"torch_threads": threads, "copy_bandwidth": bandwidth}
+                | rows(measured, medusa, bandwidth, options.repeats)
+            )
+
+        for repeat in measured.run(options.repeats, over):
+            if not repeat:  # later repeats count once they are whole
+                json_files.write(directory / "bench.json", report())
+        write_report(report(), options.output)
+        if measured.complete(options.repeats):
+            journal.remove()
+        else:
+            say(f"{options.minutes:g} minutes are over: the same command goes on from here")
+
+
+def describe(
+    options: PromptsOptions, schemes: dict[str, Acceptance], medusa: dict[str, Generator]
+) -> dict[str, Any]:
+    """What was measured, and where."""
+    return about() | {
         "kind": "prompts",
         "dtype": options.precision,
         "quantize": options.quantize,
@@ -76,14 +128,51 @@ def bench(options: PromptsOptions) -> None:
         "max_new_tokens": options.max_new_tokens,
         "ignore_eos": options.ignore_eos,
         "batch_size": options.batch_size,
-        "repeats": options.repeats,
         "schemes": {name: str(scheme) for name, scheme in schemes.items()},
-        "trees": {name: dataclasses.asdict(tree) for name, tree in trees.items()},
-        "torch_threads": reference and reference.threads,
-        "copy_bandwidth": bandwidth,
-        "rows": summarise(tasks, runs, trees, bandwidth),
+        "trees": {name: dataclasses.asdict(one.tree) for name, one in medusa.items()},
     }
-    write_report(report, options.output)
+
+
+def rows(
+    measured: Measurement, medusa: dict[str, Generator], bandwidth: float, repeats: int
+) -> dict[str, Any]:
+    """The rows of the report, of the repeats that are whole."""
+    whole = measured.whole_repeats
+    trees = {name: generator.tree for name, generator in medusa.items()}
+    runs = [run for run in measured.runs if run.repeat < whole]
+    return {
+        "repeats": whole,
+        "complete": measured.complete(repeats),
+        "rows": summarise(measured.tasks, runs, trees, bandwidth),
+    }
+
+
+def purpose(
+    options: PromptsOptions,
+    medusa: dict[str, Generator],
+    requests: list[Request],
+    peers: list[str],
+) -> dict[str, Any]:
+    """What runs depend on: model, heads, device, precision, options, prompts and peers."""
+    model = next(iter(medusa.values())).model
+    chosen = {name: str(value) for name, value in vars(options).items() if name not in FREE}
+    said = [dataclasses.replace(request, origin="") for request in requests]
+    return {
+        **chosen,
+        **tree_store.conditions(model, model.precision),
+        "fingerprint": model.fingerprint,
+        "schemes": {name: str(one.acceptance) for name, one in medusa.items()},
+        "trees": {name: str(one.tree) for name, one in medusa.items()},
+        "contents": hashlib.sha256(repr(said).encode()).hexdigest()[:16],
+        "peers": peers,
+        "jax": jax.__version__,
+    }
+
+
+def clock(minutes: float | None) -> Callable[[], bool]:
+    """Whether so many minutes are over, from now on."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    return lambda: end is not None and time.monotonic() > end
 
 
 def acceptances(options: PromptsOptions) -> dict[str, Acceptance]:

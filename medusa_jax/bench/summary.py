@@ -62,6 +62,9 @@ def summarise(
             tree = trees[acceptance] if system == MEDUSA else Tree()
             row |= {"tree_size": tree.size, "tree_grown": isinstance(tree, DynamicTree)}
             row |= counters(lengths, tree.size, tree.depth)
+            row["accepted_share_per_pos"] = [
+                count / len(lengths) for count in row["num_accepted_tokens_per_pos"]
+            ]
         rows.append(row)
     return rows
 
