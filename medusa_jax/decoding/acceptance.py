@@ -44,11 +44,13 @@ class Context:
       keys: one PRNG key a row [B].
       position: place of the root in each row's sequence [B].
       sampling: settings of the rows, or None where the scheme has those of all.
+      drawn: how the tree's children were drawn, see `drafting.drafter.Proposal`.
     """
 
     keys: Array
     position: Array
     sampling: Sampling | None = None
+    drawn: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -176,9 +176,11 @@ class Decoder:
         return self.network.placed(free(state, slot))
 
     @functools.partial(jax.jit, static_argnames="self")
-    def regroup(self, state: State, rows: Int[Array, " B"]) -> State:
+    def regroup(self, params: Params, state: State, rows: Int[Array, " B"]) -> State:
         """`state.regrouped`: a batch with other rows, or with this decoder's larger capacity."""
-        return self.network.placed(regrouped(state, rows, self.config, self.cache_slots))
+        has = state.repetition is not None, state.sampling is not None
+        empty = self.empty(params, len(rows), RowSettings(state.stop_ids.shape[1], *has))
+        return self.network.placed(regrouped(state, rows, empty))
 
     def stream(self, params: Params, state: State) -> Generator[Emitted, None, State]:
         """Yields what each step added, as NumPy; returns the final state."""

@@ -13,7 +13,7 @@ from medusa_jax.decoding.repetition import Repetition
 from medusa_jax.decoding.sampling import Sampling
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, State
 from medusa_jax.decoding.step import finite
-from medusa_jax.drafting.drafter import Drafter, Params
+from medusa_jax.drafting.drafter import Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
 
@@ -78,11 +78,14 @@ def prefill_rows(
     if most_logprobs is not None:
         asked = jnp.ones(batch, bool) if sampling is None else sampling.logprobs
         logprobs = Logprobs.of_prompts(asked, most_logprobs, cache_slots, own, root, lengths)
+    sequence = jnp.zeros((batch, cache_slots), jnp.int32).at[:, :padded].set(tokens)
+    seen = Verified(last_hidden, root, sequence, lengths, keys, most=padded)
+    known = drafter.prepare(params), network.bound(params)
     state = State(
         cache=dataclasses.replace(cache, length=lengths),
-        sequence=jnp.zeros((batch, cache_slots), jnp.int32).at[:, :padded].set(tokens),
+        sequence=sequence,
         root=root,
-        draft=drafter.draft(drafter.prepare(params), network.bound(params), last_hidden),
+        draft=drafter.draft(*known, drafter.begin(*known, batch, cache_slots), seen),
         keys=keys,
         prompt_length=lengths,
         limit=limit,

@@ -20,9 +20,9 @@ from medusa_jax.decoding.network import Network, precision
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket
 from medusa_jax.decoding.repetition import Repetition, marked
 from medusa_jax.decoding.sampling import RowSampling, Sampling
-from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State
+from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State, map_rows
 from medusa_jax.decoding.step import finite
-from medusa_jax.drafting.drafter import Drafter, Params
+from medusa_jax.drafting.drafter import Draft, Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import Block, KVCache, init_cache
 
@@ -121,12 +121,7 @@ def read_block(
     """
     cache, size = state.cache, block.tokens.shape[0]
     own = functools.partial(_row, slot=slot)
-    layers = tuple(map(own, cache.keys)), tuple(map(own, cache.values))
-    past = KVCache(*layers, block.start[None], cache.rope)
-    positions = (block.start + jnp.arange(size))[None]
-    inputs = block.tokens[None], positions, causal_mask(size), past, block.length[None]
-    hidden, read = network.hidden(params, *inputs)
-    last = own(hidden[0], slot=block.count - 1)
+    last, read = _run(network, params, cache, slot, block)
     # Zero, but XLA does not know: so all layers read the cache before it is written.
     zero = jnp.minimum(jnp.argmax(last[0]), 0)
 
@@ -134,8 +129,9 @@ def read_block(
     model_logits, repetition = network.logits(params, last), None
     logits = network.allowed(model_logits)
     if state.repetition is not None:
-        seen = own(state.repetition.seen) & (block.start > 0)
-        repetition = Repetition(block.penalty, marked(seen, block.tokens[None], block.count[None]))
+        before = own(state.repetition.seen) & (block.start > 0)
+        marks = marked(before, block.tokens[None], block.count[None])
+        repetition = Repetition(block.penalty, marks)
         logits = repetition.at_end(logits)
     begun = jnp.where(finite(logits), RUNNING, FAILED)
     begun = jnp.where(block.limit > length, begun, LENGTH)
@@ -144,9 +140,11 @@ def read_block(
         asked = jnp.ones(1, bool) if block.sampling is None else block.sampling.logprobs
         logprobs = dataclasses.replace(jax.tree.map(own, state.logprobs), asked=asked)
         logprobs = logprobs.with_text(model_logits[:, None], root[:, None], length - 1, asked)
+    sequence = jax.lax.dynamic_update_slice(state.sequence, block.tokens[None], (slot, block.start))
+    seen = Verified(last, root, own(sequence), length, block.keys, most=size)
     row: dict[str, Any] = {
         "root": root,
-        "draft": drafter.draft(params, network.bound(params), last),
+        "draft": _drafted(network, drafter, params, state.draft, slot, block, seen),
         "keys": block.keys,
         "prompt_length": block.length[None],
         "limit": block.limit[None],
@@ -159,12 +157,43 @@ def read_block(
         "logprobs": logprobs,
     }
     put = functools.partial(_put, slot=slot)
-    rows = {name: jax.tree.map(put, getattr(state, name), new) for name, new in row.items()}
-    sequence = jax.lax.dynamic_update_slice(state.sequence, block.tokens[None], (slot, block.start))
+    rows = {name: map_rows(put, getattr(state, name), new) for name, new in row.items()}
     cache = dataclasses.replace(cache, values=_fresh(cache.values, slot, block.start + zero))
     cache = _written(cache, read, slot, block.start + zero)
     cache = dataclasses.replace(cache, length=put(cache.length, length))
     return network.placed(dataclasses.replace(state, cache=cache, sequence=sequence, **rows))
+
+
+def _run(
+    network: Network, params: Params, cache: KVCache, slot: Array, block: PromptBlock
+) -> tuple[Array, Block]:
+    """The hidden state of the block's last token [1, D], and the block's keys and values."""
+    own, size = functools.partial(_row, slot=slot), block.tokens.shape[0]
+    layers = tuple(map(own, cache.keys)), tuple(map(own, cache.values))
+    past = KVCache(*layers, block.start[None], cache.rope)
+    positions = (block.start + jnp.arange(size))[None]
+    inputs = block.tokens[None], positions, causal_mask(size), past, block.length[None]
+    hidden, read = network.hidden(params, *inputs)
+    return _row(hidden[0], block.count - 1), read
+
+
+def _drafted(
+    network: Network,
+    drafter: Drafter,
+    params: Params,
+    draft: Draft,
+    slot: Array,
+    block: PromptBlock,
+    seen: Verified,
+) -> Draft:
+    """The draft of row `slot` after a block; a new prompt begins with an empty draft."""
+
+    def before(empty: Array, old: Array) -> Array:
+        return jnp.where(block.start == 0, empty, _row(old, slot))
+
+    backbone = network.bound(params)
+    empty = drafter.begin(params, backbone, 1, seen.sequence.shape[1])
+    return drafter.draft(params, backbone, map_rows(before, empty, draft), seen)
 
 
 def empty_rows(
@@ -182,11 +211,6 @@ def empty_rows(
       most_logprobs: see `Decoder`.
     """
     dtype, numbers = precision(params), jnp.zeros(rows, jnp.int32)
-
-    def draft(hidden: Array) -> Any:
-        return drafter.draft(drafter.prepare(params), network.bound(params), hidden)
-
-    shapes = jax.eval_shape(draft, jax.ShapeDtypeStruct((rows, network.config.hidden_size), dtype))
     sampling = Sampling.of([RowSampling()] * rows) if settings.sampled else None
     seen = jnp.zeros((rows, network.config.vocab_size), bool)
     logprobs = None
@@ -197,7 +221,7 @@ def empty_rows(
         cache=init_cache(network.config, rows, cache_slots, dtype),
         sequence=jnp.zeros((rows, cache_slots), jnp.int32),
         root=numbers,
-        draft=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+        draft=drafter.begin(drafter.prepare(params), network.bound(params), rows, cache_slots),
         keys=jax.random.wrap_key_data(jnp.zeros((rows, 2), jnp.uint32), impl="threefry2x32"),
         prompt_length=numbers,
         limit=numbers,

@@ -3,6 +3,8 @@
 import bisect
 import dataclasses
 import itertools
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,13 +14,13 @@ from jaxtyping import Array
 from medusa_jax.decoding.logprobs import Logprobs, TextLogprobs, text_logprobs
 from medusa_jax.decoding.repetition import Repetition
 from medusa_jax.decoding.sampling import Sampling
-from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache
-from medusa_jax.model.layers import rope_tables
 from medusa_jax.param_paths import map_with_path
 
 RUNNING, STOP, LENGTH, FAILED = 0, 1, 2, 3
 FINISH_REASONS = ("running", "stop", "length", "failed")
+# Leaves of a state that all rows share: those of caches.
+_SHARED = re.compile("(^|/)rope/")
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +32,7 @@ class State:
       cache: keys and values of the tokens of `sequence` up to `cache.length`.
       sequence: prompt, then text [B, S].
       root: the next token, chosen but not yet in the cache [B].
-      draft: what the drafter knows of the tokens after the root; a pytree with leading dimension B.
+      draft: what the drafter knows; a pytree with leading dimension B.
       keys: one PRNG key a row [B].
       prompt_length: tokens of the prompt [B].
       limit: length of `sequence` at which a row ends [B].
@@ -62,8 +64,13 @@ class State:
     logprobs: Logprobs | None = None
 
 
-# Leaves of a state that all rows share.
-_SHARED = ("cache/rope",)
+def map_rows(function: Callable[..., Array], tree: Any, *others: Any) -> Any:
+    """`jax.tree.map` over what belongs to rows; tables that rows share are those of the first."""
+
+    def mapped(path: str, leaf: Array, *rest: Array) -> Array:
+        return leaf if _SHARED.search(path) else function(leaf, *rest)
+
+    return map_with_path(mapped, tree, *others)
 
 
 def free(state: State, slot: Array) -> State:
@@ -71,43 +78,24 @@ def free(state: State, slot: Array) -> State:
     return dataclasses.replace(state, finish=state.finish.at[slot].set(STOP))
 
 
-def regrouped(state: State, rows: Array, config: ModelConfig, cache_slots: int) -> State:
-    """These rows of a batch, with so many cache slots, as many as before or more.
+def regrouped(state: State, rows: Array, empty: State) -> State:
+    """These rows of a batch, with as many cache slots as before or more.
 
     Of rows (a, b, c), rows (2, 0, -1) -> c, a, and an ended row.
 
     Args:
       rows: which row each row becomes; -1 for none [B].
+      empty: a state of so many rows, with so many cache slots.
     """
 
-    def taken(path: str, leaf: Array) -> Array:
-        return leaf if path.startswith(_SHARED) else leaf[jnp.maximum(rows, 0)]
+    def taken(new: Array, old: Array) -> Array:
+        chosen = old[jnp.maximum(rows, 0)]
+        if chosen.shape == new.shape:
+            return chosen
+        return new.at[tuple(map(slice, chosen.shape))].set(chosen)
 
-    state = map_with_path(taken, state)
-    cache, more = state.cache, cache_slots - state.cache.capacity
-
-    def padded(array: Array, axis: int) -> Array:
-        width = [(0, 0)] * array.ndim
-        width[axis] = (0, more)
-        return jnp.pad(array, width)
-
-    logprobs = state.logprobs
-    if logprobs is not None:
-        cells = {name: padded(getattr(logprobs, name), 1) for name in ("chosen", "top_ids", "top")}
-        logprobs = dataclasses.replace(logprobs, **cells)
-    return dataclasses.replace(
-        state,
-        cache=KVCache(
-            keys=tuple(padded(keys, 3) for keys in cache.keys),
-            values=tuple(padded(values, 2) for values in cache.values),
-            length=cache.length,
-            rope=rope_tables(config, jnp.arange(cache_slots)) if more else cache.rope,
-        ),
-        sequence=padded(state.sequence, 1),
-        finish=jnp.where(rows < 0, STOP, state.finish),
-        tokens_per_step=padded(state.tokens_per_step, 1),
-        logprobs=logprobs,
-    )
+    state = map_rows(taken, empty, state)
+    return dataclasses.replace(state, finish=jnp.where(rows < 0, STOP, state.finish))
 
 
 @jax.tree_util.register_dataclass

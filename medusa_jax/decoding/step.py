@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from medusa_jax.decoding.acceptance import Acceptance, Context
 from medusa_jax.decoding.network import Network
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, Emitted, State
-from medusa_jax.drafting.drafter import Drafter, Params
+from medusa_jax.drafting.drafter import Drafter, Params, Verified
 from medusa_jax.model.kv_cache import commit
 from medusa_jax.shapes import typed
 
@@ -27,7 +27,7 @@ def advance(
     rows = jnp.arange(length.shape[0])
 
     # 1. Propose the tree's tokens and verify them in one pass.
-    tokens, tree = drafter.propose(params, state.draft, state.root)
+    tokens, tree, drawn = drafter.propose(params, state.draft, state.root)
     positions = length[:, None] + tree.depths
     hidden, block = network.hidden(params, tokens, positions, jnp.asarray(tree.mask), state.cache)
     own = network.logits(params, hidden)
@@ -36,7 +36,8 @@ def advance(
         logits = state.repetition.in_tree(tree, tokens, logits)
 
     # 2. Accept a path; cut it at the first stop token and at the row's limit.
-    accepted = acceptance.accept(tree, tokens, logits, Context(state.keys, length, state.sampling))
+    context = Context(state.keys, length, state.sampling, drawn)
+    accepted = acceptance.accept(tree, tokens, logits, context)
     # A token is never negative, but XLA does not know: so the path waits for the logits even
     # where it is constant (the root alone), the cache is read before it is written, and XLA
     # makes no copy of it.
@@ -54,22 +55,21 @@ def advance(
     finish = jnp.where(running, finish, state.finish)
 
     # 3. Commit the path, and draft again from its last token.
-    draft = state.draft
-    if drafter.size > 1:  # plain steps between those of a tree leave its draft as it is
-        draft = drafter.draft(params, network.bound(params), hidden[rows, accepted.last])
+    cache = commit(state.cache, block, path, count)
+    sequence = _append(state.sequence, path_tokens, length)
+    where = accepted.root, sequence, cache.length, state.keys
+    seen = Verified(hidden[rows, accepted.last], *where, most=path.shape[1])
     said = path, path_tokens, made, accepted.root, length, running
     state = dataclasses.replace(
         state,
-        cache=commit(state.cache, block, path, count),
-        sequence=_append(state.sequence, path_tokens, length),
+        cache=cache,
+        sequence=sequence,
         root=accepted.root,
-        draft=draft,
+        draft=drafter.draft(params, network.bound(params), state.draft, seen),
         finish=finish,
         steps=state.steps + running,
         drafted=state.drafted + running * (drafter.size - 1),
-        tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(
-            jnp.where(running, made, 0)
-        ),
+        tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(running * made),
         repetition=state.repetition and state.repetition.after(path_tokens, count),
         logprobs=state.logprobs and state.logprobs.after(own, *said),
     )

@@ -1,28 +1,68 @@
 """What a decode step asks of a drafter, and the drafter of plain decoding.
 
 A drafter guesses the tokens after the root, which the backbone has already chosen. It
-works in two halves, since the next root is not known before a tree is verified:
+works in two halves:
 
-    draft     after a verified token: from its hidden state, all that the guesses need
+    draft     after each step and each block of a prompt: all that costs time
     propose   at the start of a step: the tree of tokens that this step verifies
 
-A drafter is a frozen dataclass, static under `jax.jit`; its parameters are passed in.
+What it knows between them is its draft, a part of the decoder's state. A drafter is a frozen
+dataclass, static under `jax.jit`; its parameters are passed in.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from medusa_jax.drafting.tree_tables import PAD, TreeTables
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 
-# {"backbone": ..., "heads": ..., "bigrams": ...}, a selector among the heads; each drafter knows
-# its own.
+# {"backbone": ..., "heads": ..., "bigrams": ..., "draft": ...}, a selector among the heads; each
+# drafter knows its own.
 Params = dict[str, Any]
-Draft = Any  # a pytree of arrays with a leading dimension B
+# A pytree of arrays with a leading dimension B; "rope" tables of a cache have none.
+Draft = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What a drafter is told after each step, and after each block of a prompt.
+
+    Attributes:
+      hidden: hidden state of the last verified token [B, D].
+      root: the token after it, chosen and not yet in `sequence` [B].
+      sequence: prompt and text; the cells after `length` mean nothing [B, S].
+      length: verified tokens of `sequence`, the last of them that of `hidden` [B].
+      keys: one PRNG key a row [B].
+      most: at most so many of the tokens are new.
+    """
+
+    hidden: Array
+    root: Array
+    sequence: Array
+    length: Array
+    keys: Array
+    most: int = dataclasses.field(metadata={"static": True})
+
+
+class Proposal(NamedTuple):
+    """What a step verifies.
+
+    Attributes:
+      tokens: of each slot, the root in slot 0 [B, N].
+      tree: the tree that they form.
+      drawn: log-probabilities with which the children of each of the slots `tree.inner` were drawn,
+        without replacement, in the order of their slots [B, I, V]; None where they were not drawn.
+    """
+
+    tokens: Array
+    tree: TreeTables
+    drawn: Array | None = None
 
 
 class Drafter(Protocol):
@@ -47,19 +87,26 @@ class Drafter(Protocol):
         """The parameters as a loop of steps should hold them; called outside of the loop."""
         ...
 
-    def draft(self, params: Params, backbone: Backbone, hidden: Float[Array, "B D"]) -> Draft:
-        """What the guesses after the next root need.
+    def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> Draft:
+        """The draft of so many rows that have no prompt yet.
 
         Args:
-          backbone: the bound backbone, for its projection and its embedding.
-          hidden: hidden state of the last accepted token of each row.
+          backbone: the bound backbone.
+          cache_slots: S, room of each row for prompt and text.
         """
         ...
 
-    def propose(
-        self, params: Params, draft: Draft, root: Int[Array, " B"]
-    ) -> tuple[Int[Array, "B N"], TreeTables]:
-        """The tokens of each slot, the root in slot 0, and the tree that they form."""
+    def draft(self, params: Params, backbone: Backbone, draft: Draft, seen: Verified) -> Draft:
+        """What the guesses after the root need.
+
+        Args:
+          backbone: the bound backbone, for its projection and its embedding.
+          draft: what it knew before. Steps of another drafter may lie between.
+        """
+        ...
+
+    def propose(self, params: Params, draft: Draft, root: Int[Array, " B"]) -> Proposal:
+        """The tokens of a step, and the tree that they form."""
         ...
 
     def read_bytes(self, params: Params) -> float:
@@ -80,13 +127,14 @@ class NoDraft:
     def prepare(self, params: Params) -> Params:
         return params
 
-    def draft(self, params: Params, backbone: Backbone, hidden: Float[Array, "B D"]) -> Draft:
+    def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> Draft:
         return ()
 
-    def propose(
-        self, params: Params, draft: Draft, root: Int[Array, " B"]
-    ) -> tuple[Int[Array, "B N"], TreeTables]:
-        return root[:, None], ROOT_ALONE
+    def draft(self, params: Params, backbone: Backbone, draft: Draft, seen: Verified) -> Draft:
+        return draft
+
+    def propose(self, params: Params, draft: Draft, root: Int[Array, " B"]) -> Proposal:
+        return Proposal(root[:, None], ROOT_ALONE)
 
     def read_bytes(self, params: Params) -> float:
         return 0.0

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.drafting import bigrams, selector
-from medusa_jax.drafting.drafter import Drafter, NoDraft, Params
+from medusa_jax.drafting.drafter import Drafter, NoDraft, Params, Proposal, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, first_heads, top_guesses
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
@@ -66,7 +65,18 @@ class MedusaDrafter:
     def prepare(self, params: Params) -> Params:
         return params | {"heads": first_heads(params["heads"], self.depth)}
 
-    def draft(self, params: Params, backbone: Backbone, hidden: Float[Array, "B D"]) -> MedusaDraft:
+    def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> MedusaDraft:
+        guesses, none = (rows, self.depth, self.tree.top_k), jnp.zeros((rows, 0, 0))
+        scores, contexts = jnp.zeros(guesses) if self.tree.scored else none, none
+        if self.tree.scored and selector.NAME in params["heads"]:
+            bias = params["heads"][selector.NAME]["context"]["bias"]
+            contexts = jnp.zeros((rows, self.depth, bias.size // self.heads.num_heads))
+        return MedusaDraft(jnp.zeros(guesses, jnp.int32), scores, contexts)
+
+    def draft(
+        self, params: Params, backbone: Backbone, draft: MedusaDraft, seen: Verified
+    ) -> MedusaDraft:
+        hidden = seen.hidden
         asked = MedusaHeads(dataclasses.replace(self.heads, num_heads=self.depth))
         logits: Any = asked.apply({"params": params["heads"]}, hidden, backbone.unembed)
         token_map = params["heads"].get("token_map")
@@ -85,15 +95,13 @@ class MedusaDrafter:
         contexts = selector.contexts(learned, hidden, self.heads.num_heads)
         return MedusaDraft(guesses, scores, contexts[:, : self.depth])
 
-    def propose(
-        self, params: Params, draft: MedusaDraft, root: Int[Array, " B"]
-    ) -> tuple[Int[Array, "B N"], TreeTables]:
+    def propose(self, params: Params, draft: MedusaDraft, root: Int[Array, " B"]) -> Proposal:
         scores = path_scores(params, draft, root) if self.tree.scored else draft.scores
         cells, tables = self.tree.arrange(scores)
         batch = root.shape[0]
         candidates = jnp.concatenate((root[:, None], draft.guesses.reshape(batch, -1)), axis=1)
         cells = jnp.broadcast_to(cells, (batch, self.size))
-        return jnp.take_along_axis(candidates, cells, axis=1), tables
+        return Proposal(jnp.take_along_axis(candidates, cells, axis=1), tables)
 
     def read_bytes(self, params: Params) -> float:
         share, total = self.depth / self.heads.num_heads, 0.0

@@ -22,12 +22,12 @@ from medusa_jax.decoding.compilation import in_fast_order
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.stats import Stats
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.options import check
 from medusa_jax.serving import tree_store
 from medusa_jax.serving.conversations import Completion, Conversation, Prompt, Update, converse
+from medusa_jax.serving.drafters import Recipe, drafter_of
 from medusa_jax.serving.engine import Engine
 from medusa_jax.serving.ladder import ladder_of
 from medusa_jax.serving.options import (
@@ -195,7 +195,8 @@ def decoder_of(generator: Generator) -> Decoder:
     """What the programs of a generator's engine are compiled from."""
     model = generator.model
     capacity = generator.options.max_length or model.config.context
-    drafter = medusa_drafter(model.heads, generator.tree)
+    recipe = Recipe(model, generator.tree, generator.acceptance)
+    drafter = drafter_of(generator.options.drafter, recipe)
     how = generator.acceptance, capacity, generator.suppress, model.mesh
     attention = "attention" in kernels.used(generator.options.no_kernels)
     most = generator.options.most_logprobs
@@ -226,7 +227,7 @@ def load_generator(
     model = load_model(options.model or shipped(), options.heads, *where)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     tree: Tree | DynamicTree = Tree()
-    if need_heads or model.heads.num_heads:
+    if need_heads or model.heads.num_heads or options.drafter:
         tree = tree_of(options, model, acceptance)
     elif not options.autoregressive:
         log.warning("no Medusa heads were found with %s: plain decoding", model.directory)

@@ -54,18 +54,18 @@ def ladder_of(
 ) -> Ladder:
     """The ladder below a drafter's tree.
 
-    A grown tree has smaller trees below it, which read the same drafts.
+    A grown tree of heads has smaller trees below it, which read the same drafts.
 
     Args:
       tuned: trees, and the mean accepted length of each; may be empty.
     """
     drafters: list[Drafter] = [NoDraft()]
-    if isinstance(drafter, MedusaDrafter):
+    if isinstance(drafter, MedusaDrafter) and isinstance(drafter.tree, DynamicTree):
         tree = drafter.tree
-        if isinstance(tree, DynamicTree):
-            sizes = sorted({max(2, int(tree.size * part)) for part in SMALLER} - {tree.size})
-            smaller = [dataclasses.replace(tree, size=size) for size in sizes]
-            drafters += [dataclasses.replace(drafter, tree=each) for each in smaller]
+        sizes = sorted({max(2, int(tree.size * part)) for part in SMALLER} - {tree.size})
+        smaller = [dataclasses.replace(tree, size=size) for size in sizes]
+        drafters += [dataclasses.replace(drafter, tree=each) for each in smaller]
+    if drafter.size > 1:
         drafters.append(drafter)
     lengths = tuple(accepted_length(each.size, tuned) for each in drafters)
     return Ladder(row_sizes(slots), tuple(drafters), lengths)

@@ -16,6 +16,7 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree, default_tree, published_names
 from medusa_jax.errors import InputError
 from medusa_jax.options import option
+from medusa_jax.serving.drafters import from_heads
 from medusa_jax.serving.quick_tree import auto_tree
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class ModelOptions:
         "those found with the model)")  # fmt: skip
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
         "tokenizer's)")  # fmt: skip
+    drafter: str | None = option(None, help="what guesses: medusa (default: what the heads are)")
     tree: str | Tree | DynamicTree = option("auto", help="auto: the tree tuned for this model and "
         "device; a published name; a JSON file; grow:SIZE or grow:SIZE:DEPTH: grown anew at each "
         "step")  # fmt: skip
@@ -141,7 +143,7 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     if options.autoregressive:
         return Tree()
     num_heads = model.heads.num_heads
-    if not num_heads:
+    if not num_heads and from_heads(options.drafter):
         raise InputError(
             f"no Medusa heads were found with {options.model}: give --heads, or --autoregressive"
         )

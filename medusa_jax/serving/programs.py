@@ -101,9 +101,9 @@ class Programs:
         """`Decoder.free` for states of this shape."""
         return self.get("free", decoder, _shape(state), state, np.int32(0))
 
-    def regroup(self, decoder: Decoder, state: Any, rows: Any) -> Any:
+    def regroup(self, decoder: Decoder, params: Any, state: Any, rows: Any) -> Any:
         """`Decoder.regroup` to so many rows, with this decoder's capacity."""
-        return self.get("regroup", decoder, _shape(state) + rows.shape, state, rows)
+        return self.get("regroup", decoder, _shape(state) + rows.shape, params, state, rows)
 
 
 class Background:

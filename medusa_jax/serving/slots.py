@@ -162,5 +162,6 @@ class Slots:
 
     def _regroup(self, rows: np.ndarray, decoder: Decoder) -> None:
         check_memory(decoder, self._params, len(rows))
-        regroup = self._programs.regroup(decoder, self._state, rows)
-        self._now, self._state = decoder, regroup(self._state, everywhere(rows, decoder.mesh))
+        regroup = self._programs.regroup(decoder, self._params, self._state, rows)
+        rows = everywhere(rows, decoder.mesh)
+        self._now, self._state = decoder, regroup(self._params, self._state, rows)
