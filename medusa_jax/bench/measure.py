@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 PLAIN, MEDUSA = "plain", "medusa"
 
+# By acceptance and by the name of the system; the first of each acceptance answers the prompts.
+Generators = dict[str, dict[str, Generator]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -84,14 +87,15 @@ def groups_of(requests: Sequence[Request], batch_size: int) -> list[list[tuple[i
 
 
 def make_tasks(
-    medusa: dict[str, Generator], members: list[tuple[int, Request]], problems: set[str]
+    generators: Generators, members: list[tuple[int, Request]], problems: set[str]
 ) -> Iterator[Task]:
-    """Answers requests of a category, which is Medusa's warm-up; yields the prompts of all turns.
+    """Answers requests of a category, which is a warm-up; yields the prompts of all turns.
 
     Args:
       problems: of requests that were left out, which are told once.
     """
-    for name, generator in medusa.items():
+    for name, own in generators.items():
+        generator = next(iter(own.values()))
         conversations = [Conversation(request, number) for number, request in members]
         for update in generator.converse(conversations):
             problem = str(update.conversation.problem or "")
@@ -128,21 +132,22 @@ Systems = dict[str, dict[str, System]]  # by acceptance and name
 
 
 def make_systems(
-    medusa: dict[str, Generator], reference: HuggingFace | None, peers: list[str]
+    generators: Generators, reference: HuggingFace | None, peers: list[str]
 ) -> Systems:
     """All systems; peers have no typical acceptance."""
     systems: Systems = {}
-    for name, generator in medusa.items():
-        systems[name] = {PLAIN: ours(generator.with_tree(Tree()))}
-        if generator.tree.size > 1:
-            systems[name][MEDUSA] = ours(generator)
-        if reference and isinstance(generator.acceptance, Greedy | Lossless):
-            systems[name] |= {peer: theirs(reference, peer, generator) for peer in peers}
+    for acceptance, own in generators.items():
+        first = next(iter(own.values()))
+        systems[acceptance] = {PLAIN: ours(first.with_tree(Tree()))}
+        drafting = {name: one for name, one in own.items() if one.engine.decoder.drafter.size > 1}
+        systems[acceptance] |= {name: ours(one) for name, one in drafting.items()}
+        if reference and isinstance(first.acceptance, Greedy | Lossless):
+            systems[acceptance] |= {peer: theirs(reference, peer, first) for peer in peers}
     return systems
 
 
 def ours(generator: Generator) -> System:
-    """Medusa or plain decoding."""
+    """Decoding with a drafter, or plainly."""
 
     def run(task: Task) -> tuple[list[list[int]], list[int], Stats]:
         jobs = [
@@ -189,14 +194,15 @@ class Measurement:
 
     def __init__(
         self,
-        medusa: dict[str, Generator],
+        generators: Generators,
         requests: Sequence[Request],
         systems: Callable[[Task], Systems],
         journal: Journal,
     ) -> None:
         """Args: systems: makes all systems, when the first task is known."""
-        batch_size = next(iter(medusa.values())).options.batch_size
-        self._medusa, self._make, self._journal = medusa, systems, journal
+        (first, *_), *_ = (list(own.values()) for own in generators.values())
+        batch_size = first.options.batch_size
+        self._generators, self._make, self._journal = generators, systems, journal
         self._groups = groups_of(requests, batch_size)
         self._asked: dict[int, list[Task]] = {}
         self._timed: dict[tuple[int, int], Record] = {}  # by task and repeat
@@ -233,7 +239,7 @@ class Measurement:
           InputError: no request can be answered.
         """
         turns = sum(request.num_turns for group in self._groups for _, request in group)
-        total = repeats * turns * len(self._medusa)
+        total = repeats * turns * len(self._generators)
         with progress(total=total, label="timing", unit="turns", average=True) as bar:
             for repeat in range(repeats):
                 tasks = enumerate(self.tasks) if repeat else self._ask()
@@ -251,7 +257,7 @@ class Measurement:
         """The tasks of all groups, which are asked where no earlier run did."""
         for number, group in enumerate(self._groups):
             if number not in self._asked:
-                made = list(make_tasks(self._medusa, group, self._problems))
+                made = list(make_tasks(self._generators, group, self._problems))
                 tasks = [dataclasses.asdict(task) for task in made]
                 self._journal.add({"group": number, "tasks": tasks})
                 self._asked[number] = made

@@ -13,15 +13,20 @@ written after each prompt. So a run that was stopped goes on.
 import dataclasses
 import hashlib
 import itertools
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from medusa_jax import json_files
-from medusa_jax.bench.measure import Measurement, Systems, Task, make_systems
+from medusa_jax.bench.measure import (
+    MEDUSA,
+    Generators,
+    Measurement,
+    Systems,
+    Task,
+    make_systems,
+)
 from medusa_jax.bench.output import write_report
 from medusa_jax.bench.peers import PEERS, HuggingFace, available
 from medusa_jax.bench.summary import about, copy_bandwidth, summarise
@@ -29,13 +34,15 @@ from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.cli import runner
 from medusa_jax.data.prompts import Request, read_requests
 from medusa_jax.decoding.acceptance import Acceptance
-from medusa_jax.errors import InputError
+from medusa_jax.errors import InputError, listed
 from medusa_jax.files import check_directory
 from medusa_jax.options import option
 from medusa_jax.progress import say
 from medusa_jax.serving import tree_store
+from medusa_jax.serving.drafters import DRAFTERS
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, tree_of
+from medusa_jax.tuning.clock import clock
 from medusa_jax.tuning.journal import Journal
 
 EXAMPLE = """python -m medusa_jax.bench prompts --model DIR --heads DIR --prompts question.jsonl \\
@@ -59,6 +66,8 @@ class PromptsOptions(DecodingOptions):
     repeats: int = option(3, least=1, help="times that everything is decoded")
     minutes: float | None = option(None, least=0, help="begin nothing new after so many, loading "
         "left out; a later run with this output goes on")  # fmt: skip
+    drafters: str | None = option(None, metavar="NAMES", help="drafters to measure beside "
+        "each other, with commas between, as --drafter names them (default: its own)")  # fmt: skip
     peers: list[str] | None = option(None, nargs="+", choices=(*PEERS, "none"), help="default: "
         "all where torch is installed")  # fmt: skip
     output: str = option(metavar="DIR", help="bench.json, bench.md and plots")
@@ -77,31 +86,29 @@ def bench(options: PromptsOptions) -> None:
     """
     check_directory(options.output)
     schemes = acceptances(options)  # options and files first: loading takes long
+    drafter_names(options)
     requests = read(options)
     peers = chosen_peers(options)
     bandwidth = copy_bandwidth()
-    medusa = generators(options, schemes)
+    asked = generators(options, schemes)
     over = clock(options.minutes)
     reference: HuggingFace | None = None
 
     def systems(task: Task) -> Systems:
         nonlocal reference
-        reference = load_peer(options, medusa, task.prompts[0]) if peers else None
-        return make_systems(medusa, reference, peers)
+        reference = load_peer(options, first_of(asked), task.prompts[0]) if peers else None
+        return make_systems(asked, reference, peers)
 
     directory = Path(options.output)
     directory.mkdir(exist_ok=True)
-    with Journal(directory / RUNS, purpose(options, medusa, requests, peers)) as journal:
-        measured = Measurement(medusa, requests, systems, journal)
+    with Journal(directory / RUNS, purpose(options, asked, requests, peers)) as journal:
+        measured = Measurement(asked, requests, systems, journal)
 
         def report() -> dict[str, Any]:
-            threads = reference and reference.threads
-            about_it = describe(options, schemes, medusa)
-            return (
-                about_it
-                | {"torch_threads": threads, "copy_bandwidth": bandwidth}
-                | rows(measured, medusa, bandwidth, options.repeats)
-            )
+            machine = about() | {"copy_bandwidth": bandwidth}
+            threads = {"torch_threads": reference and reference.threads}
+            found = rows(measured, asked, bandwidth, options.repeats)
+            return machine | describe(options, schemes, asked) | threads | found
 
         for repeat in measured.run(options.repeats, over):
             if not repeat:  # later repeats count once they are whole
@@ -110,69 +117,68 @@ def bench(options: PromptsOptions) -> None:
         if measured.complete(options.repeats):
             journal.remove()
         else:
-            say(f"{options.minutes:g} minutes are over: the same command goes on from here")
+            say(f"{options.minutes} minutes are over: the same command goes on from here")
 
 
 def describe(
-    options: PromptsOptions, schemes: dict[str, Acceptance], medusa: dict[str, Generator]
+    options: PromptsOptions, schemes: dict[str, Acceptance], asked: Generators
 ) -> dict[str, Any]:
-    """What was measured, and where."""
-    return about() | {
+    """What was measured."""
+    firsts = {name: next(iter(own.values())) for name, own in asked.items()}
+    return {
         "kind": "prompts",
         "dtype": options.precision,
         "quantize": options.quantize,
         "mesh": options.mesh,
         "model": str(options.model or shipped()),
         "heads": options.heads,
+        "drafters": options.drafters,
         "prompts": options.prompts,
         "max_new_tokens": options.max_new_tokens,
         "ignore_eos": options.ignore_eos,
         "batch_size": options.batch_size,
         "schemes": {name: str(scheme) for name, scheme in schemes.items()},
-        "trees": {name: dataclasses.asdict(one.tree) for name, one in medusa.items()},
+        "trees": {name: dataclasses.asdict(one.tree) for name, one in firsts.items()},
     }
 
 
 def rows(
-    measured: Measurement, medusa: dict[str, Generator], bandwidth: float, repeats: int
+    measured: Measurement, asked: Generators, bandwidth: float, repeats: int
 ) -> dict[str, Any]:
     """The rows of the report, of the repeats that are whole."""
     whole = measured.whole_repeats
-    trees = {name: generator.tree for name, generator in medusa.items()}
+    drafters = {
+        acceptance: {name: one.engine.decoder.drafter for name, one in own.items()}
+        for acceptance, own in asked.items()
+    }
     runs = [run for run in measured.runs if run.repeat < whole]
     return {
         "repeats": whole,
         "complete": measured.complete(repeats),
-        "rows": summarise(measured.tasks, runs, trees, bandwidth),
+        "rows": summarise(measured.tasks, runs, drafters, bandwidth),
     }
 
 
 def purpose(
-    options: PromptsOptions,
-    medusa: dict[str, Generator],
-    requests: list[Request],
-    peers: list[str],
+    options: PromptsOptions, asked: Generators, requests: list[Request], peers: list[str]
 ) -> dict[str, Any]:
     """What runs depend on: model, heads, device, precision, options, prompts and peers."""
-    model = next(iter(medusa.values())).model
+    model = first_of(asked).model
     chosen = {name: str(value) for name, value in vars(options).items() if name not in FREE}
     said = [dataclasses.replace(request, origin="") for request in requests]
+    decoders = {
+        acceptance: {name: repr(one.engine.decoder) for name, one in own.items()}
+        for acceptance, own in asked.items()
+    }
     return {
         **chosen,
         **tree_store.conditions(model, model.precision),
         "fingerprint": model.fingerprint,
-        "schemes": {name: str(one.acceptance) for name, one in medusa.items()},
-        "trees": {name: str(one.tree) for name, one in medusa.items()},
+        "decoders": decoders,
         "contents": hashlib.sha256(repr(said).encode()).hexdigest()[:16],
         "peers": peers,
         "jax": jax.__version__,
     }
-
-
-def clock(minutes: float | None) -> Callable[[], bool]:
-    """Whether so many minutes are over, from now on."""
-    end = None if minutes is None else time.monotonic() + 60 * minutes
-    return lambda: end is not None and time.monotonic() > end
 
 
 def acceptances(options: PromptsOptions) -> dict[str, Acceptance]:
@@ -207,26 +213,63 @@ def chosen_peers(options: PromptsOptions) -> list[str]:
     return asked
 
 
-def generators(options: PromptsOptions, schemes: dict[str, Acceptance]) -> dict[str, Generator]:
-    """The model with each acceptance, and the tree that is chosen for it."""
+def generators(options: PromptsOptions, schemes: dict[str, Acceptance]) -> Generators:
+    """The model with each acceptance and drafter, and the tree that is chosen for it."""
+    asked: Generators = {scheme: {} for scheme in schemes}
+    backbone: Any = None
+    for name in drafter_names(options) or [options.drafter]:
+        for scheme, one in with_drafter(options, schemes, name).items():
+            backbone = backbone or one.model.params["backbone"]  # all drafters share a single copy
+            params = one.model.params | {"backbone": backbone}
+            model = dataclasses.replace(one.model, params=params)
+            rest = one.text, one.tree, one.acceptance, one.options, one.at_most
+            asked[scheme][name or MEDUSA] = Generator(model, *rest)
+    return asked
+
+
+def drafter_names(options: PromptsOptions) -> list[str]:
+    """The drafters that are measured beside each other; none where --drafters is not given.
+
+    Raises:
+      InputError: there is no such drafter, or it is named twice.
+    """
+    if options.drafters is None:
+        return []
+    names = [name.strip() for name in options.drafters.split(",")]
+    if options.drafter:
+        raise InputError("--drafter goes with no --drafters: name all of them there")
+    if unknown := [name for name in names if name.partition(":")[0] not in DRAFTERS]:
+        raise InputError(f"--drafters: no drafter {unknown[0]!r}; known: {listed(DRAFTERS)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--drafters {options.drafters}: each is measured once")
+    return names
+
+
+def with_drafter(
+    options: PromptsOptions, schemes: dict[str, Acceptance], drafter: str | None
+) -> dict[str, Generator]:
+    """The model with a drafter, and each acceptance."""
     first, *others = schemes
     # A prompt that leaves less room than --max_new_tokens gets a shorter text.
-    decoding = dataclasses.replace(options, acceptance=schemes[first], max_new_tokens=None)
+    changed: dict[str, Any] = {"drafter": drafter, "max_new_tokens": None}
+    decoding = dataclasses.replace(options, acceptance=schemes[first], **changed)
     loaded = load_generator(decoding, at_most=options.max_new_tokens or 1, need_heads=False)
     by_scheme = {first: loaded}
     for name in others:
         tree = loaded.tree
-        if loaded.model.heads.num_heads:
+        if loaded.model.heads.num_heads or drafter:
             tree = tree_of(decoding, loaded.model, schemes[name])
         by_scheme[name] = loaded.with_tree(tree, schemes[name])
     return by_scheme
 
 
-def load_peer(
-    options: PromptsOptions, medusa: dict[str, Generator], prompt: list[int]
-) -> HuggingFace:
+def first_of(asked: Generators) -> Generator:
+    """The generator that answers the prompts of the first acceptance."""
+    return next(iter(next(iter(asked.values())).values()))
+
+
+def load_peer(options: PromptsOptions, generator: Generator, prompt: list[int]) -> HuggingFace:
     """Hugging Face's model, with as many threads as decode `prompt` fastest."""
-    generator = next(iter(medusa.values()))
     ends = generator.stop_ids, generator.suppress, generator.repetition_penalty
     peer = HuggingFace(generator.model.directory, options.precision, *ends)
     peer.choose_threads(prompt)

@@ -71,6 +71,7 @@ def time_steps(
     mesh: Mesh | None = None,
     kernels: bool = True,
     tick: Callable[[], object] = lambda: None,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """A row for each batch size and tree: ms a step, its ratio to the plain step, bandwidth.
 
@@ -84,6 +85,7 @@ def time_steps(
       mesh: the devices that the parameters are split over.
       kernels: as of a `Decoder`.
       tick: called after each of the (repeats + 1) x batch sizes x trees runs; the first compile.
+      over: whether the time is over, so that no further repeat begins after the first.
 
     Raises:
       InputError: `max_length` is too short, or exceeds the model's context.
@@ -96,6 +98,8 @@ def time_steps(
     cases = list(itertools.product(dict.fromkeys(batch_sizes), decoders))
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
     for repeat in range(repeats + 1):
+        if repeat > 1 and over():
+            break
         shift = repeat % len(cases)
         for batch, size in cases[shift:] + cases[:shift]:
             seconds = _step_seconds(decoders[size], params, batch, steps)
@@ -103,7 +107,12 @@ def time_steps(
                 times[batch, size].append(seconds)
             tick()
     return [
-        {"batch_size": batch, "nodes": size, "depth": decoders[size].drafter.depth}
+        {
+            "batch_size": batch,
+            "nodes": size,
+            "depth": decoders[size].drafter.depth,
+            "repeats": len(times[batch, size]),
+        }
         | _figures(
             times[batch, size],
             times[batch, 1],

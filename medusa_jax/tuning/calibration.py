@@ -18,12 +18,11 @@ from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.state import Output
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.progress import progress
 from medusa_jax.serving.conversations import Conversation
-from medusa_jax.serving.generator import Generator
+from medusa_jax.serving.generator import Generator, decoder_of
 from medusa_jax.serving.jobs import Job
 from medusa_jax.tuning import head_ranks, tree_search
 from medusa_jax.tuning.journal import Journal, Record
@@ -178,8 +177,8 @@ class _Writer:
     """Writes texts, and replays them."""
 
     def __init__(self, generator: Generator, grown: tuple[DynamicTree, ...]) -> None:
-        self._generator, model = generator, generator.model
-        self._drafters = tuple(medusa_drafter(model.heads, tree) for tree in grown)
+        self._generator = generator
+        self._drafters = tuple(decoder_of(generator.with_tree(tree)).drafter for tree in grown)
 
     @property
     def prefill_seconds(self) -> float:
@@ -188,13 +187,13 @@ class _Writer:
         return (stats.seconds - stats.decode_seconds) / max(stats.prompts, 1)
 
     def write(self, jobs: list[Job], over: Callable[[], bool]) -> Any:
-        """Yields what has ended, `BATCH` at a time; begins nothing new once the time is over."""
+        """Yields what has ended, `BATCH` at a time; begins nothing more once the time is over."""
         engine, coming, ended = self._generator.engine, collections.deque(jobs), []
         while coming or not engine.idle or ended:
-            if over():
-                coming.clear()
             while coming and engine.hungry:
                 engine.submit(coming.popleft())
+            if over():
+                coming.clear()
             for row in engine.advance(more=bool(coming)):
                 if row.output is not None:
                     row.output.check("a calibration text")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from medusa_jax.drafting.drafter import Drafter
+from medusa_jax.drafting.drafter import Drafter, Verified
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads, rows_of
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
@@ -77,16 +77,23 @@ def step_lengths(
 ) -> Int[Array, " T"]:
     """Tokens that a step at each position would accept with a drafter.
 
+    Each position is a row of a batch, which was told the ids before it.
+
     Args:
       hidden: the backbone's, of these ids [T, D].
     """
-    params = drafter.prepare(params)
-    draft = drafter.draft(params, Backbone(config).bind({"params": params["backbone"]}), hidden)
-    tokens, tables = drafter.propose(params, draft, jnp.roll(ids, -1))
-    depths = jnp.broadcast_to(jnp.asarray(tables.depths), tokens.shape)
-    places = jnp.arange(len(ids))[:, None] + 1 + depths
-    right = (tokens == ids[jnp.minimum(places, len(ids) - 1)]) & (places < len(ids))
-    whole = (~jnp.asarray(tables.mask) | right[:, None, :]).all(axis=-1)
+    params, (rows,) = drafter.prepare(params), ids.shape
+    backbone = Backbone(config).bind({"params": params["backbone"]})
+    roots, lengths = jnp.roll(ids, -1), 1 + jnp.arange(rows)
+    keys = jax.random.split(jax.random.key(0), rows)
+    said = jnp.broadcast_to(ids, (rows, rows))
+    seen = Verified(hidden, roots, said, lengths, keys, most=rows)
+    draft = drafter.draft(params, backbone, drafter.begin(params, backbone, rows, rows), seen)
+    tokens, tree, _ = drafter.propose(params, draft, roots)
+    depths = jnp.broadcast_to(jnp.asarray(tree.depths), tokens.shape)
+    places = lengths[:, None] + depths
+    right = (tokens == ids[jnp.minimum(places, rows - 1)]) & (places < rows)
+    whole = (~jnp.asarray(tree.mask) | right[:, None, :]).all(axis=-1)
     return 1 + jnp.where(whole, depths, 0).max(axis=1)
 
 

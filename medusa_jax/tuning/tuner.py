@@ -25,23 +25,27 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from medusa_jax.data.text_files import check_readable
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.files import check_output, writing
 from medusa_jax.options import option
 from medusa_jax.progress import say
 from medusa_jax.serving import tree_store
+from medusa_jax.serving.drafters import from_heads
 from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.options import DecodingOptions, acceptance_of, usable_ranks
 from medusa_jax.tuning import head_ranks, report
 from medusa_jax.tuning.calibration import Calibration, Prompt, calibrate, read_prompts
 from medusa_jax.tuning.candidates import first_trees, grown_trees, less_deep, static_trees
+from medusa_jax.tuning.clock import Over, clock
 from medusa_jax.tuning.journal import Journal
 from medusa_jax.tuning.timing import (
     LEAST_ROUNDS,
@@ -100,6 +104,8 @@ def tune(options: TuneOptions) -> None:
     acceptance_of(options)
     if min(options.sizes) < 1:
         raise InputError(f"--sizes: a tree has at least one token, got {min(options.sizes)}")
+    if not from_heads(options.drafter):
+        raise InputError(f"--drafter {options.drafter}: trees are tuned for heads, and it has none")
     for path in options.prompts or ():  # loading takes long
         check_readable(path, "--prompts")
     generator = load_generator(options)
@@ -125,12 +131,6 @@ def tune(options: TuneOptions) -> None:
         message = "minutes are over: the best so far is taken, and the same command goes on"
         print(f"{options.minutes:g} {message}", file=sys.stderr)
     report.plot(rows, best, Path(options.plot) if options.plot else path.with_suffix(".png"))
-
-
-def clock(minutes: float) -> Callable[[float], bool]:
-    """Whether a part of so many minutes is over, from now on."""
-    begun = time.monotonic()
-    return lambda part: time.monotonic() > begun + 60 * minutes * part
 
 
 def destination(options: TuneOptions, generator: Generator) -> Path:
@@ -200,9 +200,7 @@ class Tuning:
             rows, key=lambda r: (isinstance(r["shape"], dict), r["nodes"], len(r["tree"]))
         )
 
-    def run(
-        self, grown: Trees, watch: Stopwatch, journal: Journal, over: Callable[[float], bool]
-    ) -> bool:
+    def run(self, grown: Trees, watch: Stopwatch, journal: Journal, over: Over) -> bool:
         """Times the trees, stage by stage; whether the time was enough for all rounds.
 
         Args:
@@ -264,7 +262,7 @@ class Tuning:
         """Trees by their names, after the root alone."""
         return {name: self.trees[name] for name in (PLAIN, *names)}
 
-    def _add(self, trees: Trees) -> None:
+    def _add(self, trees: Mapping[str, Tree | DynamicTree]) -> None:
         """Finds what trees accept."""
         for name, tree in trees.items():
             if name not in self.trees:

@@ -107,8 +107,7 @@ def test_replay_of_a_text_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grown", [False, True], ids=["static", "grown"])
-@pytest.mark.parametrize("scheme", [None, Lossless(1.0)], ids=["greedy", "lossless"])
+@pytest.mark.parametrize(("scheme", "grown"), [(None, False), (None, True), (Lossless(1.0), True)])
 def test_replay_takes_the_very_steps_of_decoding(
     stories: Model, scheme: Lossless | None, grown: bool
 ):
