@@ -141,9 +141,9 @@ def calibrate(
     generator: Generator,
     prompts: Sequence[Prompt],
     new_tokens: int,
-    grown: tuple[DynamicTree, ...],
-    journal: Journal,
-    over: Callable[[], bool],
+    grown: tuple[DynamicTree, ...] = (),
+    journal: Journal | None = None,
+    over: Callable[[], bool] = lambda: False,
 ) -> Calibration:
     """Writes a text after each prompt, as decoding would, and replays all of them.
 
@@ -151,12 +151,14 @@ def calibrate(
     written plainly.
 
     Args:
+      grown: trees that are replayed too, beside all static trees.
       journal: keeps each text; those of earlier runs are not written again.
       over: whether the time for new texts is over. Those of the trees that were timed stay.
     """
-    texts = {line["text"]: Text.of(line) for line in journal.records if "text" in line}
+    records = journal.records if journal else []
+    texts = {line["text"]: Text.of(line) for line in records if "text" in line}
     left = [number for number in range(len(prompts)) if number not in texts]
-    if left and not any("steps" in line for line in journal.records):
+    if left and not any("steps" in line for line in records):
         tree = generator.tree if isinstance(generator.acceptance, Typical) else Tree()
         writer = _Writer(generator.with_tree(tree, batch_size=BATCH), grown)
         jobs = [Job(prompts[number].ids, new_tokens, (number, 0)) for number in left]
@@ -165,7 +167,8 @@ def calibrate(
                 seconds = writer.prefill_seconds
                 for (number, _), replayed in zip(outputs, writer.replay(outputs), strict=True):
                     texts[number] = Text(prompts[number].category, *replayed, seconds)
-                    journal.add(texts[number].record(number))
+                    if journal:
+                        journal.add(texts[number].record(number))
                     bar.update()
     return Calibration([texts[number] for number in sorted(texts)], grown)
 

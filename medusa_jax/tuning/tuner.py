@@ -200,7 +200,13 @@ class Tuning:
             rows, key=lambda r: (isinstance(r["shape"], dict), r["nodes"], len(r["tree"]))
         )
 
-    def run(self, grown: Trees, watch: Stopwatch, journal: Journal, over: Over) -> bool:
+    def run(
+        self,
+        grown: Mapping[str, DynamicTree],
+        watch: Stopwatch,
+        journal: Journal,
+        over: Over,
+    ) -> bool:
         """Times the trees, stage by stage; whether the time was enough for all rounds.
 
         Args:

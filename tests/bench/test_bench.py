@@ -199,12 +199,25 @@ def test_slots_are_refilled(model, prompts, report, tmp_path):
     """Two slots for five prompts of three categories: the same texts as prompt by prompt."""
     refilled = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
                     "--max_prompts", 2, "--max_new_tokens", 5, "--repeats", 1,
-                    "--output", tmp_path / "out")  # fmt: skip
+                    "--drafters", "medusa", "--output", tmp_path / "out")  # fmt: skip
+    assert "| tokens a step |" in (tmp_path / "out/bench.md").read_text()
     assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa"}
     row, alone = (_row(r, "greedy", "overall", "medusa") for r in (refilled, report))
     assert row["same_texts"] == {"same": 5, "of": 5}
     for name in ("texts", "tokens", "num_drafts", "accepted_length_histogram"):
         assert row[name] == alone[name]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_model_without_heads_is_decoded_plainly(model, prompts, tmp_path):
+    headless = tmp_path / "headless"
+    shutil.copytree(model, headless)
+    (headless / "medusa_lm_head.safetensors").unlink()
+    flags = ["--raw", "--ignore_eos", "--max_new_tokens", 3, "--repeats", 1, "--peers", "hf"]
+    report = _run("--model", headless, *prompts[2:], *flags, "--output", tmp_path / "out")
+    assert [row["system"] for row in report["rows"]] == ["plain", "hf"] * 2
+    assert _row(report, "greedy", "overall", "hf")["same_texts"] == {"same": 2, "of": 2}
 
 
 def test_a_category_is_read(tmp_path):
