@@ -6,7 +6,7 @@ is decoded with for it.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from medusa_jax.data.prompts import read_requests
 from medusa_jax.decoding.acceptance import Typical
 from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.state import Output
+from medusa_jax.decoding.stats import Stats
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
@@ -177,19 +178,18 @@ Outputs = list[tuple[int, Output]]  # with the number of each prompt
 
 
 class _Writer:
-    """Writes texts, and replays them."""
+    """Writes texts, and replays them.
+
+    Attributes:
+      prefill_seconds: to read a prompt, lately.
+    """
 
     def __init__(self, generator: Generator, grown: tuple[DynamicTree, ...]) -> None:
-        self._generator = generator
+        self._generator, self.prefill_seconds = generator, 0.0
+        self._before = Stats()
         self._drafters = tuple(decoder_of(generator.with_tree(tree)).drafter for tree in grown)
 
-    @property
-    def prefill_seconds(self) -> float:
-        """To read a prompt, of all so far."""
-        stats = self._generator.stats
-        return (stats.seconds - stats.decode_seconds) / max(stats.prompts, 1)
-
-    def write(self, jobs: list[Job], over: Callable[[], bool]) -> Any:
+    def write(self, jobs: list[Job], over: Callable[[], bool]) -> Iterator[Outputs]:
         """Yields what has ended, `BATCH` at a time; begins nothing more once the time is over."""
         engine, coming, ended = self._generator.engine, collections.deque(jobs), []
         while coming or not engine.idle or ended:
@@ -201,9 +201,17 @@ class _Writer:
                 if row.output is not None:
                     row.output.check("a calibration text")
                     ended.append((row.job.stream[0], row.output))
+            self._look_at_prefill()
             while len(ended) >= BATCH or (ended and not coming and engine.idle):
                 yield ended[:BATCH]
                 del ended[:BATCH]
+
+    def _look_at_prefill(self) -> None:
+        """Takes the time of the last few prompts: the first calls of programs take longer."""
+        spent = self._generator.stats - self._before
+        if spent.prompts >= BATCH or not self.prefill_seconds:
+            self.prefill_seconds = (spent.seconds - spent.decode_seconds) / max(spent.prompts, 1)
+            self._before = dataclasses.replace(self._generator.stats)
 
     def replay(self, outputs: Outputs) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ranks and lengths of steps of each text, as `Text` has them."""
