@@ -9,10 +9,13 @@ import dataclasses
 from collections.abc import Callable
 
 from medusa_jax.checkpoints.load import Model
-from medusa_jax.decoding.acceptance import Acceptance
+from medusa_jax.decoding.acceptance import Acceptance, Lossless
+from medusa_jax.drafting.draft_model import NAME as DRAFT
+from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.ngram_drafter import NgramDrafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError, listed
 
@@ -36,6 +39,8 @@ class Recipe:
 
 DRAFTERS: dict[str, Callable[[Recipe], Drafter]] = {
     "medusa": lambda recipe: medusa_drafter(recipe.model.heads, recipe.tree),
+    "ngram": lambda recipe: NgramDrafter(_static(recipe)),
+    "draft": lambda recipe: _draft_model(recipe),
 }
 
 
@@ -57,7 +62,41 @@ def drafter_of(name: str | None, recipe: Recipe) -> Drafter:
         return NoDraft()
     if name is None:
         return medusa_drafter(recipe.model.heads, recipe.tree)
-    builder = DRAFTERS.get(name.partition(":")[0])
-    if builder is None:
+    known = DRAFTERS.get(name.partition(":")[0])
+    if known is None:
         raise InputError(f"--drafter {name}: there is no such drafter; known: {listed(DRAFTERS)}")
-    return builder(recipe)
+    return known(recipe)
+
+
+def draft_directory(name: str | None) -> str | None:
+    """The model that a drafter's name asks for: "draft:DIR" -> "DIR", None for other drafters.
+
+    Raises:
+      InputError: no model is named.
+    """
+    if name is None or name.partition(":")[0] != DRAFT:
+        return None
+    directory = name.partition(":")[2]
+    if not directory:
+        raise InputError("--drafter draft names no model; give draft:DIR, for example")
+    return directory
+
+
+def with_draft(model: Model, draft: Model) -> Model:
+    """The model with a smaller model that guesses for it."""
+    params = model.params | {DRAFT: draft.params["backbone"]}
+    return dataclasses.replace(model, params=params, draft=draft.config)
+
+
+def _draft_model(recipe: Recipe) -> Drafter:
+    if recipe.model.draft is None:
+        raise InputError("--drafter draft: the model was loaded without a draft model")
+    # Rows with settings of their own are followed along the likeliest children.
+    target = recipe.acceptance if isinstance(recipe.acceptance, Lossless) else None
+    return DraftModel(recipe.model.draft, _static(recipe), target)
+
+
+def _static(recipe: Recipe) -> Tree:
+    if not isinstance(recipe.tree, Tree):
+        raise InputError("--tree grow:SIZE is for heads; give chain:DEPTH or a file of a tree")
+    return recipe.tree
