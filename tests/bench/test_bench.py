@@ -199,9 +199,10 @@ def test_slots_are_refilled(model, prompts, report, tmp_path):
     """Two slots for five prompts of three categories: the same texts as prompt by prompt."""
     refilled = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
                     "--max_prompts", 2, "--max_new_tokens", 5, "--repeats", 1,
-                    "--drafters", "medusa", "--output", tmp_path / "out")  # fmt: skip
+                    "--drafters", "medusa,ngram", "--output", tmp_path / "out")  # fmt: skip
     assert "| tokens a step |" in (tmp_path / "out/bench.md").read_text()
-    assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa"}
+    assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa", "ngram"}
+    assert _row(refilled, "greedy", "overall", "ngram")["same_texts"] == {"same": 5, "of": 5}
     row, alone = (_row(r, "greedy", "overall", "medusa") for r in (refilled, report))
     assert row["same_texts"] == {"same": 5, "of": 5}
     for name in ("texts", "tokens", "num_drafts", "accepted_length_histogram"):
