@@ -30,9 +30,9 @@ from medusa_jax.serving.generator import Generator, load_generator
 from medusa_jax.serving.jobs import Job
 from medusa_jax.serving.options import DecodingOptions, dynamic_tree
 from medusa_jax.tuning import tree_search
+from medusa_jax.tuning.calibration import Calibration, Prompt, calibrate, read_prompts
 from medusa_jax.tuning.head_ranks import Ranks
 from medusa_jax.tuning.timing import PLAIN
-from medusa_jax.tuning.tuner import rank_texts, read_prompts, write_texts
 
 EXAMPLE = "python benchmarks/trees.py --prompts held_out.jsonl"
 Trees = dict[str, Tree | DynamicTree]
@@ -80,7 +80,7 @@ def tuning_of(generator: Generator) -> dict[str, Any]:
     raise InputError(f"nothing was tuned for this model, device and acceptance ({path})")
 
 
-def all_trees(generator: Generator, tuning: dict[str, Any], prompts: list[list[int]]) -> Trees:
+def all_trees(generator: Generator, tuning: dict[str, Any], calibration: Calibration) -> Trees:
     """The trees that take turns, by name."""
     heads = generator.model.heads.num_heads
     seconds = {
@@ -91,12 +91,12 @@ def all_trees(generator: Generator, tuning: dict[str, Any], prompts: list[list[i
     if best.size > 1:
         trees[f"grown, {best.size}"] = dynamic_tree(generator.model, best.size)
     trees = {name: tree for name, tree in trees.items() if tree != best} | {"tuned": best}
-    trees |= candidates(rank_texts(generator, write_texts(generator, prompts)), heads, seconds)
+    trees |= candidates(calibration.ranks, heads, seconds)
     return trees | {"mc_sim_7b_63": Tree.published("mc_sim_7b_63").limit_depth(heads)}
 
 
 def time_texts(
-    timed: dict[str, Generator], prompts: list[list[int]], options: Options
+    timed: dict[str, Generator], prompts: list[Prompt], options: Options
 ) -> dict[str, list[float]]:
     """Tokens per second of each tree in each repeat; prompt by prompt, in a random order."""
     speeds: dict[str, list[float]] = {name: [] for name in timed}
@@ -104,7 +104,7 @@ def time_texts(
     for _ in range(options.repeats):
         before = {name: dataclasses.replace(generator.stats) for name, generator in timed.items()}
         for number, prompt in enumerate(progress(prompts, label="decode", unit="prompts")):
-            job = Job(prompt, options.max_new_tokens or 1, (number, 0))
+            job = Job(prompt.ids, options.max_new_tokens or 1, (number, 0))
             for name in order.permutation(list(timed)):
                 run_jobs(timed[name].engine, [job])
         for name, generator in timed.items():
@@ -117,7 +117,8 @@ def compare(options: Options) -> None:
     generator = load_generator(options)
     tuning = tuning_of(generator)
     prompts = read_prompts(options.prompts, options.max_prompts, generator)
-    trees = all_trees(generator, tuning, prompts)
+    calibration = calibrate(generator, prompts, options.max_new_tokens or 1)
+    trees = all_trees(generator, tuning, calibration)
     timed = {name: generator.with_tree(tree, ignore_eos=True) for name, tree in trees.items()}
     speeds = time_texts(timed, prompts, options)
     head = ["tree", "tokens", "mean accepted length", "tokens/s (min to max)", "tuned over it"]

@@ -26,8 +26,8 @@ from medusa_jax.serving.options import DecodingOptions, usable_ranks
 from medusa_jax.training.config_file import read_config
 from medusa_jax.training.trainer import train
 from medusa_jax.tuning import tree_search
+from medusa_jax.tuning.calibration import calibrate, read_prompts
 from medusa_jax.tuning.head_ranks import Ranks
-from medusa_jax.tuning.tuner import rank_texts, read_prompts, write_texts
 
 EXAMPLE = "python benchmarks/experiments/cheap_heads.py --config configs/stories_medusa1.py ..."
 PUBLISHED = "mc_sim_7b_63"
@@ -61,7 +61,7 @@ def bytes_of_heads(generator: Generator) -> tuple[float, float]:
 def ranks(options: Options, generator: Generator, files: list[str]) -> list[Ranks]:
     """How the heads rank the tokens of the model's own texts to these prompts."""
     prompts = read_prompts(files, options.max_prompts, generator)
-    return rank_texts(generator, write_texts(generator, prompts))
+    return calibrate(generator, prompts, options.max_new_tokens or 1).ranks
 
 
 def lengths(options: Options, generator: Generator) -> dict[str, float]:

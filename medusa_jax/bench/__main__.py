@@ -1,8 +1,7 @@
 """Benchmarks: `python -m medusa_jax.bench [prompts | steps | memory] FLAGS`.
 
 Without a word the program is `prompts`. Flags of older command lines choose theirs:
-`--random_weights NAME` means `steps --model NAME`, and with `--compile_only` it means
-`memory --model NAME`.
+`--random_weights NAME` means `steps`, and with `--compile_only` it means `memory --model NAME`.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -22,20 +21,19 @@ RANDOM = "--random_weights"
 def choose(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """The program that the arguments ask for, and its own arguments.
 
-    ("--random_weights", "110m", "--sizes", "1") -> "steps", ["--model", "110m", "--sizes", "1"]
+    ("--random_weights", "110m", "--sizes", "1") -> "steps" with the same arguments
     """
     if arguments and arguments[0] in PROGRAMS:
         return arguments[0], list(arguments[1:])
     flags = {argument.partition("=")[0] for argument in arguments}
-    own = [
+    if "--compile_only" not in flags:
+        return ("steps" if RANDOM in flags else "prompts"), list(arguments)
+    return "memory", [
         "--model" + argument.removeprefix(RANDOM)
         if argument.partition("=")[0] == RANDOM
         else argument
         for argument in arguments
     ]
-    if "--compile_only" in flags:
-        return "memory", own
-    return ("steps" if RANDOM in flags else "prompts"), own
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

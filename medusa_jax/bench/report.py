@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medusa_jax.bench.measure import MEDUSA
+from medusa_jax.bench.measure import MEDUSA, PLAIN
 from medusa_jax.bench.summary import OVERALL
 from medusa_jax.reports import number_cell, pyplot, spread_cell, table
 
@@ -21,9 +21,18 @@ BANDWIDTH = (
     "Bandwidth: what steps must read, over what a copy on this device moves; more than 100% where "
     "the model stays in the caches."
 )
+DRAFTING = (
+    "Drafting: how much longer a step takes than a plain step (medians), which drafts nothing and "
+    "verifies a single token."
+)
 NO_ACCEPTANCE = (
     "Weights and heads are random: acceptance is not measured, and steps are timed, not texts."
 )
+
+
+def label(system: str) -> str:
+    """What a reader calls a system; drafters have the name that was asked for."""
+    return LABELS.get(system, system)
 
 
 def markdown(report: Report) -> str:
@@ -35,10 +44,12 @@ def markdown(report: Report) -> str:
     else:
         acceptances = dict.fromkeys(row["acceptance"] for row in report["rows"])
         parts += [part for one in acceptances for part in _acceptance(report, one)]
+        if report.get("drafters"):
+            parts += [drafters_table(report["rows"]), DRAFTING]
         parts.append(
             "Medians over the repeats, with the least and the greatest. Speedup: tokens/s over "
-            "our plain decoding in the same repeat. Step: time of a step over a plain step. "
-            + BANDWIDTH
+            "our plain decoding in the same repeat. Accepted by depth: in how many steps a guess "
+            "of depth 1, 2, ... was accepted. Step: time of a step over a plain step. " + BANDWIDTH
         )
     return "\n\n".join(parts)
 
@@ -90,10 +101,11 @@ def _acceptance(report: Report, acceptance: str) -> list[str]:
     cells = [
         [
             row["category"],
-            LABELS[row["system"]],
+            label(row["system"]),
             spread_cell(row["tokens_per_second"], "{:.1f}"),
             spread_cell(row["speedup"], "{:.2f}x"),
             number_cell(row.get("mean_accepted_length"), "{:.2f}"),
+            " ".join(f"{share:.0%}" for share in row.get("accepted_share_per_pos", ())) or "-",
             spread_cell(row.get("step_overhead"), "{:.2f}x"),
             spread_cell(row["time_to_first_token_seconds"], "{:.1f}", scale=1e3),
             spread_cell(row.get("bandwidth_share"), "{:.0%}"),
@@ -101,8 +113,8 @@ def _acceptance(report: Report, acceptance: str) -> list[str]:
         for row in rows
     ]
     head = [
-        "category", "system", "tokens/s", "speedup", "accepted length", "step", "first token ms",
-        "bandwidth",
+        "category", "system", "tokens/s", "speedup", "accepted length", "accepted by depth", "step",
+        "first token ms", "bandwidth",
     ]  # fmt: skip
     parts = [
         f"### {report['schemes'][acceptance]}{_tree(rows)}, "
@@ -110,11 +122,34 @@ def _acceptance(report: Report, acceptance: str) -> list[str]:
         table(head, cells),
     ]
     same = [
-        f"{LABELS[row['system']]} {row['same_texts']['same']} of {row['same_texts']['of']}"
+        f"{label(row['system'])} {row['same_texts']['same']} of {row['same_texts']['of']}"
         for row in report["rows"]
         if (row["acceptance"], row["category"]) == (acceptance, OVERALL) and "same_texts" in row
     ]
     return [*parts, f"Texts equal to plain decoding's: {', '.join(same)}."] if same else parts
+
+
+def drafters_table(rows: list[Row]) -> str:
+    """The drafters beside each other, over all prompts: tokens a step, its cost, and speed."""
+    overall = [row for row in rows if row["category"] == OVERALL and "tree_size" in row]
+    plain = {row["acceptance"]: row for row in overall if row["system"] == PLAIN}
+    cells = []
+    for row in overall:
+        step, base = (one["step_seconds"]["median"] for one in (row, plain[row["acceptance"]]))
+        cells.append(
+            [
+                row["acceptance"],
+                label(row["system"]),
+                str(row["tree_size"]),
+                f"{row['mean_accepted_length']:.2f}",
+                spread_cell(row["step_seconds"], "{:.2f}", scale=1e3),
+                f"{1e3 * (step - base):.2f}",
+                spread_cell(row["tokens_per_second"], "{:.1f}"),
+                spread_cell(row["speedup"], "{:.2f}x"),
+            ]
+        )
+    head = ["acceptance", "drafter", "tokens verified", "tokens a step", "ms a step"]
+    return table([*head, "drafting, ms", "tokens/s", "speedup"], cells)
 
 
 def steps_table(rows: list[Row]) -> str:
@@ -159,7 +194,7 @@ def _draw_speed(report: Report, figure: Any) -> bool:
     for acceptance, axes in zip(acceptances, panels, strict=True):
         rows = _rows(report, acceptance)
         categories = list(dict.fromkeys(row["category"] for row in rows))
-        systems = [name for name in LABELS if any(row["system"] == name for row in rows)]
+        systems = list(dict.fromkeys(row["system"] for row in rows))
         width = 0.8 / len(systems)
         for place, system in enumerate(systems):
             speeds = {r["category"]: r["tokens_per_second"] for r in rows if r["system"] == system}
@@ -169,7 +204,7 @@ def _draw_speed(report: Report, figure: Any) -> bool:
                 [speeds[category]["median"] for category in categories],
                 width,
                 yerr=_error_bars([speeds[category] for category in categories]),
-                label=LABELS[system],
+                label=label(system),
             )
         axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
         axes.set_title(acceptance)
@@ -184,10 +219,10 @@ def _draw_acceptance(report: Report, figure: Any) -> bool:
     """How often a step accepts at least k guesses: of each acceptance, and of each category."""
     acceptances = dict.fromkeys(row["acceptance"] for row in report["rows"])
     every = [row for acceptance in acceptances for row in _rows(report, acceptance)]
-    rows = [row for row in every if row["system"] == MEDUSA]
+    rows = [row for row in every if row.get("tree_size", 1) > 1]
     axes = figure.subplots()
     for row in rows:
-        shares = [one / row["num_drafts"] for one in row["num_accepted_tokens_per_pos"]]
+        shares = row["accepted_share_per_pos"]
         bold = row["category"] == OVERALL
         axes.plot(
             range(1, len(shares) + 1),
@@ -195,7 +230,7 @@ def _draw_acceptance(report: Report, figure: Any) -> bool:
             marker="o",
             linewidth=2.5 if bold else 1,
             alpha=1 if bold else 0.5,
-            label=f"{row['acceptance']}, {row['category']}",
+            label=f"{row['acceptance']}, {row['category']}, {label(row['system'])}",
         )
     axes.set_xlabel("guesses accepted, at least")
     axes.set_ylabel("share of steps")

@@ -16,7 +16,8 @@ from medusa_jax.bench.report import NO_ACCEPTANCE
 from medusa_jax.bench.summary import about, copy_bandwidth
 from medusa_jax.bench.synthetic import abstract_model, random_model, random_params
 from medusa_jax.bench.timing import TREE, time_steps, trees
-from medusa_jax.checkpoints.hub import shipped
+from medusa_jax.checkpoints.backbone import read_settings, settings_file
+from medusa_jax.checkpoints.hub import resolve, shipped
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.quantization import CHOICES, NONE, check
 from medusa_jax.checkpoints.weight_layout import usable
@@ -28,10 +29,11 @@ from medusa_jax.drafting.drafter import Params
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.files import check_directory
-from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.config import ModelConfig, from_hf
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.options import option
 from medusa_jax.progress import progress
+from medusa_jax.tuning.clock import clock
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class StepsOptions:
 
     model: str | None = option(None, help="Hugging Face directory, hub id, GGUF file, or smollm2 "
         f"(default: the package's small model); random weights: {', '.join(PRESETS)}")  # fmt: skip
+    random_weights: str | None = option(None, metavar="SHAPE", help="random weights, in the shape "
+        "of one of these or of a directory's config.json")  # fmt: skip
     heads: str | None = option(None, help="directory, file or hub id of Medusa heads (default: "
         "those found with the model, else random ones)")  # fmt: skip
     heads_number: int = option(4, least=1, help="of random heads")
@@ -65,6 +69,8 @@ class StepsOptions:
         "(default: hardly more than the steps of a timing may make)")  # fmt: skip
     max_new_tokens: int = option(32, least=1, help="steps of a timing; each makes a token or more")
     repeats: int = option(3, least=1, help="rounds in which all sizes and batch sizes take turns")
+    minutes: float | None = option(None, least=0, help="no further round after so many, loading "
+        "left out")  # fmt: skip
     output: str = option(metavar="DIR", help="steps.json, bench.json, bench.md and a plot")
 
     @property
@@ -97,11 +103,15 @@ def bench(options: StepsOptions) -> None:
       InputError: an option is wrong.
     """
     check_directory(options.output)
-    if options.model in PRESETS and options.heads:
-        raise InputError(f"--heads: the weights of {options.model} are random, and so its heads")
+    if options.random_weights and options.model:
+        raise InputError("--random_weights names a shape: it goes with no --model")
+    shape = options.random_weights or (options.model if options.model in PRESETS else None)
+    if shape and options.heads:
+        raise InputError(f"--heads: the weights of {shape} are random, and so its heads")
     if options.compile_only:
         return compile_only(options, options.compile_only)
-    subject, bandwidth = load(options), copy_bandwidth()
+    subject = random_subject(options, shape) if shape else load(options)
+    bandwidth, over = copy_bandwidth(), clock(options.minutes)
     cases = len(trees(options.sizes, subject.heads.num_heads)) * len(set(options.batch_sizes))
     with progress(total=cases * (options.repeats + 1), label="timing", unit="runs") as bar:
         rows = time_steps(
@@ -117,6 +127,7 @@ def bench(options: StepsOptions) -> None:
             mesh=subject.mesh,
             kernels="attention" in kernels.used(options.no_kernels),
             tick=bar.update,
+            over=over,
         )
     report = about() | subject.source | {
         "note": subject.note,
@@ -127,7 +138,7 @@ def bench(options: StepsOptions) -> None:
         "heads": dataclasses.asdict(subject.heads),
         "max_new_tokens": options.max_new_tokens,
         "max_length": options.max_length,
-        "repeats": options.repeats,
+        "repeats": rows[0]["repeats"],
         "copy_bandwidth": bandwidth,
         "rows": rows,
     }  # fmt: skip
@@ -141,10 +152,11 @@ def compile_only(options: StepsOptions, topology: str) -> None:
       InputError: an option is wrong.
       DoesNotFit: a step needs more memory than a device has; after all are written.
     """
-    config, heads = compiled_steps.shapes_of(options.model, options.heads)
+    model = options.random_weights or options.model
+    config, heads = compiled_steps.shapes_of(model, options.heads)
     records, short = compiled_steps.compile_steps(
         topology,
-        str(options.model or shipped()),
+        str(model or shipped()),
         config,
         heads or random_heads(options, config),
         sizes=options.sizes,
@@ -168,19 +180,42 @@ def record(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load(options: StepsOptions) -> Subject:
-    """The model that the options name; its weights or its heads are random if there are none."""
+def random_subject(options: StepsOptions, shape: str) -> Subject:
+    """Random weights in the shape of a preset, or of a model directory whose weights are not read.
+
+    Raises:
+      InputError: there is no such shape.
+    """
     check(options.quantize)
-    if options.model in PRESETS:
-        config = PRESETS[options.model]
-        heads = random_heads(options, config)
-        mesh = decode_mesh(options.mesh, config) if options.mesh else None
-        products = "products" in kernels.used(options.no_kernels)
-        layout: dict[str, Any] = {"few_rows": products and usable(mesh)}
-        layout["quantize"] = options.quantize
-        params = random_model(config, heads, options.precision, mesh, **layout)
-        source = {"kind": "random_weights", "preset": options.model}
-        return Subject(config, heads, params, mesh, source, NO_ACCEPTANCE)
+    config = shape_of(shape)
+    heads = random_heads(options, config)
+    mesh = decode_mesh(options.mesh, config) if options.mesh else None
+    products = "products" in kernels.used(options.no_kernels)
+    layout: dict[str, Any] = {"few_rows": products and usable(mesh), "quantize": options.quantize}
+    params = random_model(config, heads, options.precision, mesh, **layout)
+    source = {"kind": "random_weights", "preset": shape}
+    return Subject(config, heads, params, mesh, source, NO_ACCEPTANCE)
+
+
+def shape_of(name: str) -> ModelConfig:
+    """The shape of a preset or of a model, whose weights need not be there.
+
+    Raises:
+      InputError: it is neither.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        place = resolve(name)
+        return from_hf(read_settings(place), str(settings_file(place)))
+    except InputError as error:
+        shapes = ", ".join(PRESETS)
+        raise InputError(f"--random_weights {name}: no shape of {shapes}, and {error}") from None
+
+
+def load(options: StepsOptions) -> Subject:
+    """The model that the options name; its heads are random if there are none."""
+    check(options.quantize)
     name = str(options.model or shipped())
     products = "products" in kernels.used(options.no_kernels)
     where = options.precision, options.mesh, products, options.quantize

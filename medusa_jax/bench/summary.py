@@ -18,15 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medusa_jax.bench.measure import MEDUSA, PLAIN, Run, Task
+from medusa_jax.bench.measure import PLAIN, Run, Task
 from medusa_jax.bench.peers import PEERS
 from medusa_jax.decoding.stats import Stats
 from medusa_jax.distributed.hardware import cpu, device_bandwidth
+from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.tree import Tree
 
 OVERALL = "overall"
-SYSTEMS = (PLAIN, MEDUSA, *PEERS)
 
 Group = tuple[str, str, str]  # acceptance, category, system
 
@@ -34,13 +33,13 @@ Group = tuple[str, str, str]  # acceptance, category, system
 def summarise(
     tasks: Sequence[Task],
     runs: Sequence[Run],
-    trees: Mapping[str, Tree | DynamicTree],
+    drafters: Mapping[str, Mapping[str, Drafter]],
     bandwidth: float,
 ) -> list[dict[str, Any]]:
     """One row an acceptance, category and system; "overall" is all categories together.
 
     Args:
-      trees: of each acceptance.
+      drafters: of each acceptance and system that has any.
       bandwidth: of a copy on this device, bytes a second.
     """
     groups: dict[Group, list[Run]] = collections.defaultdict(list)
@@ -59,9 +58,13 @@ def summarise(
             row["same_texts"] = _same(first, plain)
         if any(run.lengths for run in first):
             lengths = [length for run in first for length in run.lengths]
-            tree = trees[acceptance] if system == MEDUSA else Tree()
-            row |= {"tree_size": tree.size, "tree_grown": isinstance(tree, DynamicTree)}
-            row |= counters(lengths, tree.size, tree.depth)
+            drafter = drafters[acceptance].get(system, NoDraft())
+            grown = isinstance(getattr(drafter, "tree", None), DynamicTree)
+            row |= {"tree_size": drafter.size, "tree_grown": grown}
+            row |= counters(lengths, drafter.size, drafter.depth)
+            row["accepted_share_per_pos"] = [
+                count / len(lengths) for count in row["num_accepted_tokens_per_pos"]
+            ]
         rows.append(row)
     return rows
 
@@ -154,13 +157,16 @@ def _speed(runs: Sequence[Run], plain: Sequence[Run], bandwidth: float) -> dict[
 
 
 def _order(groups: Iterable[Group]) -> Callable[[Group], tuple[int, bool, int, int]]:
-    """Acceptances and categories as they came, "overall" last; systems as in SYSTEMS."""
-    acceptances, categories, _ = (list(dict.fromkeys(names)) for names in zip(*groups, strict=True))
+    """Acceptances and categories as they came, "overall" last; plain first, peers last."""
+    acceptances, categories, names = (
+        list(dict.fromkeys(names)) for names in zip(*groups, strict=True)
+    )
+    names.sort(key=lambda name: (name != PLAIN, [*PEERS].index(name) + 1 if name in PEERS else 0))
     return lambda group: (
         acceptances.index(group[0]),
         group[1] == OVERALL,
         categories.index(group[1]),
-        SYSTEMS.index(group[2]),
+        names.index(group[2]),
     )
 
 

@@ -5,7 +5,7 @@ The time depends on shapes alone, so weights may be random.
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,7 @@ def time_steps(
     mesh: Mesh | None = None,
     kernels: bool = True,
     tick: Callable[[], object] = lambda: None,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """A row for each batch size and tree: ms a step, its ratio to the plain step, bandwidth.
 
@@ -84,6 +85,7 @@ def time_steps(
       mesh: the devices that the parameters are split over.
       kernels: as of a `Decoder`.
       tick: called after each of the (repeats + 1) x batch sizes x trees runs; the first compile.
+      over: whether the time is over, so that no further repeat begins after the first.
 
     Raises:
       InputError: `max_length` is too short, or exceeds the model's context.
@@ -95,15 +97,18 @@ def time_steps(
     params = in_fast_order(decoders[chosen[-1].size], params, max(batch_sizes))
     cases = list(itertools.product(dict.fromkeys(batch_sizes), decoders))
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
-    for repeat in range(repeats + 1):
-        shift = repeat % len(cases)
-        for batch, size in cases[shift:] + cases[:shift]:
-            seconds = _step_seconds(decoders[size], params, batch, steps)
-            if repeat:
-                times[batch, size].append(seconds)
-            tick()
+    for repeat, (batch, size) in _turns(cases, repeats, over):
+        seconds = _step_seconds(decoders[size], params, batch, steps)
+        if repeat:
+            times[batch, size].append(seconds)
+        tick()
     return [
-        {"batch_size": batch, "nodes": size, "depth": decoders[size].drafter.depth}
+        {
+            "batch_size": batch,
+            "nodes": size,
+            "depth": decoders[size].drafter.depth,
+            "repeats": len(times[batch, size]),
+        }
         | _figures(
             times[batch, size],
             times[batch, 1],
@@ -112,6 +117,18 @@ def time_steps(
         )
         for batch, size in cases
     ]
+
+
+def _turns(
+    cases: list[tuple[int, int]], repeats: int, over: Callable[[], bool]
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Repeats and cases, each of which leads in its turn; repeat 0 is one more than asked for."""
+    for repeat in range(repeats + 1):
+        if repeat > 1 and over():
+            return
+        shift = repeat % len(cases)
+        for case in cases[shift:] + cases[:shift]:
+            yield repeat, case
 
 
 def time_prefill(

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from medusa_jax.checkpoints.load import Model
@@ -19,6 +18,7 @@ from medusa_jax.decoding.acceptance import Acceptance
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.prompt_blocks import RowSettings
 from medusa_jax.decoding.state import RUNNING, State
+from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
@@ -112,11 +112,18 @@ def step_seconds(
     return [min(seconds, default=np.inf) for seconds in times]  # a row that failed takes no step
 
 
-def empty_state(decoder: Decoder, params: Params, batch_size: int) -> State:
-    """Rows that have no prompt and go on to the end: no prompt must be read for them."""
+def empty_state(decoder: Decoder, params: Params, batch_size: int, tokens: int = 0) -> State:
+    """Rows that have no prompt and go on to the end: no prompt must be read for them.
+
+    Args:
+      tokens: that the cache of each is said to hold; a step reads so many.
+    """
     state = decoder.empty(params, batch_size, RowSettings())
-    limit = jnp.full(batch_size, decoder.capacity, jnp.int32)
-    return dataclasses.replace(state, limit=limit, finish=jnp.full_like(state.finish, RUNNING))
+    limit, length = (np.full(batch_size, value, np.int32) for value in (decoder.capacity, tokens))
+    rows = limit, length, np.full(batch_size, RUNNING, np.int32)
+    limit, length, finish = everywhere(rows, decoder.mesh)
+    cache = dataclasses.replace(state.cache, length=length)
+    return dataclasses.replace(state, cache=cache, limit=limit, finish=finish)
 
 
 def predicted(trees: Trees, sizes: list[int], seconds: list[float]) -> list[dict[str, Any]]:

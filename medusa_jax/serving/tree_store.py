@@ -141,7 +141,7 @@ def accepted_lengths(
 ) -> list[tuple[Tree | DynamicTree, float]]:
     """The trees that a tuning describes, and the mean accepted length of each.
 
-    Those are its rows with a "shape", which older tunings lack, and its best tree.
+    Those are its rows with a "shape", which older tunings lack, timed or not, and its best tree.
 
     Raises:
       InputError: a row is wrong; the message begins with `origin`.
@@ -149,6 +149,10 @@ def accepted_lengths(
     best, rows = tuning.get("best"), tuning.get("table", [])
     if not isinstance(rows, list):
         raise InputError(f"{origin}: 'table' must be a list, got {json_files.short(rows)}")
+    untimed = tuning.get("untimed", [])
+    if not isinstance(untimed, list):
+        raise InputError(f"{origin}: 'untimed' must be a list, got {json_files.short(untimed)}")
+    rows = [*rows, *untimed]
     if isinstance(best, dict):
         rows = [best | {"shape": tuning.get("tree")}, *rows]
     found = []

@@ -1,7 +1,7 @@
 """The best static tree for a table of ranks (`head_ranks.py`).
 
     grow       builds the best tree: node after node by the probability that its whole path is right
-    simulate   replays decoding with a tree, exactly, without running the model
+    replay     replays decoding, exactly, without running the model
 
 A path's probability is counted where the table has seen its beginning often, and
 falls back on the head's own accuracy where not (the original multiplies
@@ -56,34 +56,52 @@ def grow(table: Ranks, size: int, top_k: int) -> tuple[list[Node], list[float]]:
     return nodes, values
 
 
-def simulate(texts: Sequence[Ranks], tree: Tree) -> tuple[int, np.ndarray, np.ndarray]:
-    """What decoding these very texts with a tree would do.
+def step_lengths(ranks: Ranks, tree: Tree) -> np.ndarray:
+    """Tokens that a step at each position would accept with a tree [P].
+
+    Example: tree ((0), (0, 0), (1)). At ranks (0, 5) it accepts the root and (0): 2 tokens.
+    """
+    lengths = np.ones(len(ranks), np.int64)
+    for node in tree.nodes:
+        right = (ranks[:, : len(node)] == node).all(axis=1)
+        lengths[right] = np.maximum(lengths[right], len(node) + 1)
+    return lengths
+
+
+def replay(texts: Sequence[np.ndarray], most: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """What decoding these very texts would do, step after step.
+
+    Args:
+      texts: of each, what a step at each position accepts [P].
+      most: the most that a step can accept.
 
     Returns:
       tokens made; the positions, in the joined texts, at which steps began; how
       many steps made 1, 2, ... tokens. The steps in which a text ends are left
       out, since what they would have accepted beyond it is not known.
+
+    Example: one text with lengths (2, 1, 1, 3), most 3: steps at 0 and 2 make 2 and 1
+    tokens -> 3, (0, 2), (1, 1, 0). The step at 3 is left out.
     """
-    children = {node: slot for slot, node in enumerate(tree.slots)}
     made, offset = 0, 0
     starts: list[int] = []
-    lengths = np.zeros(tree.path_cells + 1, np.int64)
-    for ranks in texts:
-        position = 0
-        while position < len(ranks):
-            node: Node = ()
-            for rank in ranks[position, : tree.depth]:
-                if rank == UNKNOWN or (*node, int(rank)) not in children:
-                    break
-                node = (*node, int(rank))
-            length = len(node) + 1
-            if position + length < len(ranks):
+    counts = [0] * (most + 1)
+    for each in texts:
+        position, lengths = 0, each.tolist()
+        while position < len(lengths):
+            length = lengths[position]
+            if position + length < len(lengths):
                 starts.append(offset + position)
-                lengths[length] += 1
+                counts[length] += 1
                 made += length
             position += length
-        offset += len(ranks)
-    return made, np.array(starts, np.int64), lengths[1:]
+        offset += len(lengths)
+    return made, np.array(starts, np.int64), np.array(counts[1:], np.int64)
+
+
+def simulate(texts: Sequence[Ranks], tree: Tree) -> tuple[int, np.ndarray, np.ndarray]:
+    """`replay` of these texts with a static tree."""
+    return replay([step_lengths(ranks, tree) for ranks in texts], tree.path_cells)
 
 
 def mean_accepted_length(texts: Sequence[Ranks], tree: Tree) -> float:

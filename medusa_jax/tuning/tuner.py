@@ -1,14 +1,18 @@
 """Finds the tree that decodes fastest: for these heads, this device, batch and acceptance.
 
 1. The model writes texts to the calibration prompts, and each head is asked at
-   each position how it ranks the token that came (`head_ranks.py`).
-2. For each size the best tree is built, and decoding with it replayed on those
-   ranks (`tree_search.py`): its mean accepted length.
-3. On this device the trees take turns decoding (`timing.py`): the time of a step.
+   each position how it ranks the token that came (`calibration.py`).
+2. For each size the best tree is built (`tree_search.py`), and decoding with it
+   replayed on those ranks: its mean accepted length.
+3. On this device some of the trees take turns (`timing.py`): the time of a step. Then
+   those of the sizes between do, where they may be the fastest.
 4. The fastest do so again and for longer, beside the best trees of their size that
    are less deep: those ask fewer heads.
 5. The highest product, tokens per second, wins; among equals the longest accepted
    length. It is kept where `--tree auto` looks, with the table and a plot.
+
+The time is bounded. Each measurement is kept beside the output (`journal.py`), and
+a run that was stopped goes on with them.
 
 Sampled text is less predictable: give the acceptance and temperature you will
 decode with. For `typical` the replay only knows the texts that were taken, not
@@ -16,41 +20,54 @@ what else would have been accepted, so its lengths are lower bounds.
 """
 
 import dataclasses
+import functools
+import hashlib
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 
-from medusa_jax.checkpoints.hub import shipped
-from medusa_jax.data.prompts import read_requests
 from medusa_jax.data.text_files import check_readable
-from medusa_jax.decoding.acceptance import Typical
-from medusa_jax.decoding.prefill import bucket
-from medusa_jax.decoding.state import Output
-from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.files import check_output, writing
 from medusa_jax.options import option
-from medusa_jax.progress import progress
+from medusa_jax.progress import say
 from medusa_jax.serving import tree_store
-from medusa_jax.serving.conversations import Conversation
-from medusa_jax.serving.engine import run_jobs
+from medusa_jax.serving.drafters import from_heads
 from medusa_jax.serving.generator import Generator, load_generator
-from medusa_jax.serving.jobs import Job
-from medusa_jax.serving.options import DecodingOptions, acceptance_of, dynamic_tree, usable_ranks
-from medusa_jax.tuning import head_ranks, report, tree_search
-from medusa_jax.tuning.timing import PLAIN, Row, choose, near, predict, time_trees
+from medusa_jax.serving.options import DecodingOptions, acceptance_of, usable_ranks
+from medusa_jax.tuning import head_ranks, report
+from medusa_jax.tuning.calibration import Calibration, Prompt, calibrate, read_prompts
+from medusa_jax.tuning.candidates import first_trees, grown_trees, less_deep, static_trees
+from medusa_jax.tuning.clock import Over, clock
+from medusa_jax.tuning.journal import Journal
+from medusa_jax.tuning.timing import (
+    LEAST_ROUNDS,
+    PLAIN,
+    Row,
+    Stopwatch,
+    Trees,
+    choose,
+    may_win,
+    near,
+    predict,
+    take_turns,
+    timed,
+)
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
-DYNAMIC_SIZES = (4, 5, 6, 7, 8, 12, 16, 32, 64)
 FINAL = 0.05  # so near the fastest in the first rounds, a tree is timed again
 FINAL_ROUNDS = 2  # times as many rounds for the fastest
-CALIBRATION_BATCH = 8
+# Parts of the time that are over when the texts end, and the rounds of each stage.
+TEXTS, STAGES = 0.25, {"coarse": 0.55, "fine": 0.75, "final": 1.0}
+# What may differ between a run and the run that goes on with it.
+FREE = ("minutes", "output", "plot", "debug", "repeats", "sizes", "acceptance")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,9 +78,11 @@ class TuneOptions(DecodingOptions):
         "calibrate with, first turns (default: those that ship with the project)")  # fmt: skip
     max_prompts: int = option(200, least=1, help="of all files together")
     max_new_tokens: int | None = option(128, least=1, help="of each text")
-    sizes: list[int] = option(list(SIZES), nargs="+", help="tree sizes to time, in tokens")
-    grown: bool = option(False, help="also time trees grown at each step")
+    sizes: list[int] = option(list(SIZES), nargs="+", help="tree sizes to choose from, in tokens")
+    grown: bool = option(False, help="also choose from trees grown at each step")
     repeats: int = option(25, least=1, help="rounds in which the trees take turns")
+    minutes: float = option(10.0, least=0, help="to measure, loading left out: then the best so "
+        "far is taken, and a later run goes on")  # fmt: skip
     output: str | None = option(
         None, metavar="FILE", help="JSON (default: where --tree auto looks)"
     )
@@ -80,10 +99,13 @@ def tune(options: TuneOptions) -> None:
 
     Raises:
       InputError: an option is wrong, or there are too few prompts.
+      FloatingPointError: the model's numbers are not finite.
     """
     acceptance_of(options)
     if min(options.sizes) < 1:
         raise InputError(f"--sizes: a tree has at least one token, got {min(options.sizes)}")
+    if not from_heads(options.drafter):
+        raise InputError(f"--drafter {options.drafter}: trees are tuned for heads, and it has none")
     for path in options.prompts or ():  # loading takes long
         check_readable(path, "--prompts")
     generator = load_generator(options)
@@ -91,19 +113,23 @@ def tune(options: TuneOptions) -> None:
     prompts = read_prompts(options.prompts, options.max_prompts, generator)
     if len(prompts) < options.batch_size:
         raise InputError(f"{len(prompts)} prompts do not fill a batch of {options.batch_size}")
-    ranks = rank_texts(generator, write_texts(generator, prompts))
-    bench = Measurements(options, generator, prompts, ranks)
-    trees = candidates(options, generator, ranks)
-    bench.measure(trees, options.repeats)
-    fast = near([bench.rows[name] for name in trees if name != PLAIN], FINAL)
-    final = {name: trees[name] for name in (PLAIN, *(row["tree"] for row in fast))}
-    final |= less_deep(final, ranks, usable_ranks(generator.model))
-    bench.measure(final, FINAL_ROUNDS * options.repeats)
-    best = choose(bench.rows.values())
-    rows = list(bench.rows.values())
+    over = clock(options.minutes)
+    kept = path.with_name(f"{path.name}.measured.jsonl")
+    with Journal(kept, purpose(options, generator, prompts)) as journal:
+        grown = grown_trees(generator) if options.grown else {}
+        what = generator, prompts, options.new_tokens, tuple(grown.values()), journal
+        calibration = calibrate(*what, lambda: over(TEXTS))
+        tuning = Tuning(options, generator, calibration, path)
+        whole = tuning.run(grown, stopwatch(options, generator, prompts), journal, over)
+        tuning.save(whole)
+        if whole:
+            journal.remove()
+    rows, best = tuning.table(), tuning.best
     print(report.markdown(rows, best))
-    save(path, options, generator, (trees | final)[best["tree"]], best, rows, ranks)
     print(f"\nwrote {path}", file=sys.stderr)
+    if not whole:
+        message = "minutes are over: the best so far is taken, and the same command goes on"
+        print(f"{options.minutes:g} {message}", file=sys.stderr)
     report.plot(rows, best, Path(options.plot) if options.plot else path.with_suffix(".png"))
 
 
@@ -122,145 +148,144 @@ def destination(options: TuneOptions, generator: Generator) -> Path:
     return path
 
 
-def candidates(
-    options: TuneOptions, generator: Generator, ranks: Sequence[head_ranks.Ranks]
-) -> dict[str, Tree | DynamicTree]:
-    """The trees of the first rounds by name: the root alone, static trees, dynamic trees."""
-    top_k = usable_ranks(generator.model)
-    trees: dict[str, Tree | DynamicTree] = {PLAIN: Tree()}
-    for size in progress(sorted(set(options.sizes) - {1}), label="trees", unit="trees"):
-        tree = tree_search.best_tree(ranks, size, top_k)
-        trees[str(tree.size)] = tree
-    if options.grown:
-        trees |= {f"grow:{size}": dynamic_tree(generator.model, size) for size in DYNAMIC_SIZES}
-    return trees
-
-
-def less_deep(
-    trees: dict[str, Tree | DynamicTree], ranks: Sequence[head_ranks.Ranks], top_k: int
-) -> dict[str, Tree | DynamicTree]:
-    """The best trees of the same sizes at each smaller depth, named "8:2"."""
-    found: dict[str, Tree | DynamicTree] = {}
-    for name, tree in trees.items():
-        for depth in range(2, tree.depth):
-            if isinstance(tree, DynamicTree):
-                found[f"{name}:{depth}"] = dataclasses.replace(tree, depth=depth)
-            else:
-                found[f"{name}:{depth}"] = tree_search.best_tree(ranks, tree.size, top_k, depth)
-    return found
-
-
-@dataclasses.dataclass
-class Measurements:
-    """The rows of the trees that were timed.
-
-    Attributes:
-      rows: by the name of the tree; `timing.Row` has the keys.
-    """
-
-    options: TuneOptions
-    generator: Generator
-    prompts: list[list[int]]
-    ranks: list[head_ranks.Ranks]
-    rows: dict[str, Row] = dataclasses.field(default_factory=dict)
-
-    def measure(self, trees: dict[str, Tree | DynamicTree], rounds: int) -> None:
-        """Times some trees, and predicts the speed of all that were timed so far."""
-        options = self.options
-        lengths = {name: row["mean_accepted_length"] for name, row in self.rows.items()}
-        rows = time_trees(self.generator, trees, self.prompts, options.new_tokens, rounds)
-        for name, row in rows.items():
-            known = lengths.get(name)
-            row["mean_accepted_length"] = known or self.accepted_length(trees[name])
-            row["shape"] = tree_store.shape(trees[name])
-        self.rows |= rows
-        predict(self.rows, options.batch_size, options.new_tokens)
-
-    def accepted_length(self, tree: Tree | DynamicTree) -> float:
-        """Mean accepted length: replayed on the ranks or, where the tree is dynamic, decoded."""
-        if isinstance(tree, Tree):
-            return tree_search.mean_accepted_length(self.ranks, tree)
-        generator = self.generator.with_tree(tree, batch_size=CALIBRATION_BATCH)
-        run_jobs(generator.engine, jobs(self.prompts, self.options.new_tokens))
-        return generator.stats.mean_accepted_length
-
-
-def jobs(prompts: list[list[int]], new_tokens: int) -> list[Job]:
-    """The prompts as jobs, each with a random stream of its own."""
-    return [Job(prompt, new_tokens, (number, 0)) for number, prompt in enumerate(prompts)]
-
-
-def write_texts(generator: Generator, prompts: list[list[int]]) -> list[Output]:
-    """Continues the prompts as decoding would: plainly, but for `Typical`, which then differs."""
-    plain = not isinstance(generator.acceptance, Typical)
-    tree = Tree() if plain else generator.tree
-    writer = generator.with_tree(tree, batch_size=CALIBRATION_BATCH)
-    new_tokens = generator.options.max_new_tokens or 1
-    outputs: dict[Job, Output] = {}
-    todo = jobs(prompts, new_tokens)
-    for job in todo:
-        writer.engine.submit(job)
-    with progress(total=len(todo), label="texts", unit="texts") as bar:
-        while not writer.engine.idle:
-            done = {p.job: p.output for p in writer.engine.advance() if p.output is not None}
-            for output in done.values():
-                output.check("a calibration text")
-            outputs |= done
-            bar.update(len(done))
-    return [outputs[job] for job in todo]
-
-
-def rank_texts(generator: Generator, texts: list[Output]) -> list[head_ranks.Ranks]:
-    """How the heads rank the tokens of the texts, text by text."""
-    model, ranks = generator.model, []
-    for start in progress(range(0, len(texts), CALIBRATION_BATCH), label="ranks", unit="batches"):
-        batch = texts[start : start + CALIBRATION_BATCH]
-        ids = [text.prompt_ids + text.token_ids for text in batch]
-        tokens = np.zeros((CALIBRATION_BATCH, bucket(max(map(len, ids)))), np.int32)
-        for row, text_ids in enumerate(ids):
-            tokens[row, : len(text_ids)] = text_ids
-        table = head_ranks.right_ranks(
-            model.config, model.heads, model.params, everywhere(tokens, model.mesh)
-        )
-        for row, text in enumerate(batch):
-            own = np.asarray(table[row])
-            ranks.append(head_ranks.text_ranks(own, len(text.prompt_ids), len(ids[row])))
-    return ranks
-
-
-def read_prompts(files: Sequence[str] | None, most: int, generator: Generator) -> list[list[int]]:
-    """Prompt ids of the first turns of prompt files (default: those that ship), `most` together."""
-    prompts: list[list[int]] = []
-    for path in files or [str(shipped("prompts.jsonl"))]:
-        for request in read_requests(path):
-            if len(prompts) < most:
-                prompts.append(Conversation(request).ask(generator.text))
-    if not prompts:
-        raise InputError("--prompts hold no prompt")
-    return prompts
-
-
-def save(
-    path: Path,
-    options: TuneOptions,
-    generator: Generator,
-    tree: Tree | DynamicTree,
-    best: Row,
-    rows: list[Row],
-    ranks: list[head_ranks.Ranks],
-) -> None:
-    """Adds the tuning to a file, where `--tree auto` looks."""
-    top_k = usable_ranks(generator.model)
-    tuning = {
+def purpose(
+    options: TuneOptions, generator: Generator, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """What measurements depend on: model, heads, device, precision, options and prompts."""
+    model = generator.model
+    chosen = {name: str(value) for name, value in vars(options).items() if name not in FREE}
+    return {
+        **chosen,
+        **tree_store.conditions(model, model.precision),
+        "fingerprint": model.fingerprint,
         "acceptance": tree_store.describe(generator.acceptance),
-        "batch_size": options.batch_size,
-        **tree_store.conditions(generator.model, generator.model.precision),
+        "contents": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "backend": jax.default_backend(),
         "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "tree": tree_store.shape(tree),
-        "best": best,
-        "table": rows,
-        "accuracy": head_ranks.accuracy(ranks, top_k).round(5).tolist(),
     }
-    tree_store.save(path, tuning)
+
+
+def stopwatch(options: TuneOptions, generator: Generator, prompts: Sequence[Prompt]) -> Stopwatch:
+    """Times steps in the middle of a text that is as long as they usually are."""
+    prompt = int(statistics.median(len(prompt.ids) for prompt in prompts))
+    return Stopwatch(generator, prompt + options.new_tokens // 2, prompt + options.new_tokens)
+
+
+class Tuning:
+    """The trees, what they accept and how long their steps take.
+
+    Attributes:
+      trees: all of them, by name.
+      rows: of each, by name; `timing.Row` has the keys. Some were not timed.
+    """
+
+    def __init__(
+        self, options: TuneOptions, generator: Generator, calibration: Calibration, path: Path
+    ) -> None:
+        self._options, self._generator = options, generator
+        self._calibration, self._path = calibration, path
+        self._top_k = usable_ranks(generator.model)
+        self.trees: Trees = {}
+        self.rows: dict[str, Row] = {}
+
+    @property
+    def best(self) -> Row:
+        """The row of the tree that wins so far."""
+        return choose(self.table())
+
+    def table(self) -> list[Row]:
+        """The rows that were timed: static trees by size, then grown trees."""
+        rows = [row for row in self.rows.values() if "tokens_per_second" in row]
+        return sorted(
+            rows, key=lambda r: (isinstance(r["shape"], dict), r["nodes"], len(r["tree"]))
+        )
+
+    def run(
+        self,
+        grown: Mapping[str, DynamicTree],
+        watch: Stopwatch,
+        journal: Journal,
+        over: Over,
+    ) -> bool:
+        """Times the trees, stage by stage; whether the time was enough for all rounds.
+
+        Args:
+          grown: those that are grown at each step.
+          over: whether a part of the time is over.
+        """
+        repeats, whole = self._options.repeats, True
+        self._add(static_trees(self._options.sizes, self._calibration, self._top_k))
+        self._add({name: tree for name, tree in grown.items() if name.count(":") == 1})
+
+        def stage(name: str, trees: Trees, rounds: int) -> bool:
+            if len(trees) == 1 and self.table():  # nothing but the root is left
+                return True
+            end = functools.partial(over, STAGES[name])
+            what = name, trees, rounds, watch, journal
+            times = take_turns(*what, over=end, tell=self._learn, seed=self._options.seed)
+            self._learn(times)
+            for row in self.table():
+                if row["tree"] in trees:
+                    say(report.line(row, self.rows[PLAIN]))
+            return len(times[PLAIN]) >= rounds
+
+        whole &= stage("coarse", first_trees(self.trees), repeats)
+        untimed = [row for row in self.rows.values() if "tokens_per_second" not in row]
+        names = [row["tree"] for row in may_win(self.table(), untimed, FINAL)]
+        whole &= stage("fine", self._named(names), repeats)
+        fast = near([row for row in self.table() if row["tree"] != PLAIN], FINAL)
+        final = self._named([row["tree"] for row in fast])
+        self._add(shallow := less_deep(final, self._calibration, self._top_k))
+        whole &= stage("final", final | shallow, FINAL_ROUNDS * repeats)
+        return whole
+
+    def save(self, whole: bool) -> None:
+        """Adds the tuning to a file, where `--tree auto` looks."""
+        model, options = self._generator.model, self._options
+        untimed = [row for row in self.rows.values() if "tokens_per_second" not in row]
+        tree_store.save(
+            self._path,
+            {
+                "acceptance": tree_store.describe(self._generator.acceptance),
+                "batch_size": options.batch_size,
+                **tree_store.conditions(model, model.precision),
+                "backend": jax.default_backend(),
+                "jax": jax.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+                "complete": whole,
+                "texts": len(self._calibration.texts),
+                "tree": self.best["shape"],
+                "best": self.best,
+                "table": self.table(),
+                "untimed": untimed,
+                "accuracy": head_ranks.accuracy(self._calibration.ranks, self._top_k)
+                .round(5)
+                .tolist(),
+            },
+        )
+
+    def _named(self, names: Sequence[str]) -> Trees:
+        """Trees by their names, after the root alone."""
+        return {name: self.trees[name] for name in (PLAIN, *names)}
+
+    def _add(self, trees: Mapping[str, Tree | DynamicTree]) -> None:
+        """Finds what trees accept."""
+        for name, tree in trees.items():
+            if name not in self.trees:
+                self.trees[name] = tree
+                row = {"tree": name, "nodes": tree.size, "shape": tree_store.shape(tree)}
+                self.rows[name] = row | self._calibration.acceptance(tree)
+
+    def _learn(self, times: dict[str, list[float]]) -> None:
+        """Takes the times of some trees; shows the first of each, and saves the best so far."""
+        options = self._options
+        prefill = {"prefill_seconds": self._calibration.prefill_seconds * options.batch_size}
+        for name, found in timed(times).items():
+            self.rows[name] |= found | prefill
+        rows = {name: row for name, row in self.rows.items() if "step_over_plain" in row}
+        predict(rows, options.batch_size, options.new_tokens)
+        latest = list(times)[-1]
+        if len(times[latest]) == 1:
+            say(report.line(self.rows[latest], self.rows[PLAIN]))
+        elif len(times[latest]) >= LEAST_ROUNDS:
+            self.save(False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from medusa_jax.bench import measure as bench_measure
 from medusa_jax.bench import peers, summary
 from medusa_jax.bench import prompts as program
 from medusa_jax.bench.__main__ import main
-from medusa_jax.bench.measure import Task, measure, split
+from medusa_jax.bench.measure import Measurement, Run, Task, groups_of, split
+from medusa_jax.bench.report import drafters_table
 from medusa_jax.bench.summary import counters
 from medusa_jax.data.prompts import Request, read_requests
 from medusa_jax.decoding.stats import Stats
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.medusa_heads import NO_HEADS
+from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving.conversations import Completion, Conversation
+from medusa_jax.tuning.journal import Journal
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +102,12 @@ def made(model, prompts, tmp_path_factory) -> Path:
         patch.setattr(program, "copy_bandwidth", lambda: summary.copy_bandwidth(4096))
         flags = ["--acceptance", "greedy,typical", "--max_prompts", 2, "--repeats", 2]
         flags += ["--raw", "--ignore_eos", "--max_new_tokens", 5, "--output", directory]
-        _run("--model", model, *prompts, *flags)
+        stopped = _run("--model", model, *prompts, *flags, "--minutes", 0)
+        kept = (directory / "runs.jsonl").read_text()
+        report = _run("--model", model, *prompts, *flags)
+    # The first prompt was decoded before, and the report has the times of then.
+    assert (stopped["complete"], stopped["rows"][0]["texts"]) == (False, 1)
+    assert report["complete"] and kept
     return directory
 
 
@@ -187,12 +199,26 @@ def test_slots_are_refilled(model, prompts, report, tmp_path):
     """Two slots for five prompts of three categories: the same texts as prompt by prompt."""
     refilled = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
                     "--max_prompts", 2, "--max_new_tokens", 5, "--repeats", 1,
-                    "--output", tmp_path / "out")  # fmt: skip
-    assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa"}
+                    "--drafters", "medusa,ngram", "--output", tmp_path / "out")  # fmt: skip
+    assert "| tokens a step |" in (tmp_path / "out/bench.md").read_text()
+    assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa", "ngram"}
+    assert _row(refilled, "greedy", "overall", "ngram")["same_texts"] == {"same": 5, "of": 5}
     row, alone = (_row(r, "greedy", "overall", "medusa") for r in (refilled, report))
     assert row["same_texts"] == {"same": 5, "of": 5}
     for name in ("texts", "tokens", "num_drafts", "accepted_length_histogram"):
         assert row[name] == alone[name]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_model_without_heads_is_decoded_plainly(model, prompts, tmp_path):
+    headless = tmp_path / "headless"
+    shutil.copytree(model, headless)
+    (headless / "medusa_lm_head.safetensors").unlink()
+    flags = ["--raw", "--ignore_eos", "--max_new_tokens", 3, "--repeats", 1, "--peers", "hf"]
+    report = _run("--model", headless, *prompts[2:], *flags, "--output", tmp_path / "out")
+    assert [row["system"] for row in report["rows"]] == ["plain", "hf"] * 2
+    assert _row(report, "greedy", "overall", "hf")["same_texts"] == {"same": 2, "of": 2}
 
 
 def test_a_category_is_read(tmp_path):
@@ -212,6 +238,10 @@ def test_a_category_is_read(tmp_path):
         (["--peers", "none", "hf"], "--peers none goes with no other"),
         (["--peers", "vllm"], "invalid choice: 'vllm'"),
         (["--batch_size", 2, "--peers", "hf"], "at batch size 1 only"),
+        (["--drafters", "medusa,best"], "no drafter 'best'; known: "),
+        (["--drafters", "medusa,medusa"], "each is measured once"),
+        (["--drafters", "medusa", "--drafter", "medusa"], "--drafter goes with no --drafters"),
+        (["--minutes", -1], "--minutes must be at least 0, got -1"),
         (["--histogram", "y"], "unrecognized arguments: --histogram y"),
     ],
 )  # fmt: skip
@@ -268,9 +298,8 @@ def test_turns_are_tasks():
     assert list(split("greedy", "qa", [_answered(1)], batch_size=8)) == []
 
 
-def test_systems_take_turns():
-    """Each leads in its turn, task by task and repeat by repeat, after a pass of each that is
-    left out."""
+def _measured(path: Path, monkeypatch: pytest.MonkeyPatch, over, repeats: int = 2):
+    """What systems decode, by name and prompt, and the runs, of prompts (10) and (20)."""
     calls: list[tuple[str, int]] = []
 
     def system(name: str):
@@ -280,9 +309,26 @@ def test_systems_take_turns():
 
         return run
 
-    tasks = [Task("greedy", "qa", [[number]], [(number, 0)]) for number in (10, 20)]
-    systems = {"greedy": {name: system(name) for name in ("plain", "medusa", "hf")}}
-    runs = list(measure(tasks, systems, repeats=2))
+    def tasks(generators, members, problems):
+        return [Task("greedy", "qa", [[10 * (number + 1)]], [(number, 0)]) for number, _ in members]
+
+    monkeypatch.setattr(bench_measure, "make_tasks", tasks)
+    generator = types.SimpleNamespace(options=types.SimpleNamespace(batch_size=1))
+    requests = [Request(("a",)), Request(("b",))]
+    names = ("plain", "medusa", "hf")
+    with Journal(path, {}) as journal:
+        made = {"greedy": {name: system(name) for name in names}}
+        asked: Any = {"greedy": {"medusa": generator}}
+        measured = Measurement(asked, requests, lambda task: made, journal)
+        for _ in measured.run(repeats, over):
+            pass
+    return calls, measured
+
+
+def test_systems_take_turns(tmp_path, monkeypatch):
+    """Each leads in its turn, task by task and repeat by repeat, after a pass of each that is
+    left out."""
+    calls, measured = _measured(tmp_path / "runs", monkeypatch, lambda: False)
     warm, timed = calls[:3], calls[3:]
     assert warm == [("plain", 10), ("medusa", 10), ("hf", 10)]
     assert timed == [
@@ -291,4 +337,48 @@ def test_systems_take_turns():
         ("medusa", 10), ("hf", 10), ("plain", 10),
         ("hf", 20), ("plain", 20), ("medusa", 20),
     ]  # fmt: skip
-    assert [(run.task, run.repeat) for run in runs[::3]] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [(run.task, run.repeat) for run in measured.runs[::3]] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+        (1, 1),
+    ]
+    assert measured.complete(2) and measured.whole_repeats == 2
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    """Stopped after three of four tasks: one repeat is whole, and only the fourth is left."""
+    left = iter([False, False, True])
+    calls, measured = _measured(tmp_path / "runs", monkeypatch, lambda: next(left))
+    assert len(calls) == 3 * (1 + 3)
+    assert measured.whole_repeats == 1 and not measured.complete(2)
+    calls, again = _measured(tmp_path / "runs", monkeypatch, lambda: False)
+    assert calls[3:] == [("hf", 20), ("plain", 20), ("medusa", 20)]
+    assert again.runs[:9] == measured.runs and again.complete(2)
+
+
+def test_categories_take_turns():
+    """So that a part of the prompts has all categories."""
+    requests = [Request(category=category) for category in ("a", "a", "a", "b", "c", "c")]
+    numbers = [[number for number, _ in group] for group in groups_of(requests, 1)]
+    assert numbers == [[0], [3], [4], [1], [5], [2]]
+    numbers = [[number for number, _ in group] for group in groups_of(requests, 8)]
+    assert numbers == [[0, 1, 2], [3], [4, 5]]
+
+
+def test_drafters_beside_each_other():
+    """Of 10 steps each; the second takes 5 ms more than plain steps and accepts 2 tokens."""
+    cost = {"plain": (0.1, [1] * 10), "medusa": (0.15, [2] * 10), "ngram": (0.12, [1, 2] * 5)}
+    task = Task("greedy", "qa", [[1]], [(0, 0)])
+    runs = []
+    for name, (seconds, lengths) in cost.items():
+        stats = Stats(tokens=sum(lengths), passes=10, seconds=seconds, decode_seconds=seconds)
+        runs.append(Run(0, name, 0, [[0] * sum(lengths)], lengths, stats))
+    drafter = medusa_drafter(NO_HEADS, Tree(((0,), (0, 0))))
+    drafters = {"greedy": {"medusa": drafter, "ngram": drafter}}
+    rows = summary.summarise([task], runs, drafters, bandwidth=1e9)
+    cells = [line.split(" | ") for line in drafters_table(rows).splitlines()[2:]]
+    assert [line[1] for line in cells] == ["plain", "Medusa", "ngram"]
+    assert [line[3] for line in cells] == ["1.00", "2.00", "1.50"]
+    assert [line[5].split()[0] for line in cells] == ["0.00", "5.00", "2.00"]
+    assert [line[7].split()[0] for line in cells] == ["1.00x", "1.33x", "1.25x"]

@@ -10,6 +10,7 @@ import pytest
 from medusa_jax.bench import steps, summary, timing
 from medusa_jax.bench.__main__ import main
 from medusa_jax.bench.timing import room, time_steps, trees
+from medusa_jax.checkpoints.backbone import open_backbone
 from medusa_jax.drafting.drafter import NoDraft
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
@@ -98,6 +99,21 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     assert calls == [(2, 1), (2, 4), (2, 4), (2, 1), (2, 1), (2, 4), (2, 4), (2, 1)]
 
 
+def test_no_round_begins_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(timing, "_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(timing, "step_bytes", lambda *_: 6e8)
+    heads = HeadsConfig(2, 1, TIED.hidden_size, TIED.vocab_size)
+    how = {"sizes": [4], "batch_sizes": [2], "steps": 8, "repeats": 3, "copy_bandwidth": 1e9}
+    for over, repeats in ((True, 1), (False, 3)):
+        rows = time_steps(TIED, heads, {}, **how, over=lambda over=over: over)
+        assert [row["repeats"] for row in rows] == [repeats] * 2
+
+
+def test_the_shape_of_a_directory_without_weights(saved, tmp_path):
+    (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    assert steps.shape_of(str(tmp_path)) == open_backbone(saved).config
+
+
 def test_a_timing_ends_when_the_device_has_ended(monkeypatch):
     """Four steps keep the device busy for 8 s, long after the call has returned."""
     clock = types.SimpleNamespace(now=0.0)
@@ -142,6 +158,9 @@ def test_trees_are_cut_once_each():
         (["--sizes", 4, 0], "--sizes must be at least 1, got 0"),
         (["--model", "./none"], "./none does not exist"),
         (["--model", "110m", "--heads", "x"], "the weights of 110m are random"),
+        (["--random_weights", "110m", "--heads", "x"], "the weights of 110m are random"),
+        (["--random_weights", "110m", "--model", "110m"], "it goes with no --model"),
+        (["--random_weights", "./none"], "--random_weights ./none: no shape of"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

@@ -11,6 +11,8 @@ import pytest
 from medusa_jax.bench.measure import Run, Task
 from medusa_jax.bench.summary import counters, spread, summarise
 from medusa_jax.decoding.stats import Stats
+from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.medusa_heads import NO_HEADS
 from medusa_jax.drafting.tree import Tree
 
 TASKS = [
@@ -19,6 +21,7 @@ TASKS = [
 ]
 MATHS, QA = list(range(12)), list(range(8))
 TREE = Tree.from_lists([[0], [1], [0, 0], [0, 1], [0, 0, 0]])  # six nodes, three deep
+DRAFTER = medusa_drafter(NO_HEADS, TREE)
 
 
 def run(
@@ -50,7 +53,7 @@ def runs() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def rows() -> dict[tuple[str, str], dict[str, Any]]:
-    found = summarise(TASKS, runs(), {"greedy": TREE}, bandwidth=2000.0)
+    found = summarise(TASKS, runs(), {"greedy": {"medusa": DRAFTER}}, bandwidth=2000.0)
     assert all(row["acceptance"] == "greedy" for row in found)
     return {(row["category"], row["system"]): row for row in found}
 
@@ -119,6 +122,7 @@ def test_acceptance_counts_the_first_repeat(rows):
         "num_draft_tokens": 40,
         "num_accepted_tokens": 13,
         "num_accepted_tokens_per_pos": [6, 6, 1],
+        "accepted_share_per_pos": [6 / 8, 6 / 8, 1 / 8],
         "accepted_length_histogram": [2, 0, 5, 1],
         "mean_accepted_length": 2.625,
     }

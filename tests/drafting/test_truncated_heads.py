@@ -19,7 +19,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.training.objective import Objective
 from medusa_jax.training.settings import Config, Heads
 from medusa_jax.training.weights import heads_shape
-from medusa_jax.tuning.head_ranks import right_ranks
+from medusa_jax.tuning.head_ranks import replayed
 
 PROMPTS = [[1, 5, 9, 3], [2, 2, 7]]
 
@@ -73,7 +73,7 @@ def test_ranks_of_tokens_that_cannot_be_said_come_last(tiny: TinyModel):
     tokens = jnp.array([[1, 5, 9, 3, 3, 9, 5, 1]])
     few = truncated(tiny, [3, 5])
     params = for_decoding(few.params, tied=few.config.tied)
-    ranks = np.asarray(right_ranks(few.config, few.heads, params, tokens))[0]
+    ranks = np.asarray(replayed(few.config, few.heads, (), params, tokens)[0])[0]
     asked = np.asarray(tokens)[0][2:8]  # head 1 at positions 0 to 5
     assert set(ranks[:6, 0][np.isin(asked, [3, 5])]) <= {0, 1}
     assert set(ranks[:6, 0][~np.isin(asked, [3, 5])]) == {few.config.vocab_size}

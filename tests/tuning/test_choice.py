@@ -4,9 +4,13 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
-from medusa_jax.tuning import timing
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.tuning import candidates, timing
+from medusa_jax.tuning.calibration import Calibration, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,3 +140,45 @@ def test_a_median_lies_within_its_own_extremes_on_a_machine_that_drifts():
     for row in rows:
         low, high = row["step_seconds_spread"]
         assert low <= row["step_seconds"] <= high
+
+
+def tree_row(name: str, nodes: int, accepted: float, over: float | None = None) -> dict[str, Any]:
+    """A row that was timed where there is `over`, its step over a plain step."""
+    shape: Any = {} if name.startswith("grow") else []
+    found = {"tree": name, "nodes": nodes, "shape": shape, "mean_accepted_length": accepted}
+    return found | ({} if over is None else {"step_over_plain": over})
+
+
+def test_a_size_that_cannot_win_is_not_timed():
+    """12 tokens would accept 2 in at least 2 plain steps, where 2 tokens accept 1.5 in 1.1."""
+    timed = [tree_row("1", 1, 1, 1), tree_row("2", 2, 1.5, 1.1), tree_row("8", 8, 1.9, 2)]
+    untimed = [tree_row("12", 12, 2.0), tree_row("5", 5, 1.7), tree_row("3", 3, 1.2)]
+    assert [one["tree"] for one in timing.may_win(timed, untimed, 0.05)] == ["5"]
+    assert len(timing.may_win(timed, untimed, 1.0)) == 3
+    # Static trees say nothing of grown trees, whose step may be no slower than a plain step.
+    grown = [tree_row("grow:12", 12, 2.0)]
+    assert timing.may_win(timed, grown, 0.05) == grown
+
+
+def test_some_sizes_of_each_sort_are_timed_first():
+    static = {str(size): Tree(tuple((rank,) for rank in range(size - 1))) for size in range(1, 7)}
+    grown = {f"grow:{size}": DynamicTree(size, 2) for size in (4, 5, 6, 7)}
+    assert list(candidates.first_trees(static | grown)) == ["1", "2", "5", "grow:4", "grow:7"]
+
+
+def test_acceptance_by_position_and_by_category():
+    """Text a makes 2 and 1 tokens, text b 3 and 1; what ends a text is left out."""
+
+    def text(category: str, *ranks: list[int]) -> Text:
+        return Text(category, np.array(ranks), np.zeros((len(ranks), 0), np.int32), 0.1)
+
+    texts = [
+        text("a", [0, 5], [9, 9], [9, 9], [9, 9]),
+        text("b", [0, 0], [9, 9], [9, 9], [9, 9], [9, 9]),
+    ]
+    found = Calibration(texts, ()).acceptance(Tree(((0,), (0, 0))))
+    assert found == {
+        "mean_accepted_length": 7 / 4,
+        "accepted_share_per_pos": [0.5, 0.25],
+        "mean_accepted_length_by_category": {"a": 1.5, "b": 2},
+    }

@@ -11,11 +11,19 @@ from medusa_jax.checkpoints.load import Model
 from medusa_jax.decoding.acceptance import Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
+from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.tuning.head_ranks import UNKNOWN, accuracy, right_ranks, text_ranks
-from medusa_jax.tuning.tree_search import best_tree, grow, mean_accepted_length, simulate
+from medusa_jax.tuning.head_ranks import UNKNOWN, accuracy, replayed, text_ranks
+from medusa_jax.tuning.tree_search import (
+    best_tree,
+    grow,
+    mean_accepted_length,
+    replay,
+    simulate,
+    step_lengths,
+)
 
 PROMPTS = [[1, 403, 407, 261, 378], [1, 400], [1, 20, 30, 40]]
 
@@ -25,7 +33,7 @@ def test_ranks_are_places_in_the_sorted_logits(tiny: TinyModel):
     from medusa_jax.model.backbone import Backbone, causal_mask
 
     tokens = jnp.array([[4, 8, 15, 16, 23, 39], [1, 2, 3, 4, 5, 6]])
-    found = right_ranks(tiny.config, tiny.heads, tiny.params, tokens)
+    found, _ = replayed(tiny.config, tiny.heads, (), tiny.params, tokens)
     positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
     backbone = {"params": tiny.params["backbone"]}
     hidden, _ = Backbone(tiny.config).apply(backbone, tokens, positions, causal_mask(6))
@@ -99,23 +107,39 @@ def test_replay_of_a_text_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [None, Lossless(1.0)], ids=["greedy", "lossless"])
-def test_replay_takes_the_very_steps_of_decoding(stories: Model, scheme: Lossless | None):
-    tree = Tree.published("mc_sim_7b_63").cut(20)
+@pytest.mark.parametrize(("scheme", "grown"), [(None, False), (None, True), (Lossless(1.0), True)])
+def test_replay_takes_the_very_steps_of_decoding(
+    stories: Model, scheme: Lossless | None, grown: bool
+):
+    tree = DynamicTree(7, 3, 6) if grown else Tree.published("mc_sim_7b_63").cut(20)
     how = {"acceptance": scheme} if scheme else {}
-    decoder = Decoder(stories.config, medusa_drafter(stories.heads, tree), capacity=128, **how)
+    drafter = medusa_drafter(stories.heads, tree)
+    decoder = Decoder(stories.config, drafter, capacity=128, **how)
     state = decoder.prefill(stories.params, PROMPTS, max_new_tokens=90)
     for one in outputs(decoder.generate(stories.params, state)):
-        ids = jnp.array([one.prompt_ids + one.token_ids])
-        table = right_ranks(stories.config, stories.heads, stories.params, ids)[0]
-        ranks = text_ranks(np.asarray(table), len(one.prompt_ids), ids.shape[1])
-        made, starts, lengths = simulate([ranks], tree)
+        ids = np.zeros((1, 128), np.int32)
+        length = len(one.prompt_ids + one.token_ids)
+        ids[0, :length] = one.prompt_ids + one.token_ids
+        what = stories.config, stories.heads, (drafter,), stories.params
+        table, lengths = (np.asarray(array[0]) for array in replayed(*what, ids))
+        if isinstance(tree, Tree):
+            ranks = text_ranks(table, len(one.prompt_ids), length)
+            by_ranks = step_lengths(ranks, tree)
+        else:
+            by_ranks = lengths[len(one.prompt_ids) - 1 : length - 1, 0]
+        made, starts, counts = replay([by_ranks], tree.path_cells)
         steps = one.tokens_per_step[: len(starts)]
         assert len(starts) >= len(one.tokens_per_step) - 1  # all but the one the text ends in
         assert made == sum(steps)
-        np.testing.assert_array_equal(
-            lengths, np.bincount(steps, minlength=tree.path_cells + 1)[1:]
-        )
+        np.testing.assert_array_equal(counts, np.bincount(steps, minlength=tree.path_cells + 1)[1:])
+
+
+def test_steps_of_a_text():
+    """Lengths 2, 1, 1, 3: steps at 0 and 2; that at 3 ends the text and is left out."""
+    made, starts, counts = replay([np.array([2, 1, 1, 3])], 3)
+    assert (made, starts.tolist(), counts.tolist()) == (3, [0, 2], [1, 1, 0])
+    lengths = step_lengths(np.array([[0, 5], [0, 0], [1, 0]]), Tree(((0,), (0, 0), (1,))))
+    assert lengths.tolist() == [2, 3, 2]
 
 
 def test_best_tree_beats_the_published_one_on_its_texts():

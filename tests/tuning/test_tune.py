@@ -19,7 +19,7 @@ from medusa_jax.serving import tree_store
 from medusa_jax.serving.generator import Generator
 from medusa_jax.tuning import timing, tuner
 
-FLAGS = ["--max_new_tokens", "24", "--sizes", "1", "3", "6", "--repeats", "2"]
+FLAGS = ["--max_new_tokens", "24", "--sizes", "1", "3", "6", "--repeats", "4"]
 
 
 @pytest.fixture
@@ -63,13 +63,40 @@ def test_tunes_and_is_found_again(
 ):
     monkeypatch.setattr(tuner, "FINAL", 1.0)  # however fast they are, all are timed again
     prompts = home / "prompts.jsonl"
-    texts = ("Once upon a time", "One day, a girl", "Tom and Lily")
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    texts = {"Once upon a time": "park", "One day, a girl": "girl", "Tom and Lily": ""}
+    lines = [json.dumps({"prompt": text, "category": name}) for text, name in texts.items()]
+    prompts.write_text("\n".join(lines))
+    turns: list[str] = []
+    seconds = timing.Stopwatch.seconds
+
+    def counted(watch: timing.Stopwatch, name: str, tree: Any) -> float:
+        turns.append(name)
+        return seconds(watch, name, tree)
+
+    monkeypatch.setattr(timing.Stopwatch, "seconds", counted)
     flags = flags_of(shared, "--prompts", str(prompts), *FLAGS)
-    assert tune(flags) == 0
-    table = capsys.readouterr().out
+    assert tune([*flags, "--minutes", "0"]) == 0  # time for the least that must be
     (path,) = (home / "trees").glob("*.json")
+    (early,) = json.loads(path.read_text())["tunings"]
+    measured = path.with_name(f"{path.name}.measured.jsonl")
+    assert measured.exists() and not early["complete"]
+    assert "the same command goes on" in capsys.readouterr().err
+    coarse, fine, final = ["1", "3"], ["1", "6"], ["1", "3", "6", "6:2"]
+    assert sorted(turns) == sorted([*coarse, *fine, *final] * timing.LEAST_ROUNDS)
+    turns.clear()
+    assert tune(flags) == 0
+    assert sorted(turns) == sorted([*coarse, *fine] + final * (2 * 4 - timing.LEAST_ROUNDS))
+    assert not measured.exists()
+    out = capsys.readouterr()
+    table = out.out
+    assert all(f"tree {name}: " in out.err for name in final)  # as they come
     (made,) = json.loads(path.read_text())["tunings"]
+    assert made["complete"] and made["accuracy"] == early["accuracy"] and not made["untimed"]
+    shares = made["table"][2]["accepted_share_per_pos"]
+    assert 1 > shares[0] >= shares[1] > 0
+    assert 1 + sum(shares) == pytest.approx(made["table"][2]["mean_accepted_length"], abs=1e-3)
+    categories = made["table"][2]["mean_accepted_length_by_category"]
+    assert categories.keys() == {"park", "girl"} and all(one >= 1 for one in categories.values())
     assert [row["tree"] for row in made["table"]] == ["1", "3", "6", "6:2"]
     assert [row["nodes"] for row in made["table"]] == [1, 3, 6, 6]
     lengths = [row["mean_accepted_length"] for row in made["table"]]
