@@ -62,6 +62,7 @@ def test_tunes_and_is_found_again(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(tuner, "FINAL", 1.0)  # however fast they are, all are timed again
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0.01)
     prompts = home / "prompts.jsonl"
     texts = {"Once upon a time": "park", "One day, a girl": "girl", "Tom and Lily": ""}
     lines = [json.dumps({"prompt": text, "category": name}) for text, name in texts.items()]
