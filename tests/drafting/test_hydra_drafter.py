@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
+from medusa_jax.serving.drafters import Recipe, drafter_of
 from medusa_jax.tuning.head_ranks import right_ranks
 
 PROMPTS = [[1, 5, 9], [3], [7, 2, 11, 30, 4]]
@@ -60,6 +62,10 @@ def test_the_drafter_is_that_of_the_heads(tiny: TinyModel):
     assert isinstance(medusa_drafter(heads, STATIC), HydraDrafter)
     with pytest.raises(InputError, match="4 deep"):
         Decoder(tiny.config, medusa_drafter(heads, Tree.chain(4)))
+    recipe: Any = Recipe(types.SimpleNamespace(heads=heads), STATIC, Greedy())
+    assert drafter_of(None, recipe) == drafter_of("hydra", recipe) == HydraDrafter(heads, STATIC)
+    with pytest.raises(InputError, match="--drafter medusa: the heads of this model are hydra"):
+        drafter_of("medusa", recipe)
 
 
 @pytest.mark.slow
