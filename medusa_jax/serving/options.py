@@ -147,7 +147,8 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     num_heads = model.heads.num_heads
     if not num_heads and from_heads(options.drafter):
         raise InputError(
-            f"no Medusa heads were found with {options.model}: give --heads, or --autoregressive"
+            f"no Medusa heads were found with {options.model}: give --heads, --drafter ngram, or "
+            "--autoregressive"
         )
     tree = options.tree
     if not isinstance(tree, str):
