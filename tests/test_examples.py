@@ -28,7 +28,7 @@ def printed(tmp_path_factory):
     code = f"import runpy\nfor name in {names}:\n    print('=====')\n"
     code += "    runpy.run_path(name, run_name='__main__')"
     out = bare_clone.run([sys.executable, "-c", code], target, optimized=False).stdout
-    return dict(zip("1234", out.split("=====\n")[1:], strict=True))
+    return dict(zip("12345", out.split("=====\n")[1:], strict=True))
 
 
 def lengths(printed: str) -> list[float]:
@@ -59,3 +59,8 @@ def test_a_custom_acceptance_generalizes_greedy(printed):
 
 def test_heads_trained_in_seconds_already_guess(printed):
     assert lengths(printed["4"])[0] > 1
+
+
+def test_a_custom_drafter_changes_the_speed_and_not_the_text(printed):
+    assert "the text does not depend on the drafter: True" in printed["5"]
+    assert min(lengths(printed["5"])) > 1

@@ -57,6 +57,7 @@ class Model:
       beside: the directory of what came with its heads, such as trees that were tuned for them.
       fingerprint: a short name that other weights, shapes or heads would not have.
       mesh: the devices that the parameters are split over (`Decoder` wants to know them).
+      draft: shape of a smaller model that guesses, {"draft": ...} of the parameters; None for none.
     """
 
     config: ModelConfig
@@ -70,6 +71,7 @@ class Model:
     precision: str = "float32"
     fingerprint: str = ""
     mesh: Mesh | None = None
+    draft: ModelConfig | None = None
 
 
 def load_model(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from medusa_jax.decoding import rejection
 from medusa_jax.decoding.sampling import (
     Sampling,
     argmax,
@@ -99,6 +100,8 @@ class Lossless:
     If a child equals the draw it is accepted, else the draw is the next root:
     either way it is one exact sample, so the text is distributed as the
     backbone's own whatever the tree, the heads and the other rows are.
+    Children that were drawn themselves are accepted more often by `rejection.walk`,
+    which keeps the distribution as well.
     """
 
     temperature: float = 1.0
@@ -112,12 +115,22 @@ class Lossless:
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie in (0, 1], got {self.top_p}")
 
+    def target(self, logits: Float[Array, "*dims V"]) -> Float[Array, "*dims V"]:
+        """The logits of what is drawn from."""
+        return warp(logits, self.temperature, self.top_k, self.top_p)
+
     def root(self, logits: Array, context: Context) -> Array:
-        target = warp(logits, self.temperature, self.top_k, self.top_p)
-        return draw(context.keys, context.position, target)
+        return draw(context.keys, context.position, self.target(logits))
 
     def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
-        return _followed(self, tree, tokens, logits, context)
+        if context.drawn is None:
+            return _followed(self, tree, tokens, logits, context)
+        rows, where = jnp.arange(tokens.shape[0]), (context.keys, context.position)
+
+        def target(slots: Array) -> Array:
+            return self.target(logits[rows, slots])
+
+        return Accepted(*rejection.walk(tree, tokens, target, context.drawn, *where))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,11 @@ class Network:
 
     def bound(self, params: Params) -> Backbone:
         """The backbone with its parameters, as a drafter gets it."""
-        return Backbone(self.config).bind({"params": params["backbone"]})
+        return self._backbone.bind({"params": params["backbone"]})
+
+    @property
+    def _backbone(self) -> Backbone:
+        return Backbone(self.config, CacheAttention(self.kernels, self.mesh))
 
     def hidden(
         self,
@@ -53,8 +57,7 @@ class Network:
         """`Backbone.__call__`, its hidden states whole on each device of the mesh."""
         inputs = tokens, positions, mask, past, lengths
         variables = {"params": params["backbone"]}
-        backbone = Backbone(self.config, CacheAttention(self.kernels, self.mesh))
-        passed: Any = backbone.apply(variables, *inputs)
+        passed: Any = self._backbone.apply(variables, *inputs)
         hidden, block = passed
         # A split of D would travel to all earlier layers, with two more collectives in each.
         return self.placed(hidden), block

@@ -7,13 +7,19 @@ A new drafter is a class of its own, and a line here or in a program of yours:
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from medusa_jax.checkpoints.load import Model
-from medusa_jax.decoding.acceptance import Acceptance
+from medusa_jax.data.pretrained import load_tokenizer
+from medusa_jax.data.tokenizer import ChatTokenizer
+from medusa_jax.decoding.acceptance import Acceptance, Lossless
+from medusa_jax.drafting.draft_model import NAME as DRAFT
+from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import ARCHITECTURES
+from medusa_jax.drafting.ngram_drafter import NgramDrafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError, listed
 
@@ -49,6 +55,8 @@ def _of_heads(name: str) -> Callable[[Recipe], Drafter]:
 
 DRAFTERS: dict[str, Callable[[Recipe], Drafter]] = {
     **{name: _of_heads(name) for name in ARCHITECTURES},
+    "ngram": lambda recipe: NgramDrafter(_static(recipe)),
+    "draft": lambda recipe: _draft_model(recipe),
 }
 
 
@@ -70,7 +78,59 @@ def drafter_of(name: str | None, recipe: Recipe) -> Drafter:
         return NoDraft()
     if name is None:
         return medusa_drafter(recipe.model.heads, recipe.tree)
-    builder = DRAFTERS.get(name.partition(":")[0])
-    if builder is None:
+    known = DRAFTERS.get(name.partition(":")[0])
+    if known is None:
         raise InputError(f"--drafter {name}: there is no such drafter; known: {listed(DRAFTERS)}")
-    return builder(recipe)
+    return known(recipe)
+
+
+def draft_directory(name: str | None) -> str | None:
+    """The model that a drafter's name asks for: "draft:DIR" -> "DIR", None for other drafters.
+
+    Raises:
+      InputError: no model is named.
+    """
+    if name is None or name.partition(":")[0] != DRAFT:
+        return None
+    directory = name.partition(":")[2]
+    if not directory:
+        raise InputError("--drafter draft names no model; give draft:DIR, for example")
+    return directory
+
+
+def with_draft(model: Model, draft: Model) -> Model:
+    """The model with a smaller model that guesses for it."""
+    params = model.params | {DRAFT: draft.params["backbone"]}
+    return dataclasses.replace(model, params=params, draft=draft.config)
+
+
+def check_vocabulary(text: ChatTokenizer, directory: Path) -> None:
+    """Checks that a draft model means the same by a token id; without a tokenizer it is trusted.
+
+    Raises:
+      InputError: more than a tenth of the tokens have other ids in its tokenizer.
+    """
+    try:
+        own, other = text.tokenizer.get_vocab(), load_tokenizer(directory).get_vocab()
+    except InputError:
+        return
+    differ = [token for token, number in own.items() if other.get(token) != number]
+    if len(differ) > len(own) // 10:
+        raise InputError(
+            f"--drafter draft:{directory}: its tokenizer has other ids for {len(differ):,} of "
+            f"{len(own):,} tokens ({listed(differ, 3)}); give a draft model of the same vocabulary"
+        )
+
+
+def _draft_model(recipe: Recipe) -> Drafter:
+    if recipe.model.draft is None:
+        raise InputError("--drafter draft: the model was loaded without a draft model")
+    # Rows with settings of their own are followed along the likeliest children.
+    target = recipe.acceptance if isinstance(recipe.acceptance, Lossless) else None
+    return DraftModel(recipe.model.draft, _static(recipe), target)
+
+
+def _static(recipe: Recipe) -> Tree:
+    if not isinstance(recipe.tree, Tree):
+        raise InputError("--tree grow:SIZE is for heads; give chain:DEPTH or a file of a tree")
+    return recipe.tree

@@ -22,6 +22,7 @@ from medusa_jax.serving.quick_tree import auto_tree
 log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 256
+CHAIN = 4  # guesses of a drafter without heads, where no tree is named
 MOST_RANKS = 10  # guesses of each head that a tree may use; the original's top-k
 
 
@@ -35,11 +36,11 @@ class ModelOptions:
         "those found with the model)")  # fmt: skip
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
         "tokenizer's)")  # fmt: skip
-    drafter: str | None = option(None, help="what guesses: medusa or hydra (default: what the "
-        "heads are)")  # fmt: skip
+    drafter: str | None = option(None, help="what guesses: medusa, hydra, ngram, or draft:DIR, a "
+        "smaller model of the same vocabulary (default: the heads)")  # fmt: skip
     tree: str | Tree | DynamicTree = option("auto", help="auto: the tree tuned for this model and "
-        "device; a published name; a JSON file; grow:SIZE or grow:SIZE:DEPTH: grown anew at each "
-        "step")  # fmt: skip
+        "device; a published name; a JSON file; chain:DEPTH; grow:SIZE or grow:SIZE:DEPTH: grown "
+        "anew at each step")  # fmt: skip
     autoregressive: bool = option(False, help="plain decoding, one token a step")
     max_length: int | None = option(None, help="prompt and text together (default: the context)")
     dtype: str | None = option(None, choices=("float32", "bfloat16"), help="default: float32 on a "
@@ -146,11 +147,16 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     num_heads = model.heads.num_heads
     if not num_heads and from_heads(options.drafter):
         raise InputError(
-            f"no Medusa heads were found with {options.model}: give --heads, or --autoregressive"
+            f"no Medusa heads were found with {options.model}: give --heads, --drafter ngram, or "
+            "--autoregressive"
         )
     tree = options.tree
     if not isinstance(tree, str):
         return tree
+    if chain := re.fullmatch(r"chain:(\d{1,4})", tree):
+        return Tree.chain(int(chain[1]))
+    if tree == "auto" and not from_heads(options.drafter):
+        return Tree.chain(CHAIN)
     if tree == "auto":
         rows = 1 if options.by_load else options.batch_size  # a ladder has smaller trees below it
         which = model, scheme, rows, model.precision
@@ -163,8 +169,8 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     if Path(tree).is_file():
         return Tree.from_json(tree)
     raise InputError(
-        f"--tree {tree}: neither auto, nor grow:SIZE, nor grow:SIZE:DEPTH, nor a JSON file, "
-        f"nor one of {', '.join(published_names())}"
+        f"--tree {tree}: neither auto, nor chain:DEPTH, nor grow:SIZE, nor grow:SIZE:DEPTH, nor a "
+        f"JSON file, nor one of {', '.join(published_names())}"
     )
 
 

@@ -23,6 +23,7 @@ from medusa_jax.decoding.acceptance import Accepted, Context, Lossless, Typical
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys, warp
 from medusa_jax.decoding.state import Output, outputs
+from medusa_jax.drafting.drafter import Drafter
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.model.backbone import Backbone, causal_mask
@@ -100,11 +101,15 @@ def penalized(logits: jax.Array) -> jax.Array:
     return jnp.asarray(scores)
 
 
+def medusa(model: TinyModel, tree: str) -> Drafter:
+    return medusa_drafter(model.heads, TREES[tree])
+
+
 def counts(
-    model: TinyModel, tree: Tree, acceptance, seed: int, penalty: float = 1.0
+    model: TinyModel, drafter: Drafter, acceptance, seed: int, penalty: float = 1.0
 ) -> tuple[np.ndarray, float]:
     """How often each continuation was decoded [V * V * V], and the mean accepted length."""
-    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), acceptance)
+    decoder = Decoder(model.config, drafter, acceptance)
     base = jax.random.key(seed)
     found, lengths = np.zeros(model.config.vocab_size**NEW, int), []
     for start in range(0, SAMPLES, BATCH):
@@ -157,7 +162,7 @@ def test_the_model_is_worth_testing(targets: dict[str, np.ndarray]):
 @pytest.mark.parametrize("tree, target", CASES)
 def test_text_follows_the_exact_distribution(small, targets, tree: str, target: str):
     seed = CASES.index((tree, target))
-    observed, accepted = counts(small, TREES[tree], TARGETS[target], seed)
+    observed, accepted = counts(small, medusa(small, tree), TARGETS[target], seed)
     assert observed.sum() == SAMPLES
     assert not observed[targets[target] == 0].any()
     assert p_value(observed, targets[target]) > LEVEL
@@ -168,7 +173,7 @@ def test_penalized_text_follows_the_exact_distribution(small, targets):
     """A tree whose nodes each see their own path; the free distribution is told apart."""
     target = TARGETS["cold, top-k"]
     right = exact(penalized(jax.jit(lambda: exact_logits(small))()), target)
-    observed, accepted = counts(small, TREES["bushy"], target, 200, PENALTY)
+    observed, accepted = counts(small, medusa(small, "bushy"), target, 200, PENALTY)
     assert p_value(observed, right) > LEVEL
     assert p_value(observed, targets["cold, top-k"]) < LEVEL
     assert accepted > 1.1
@@ -189,7 +194,7 @@ class Redraw(Lossless):
 @pytest.mark.parametrize("scheme", [Typical(1.0, sample_root=True), Redraw()], ids=str)
 def test_other_schemes_are_told_apart(small, targets, scheme):
     """The same test at the same level rejects them: it has the power to."""
-    observed, _ = counts(small, TREES["bushy"], scheme, seed=100)
+    observed, _ = counts(small, medusa(small, "bushy"), scheme, seed=100)
     assert p_value(observed, targets["plain"]) < LEVEL
 
 

@@ -1,0 +1,107 @@
+"""Prompt lookup: guesses are what followed the same words earlier in prompt and text.
+
+It has no parameters. It guesses well where an answer repeats its prompt: summaries, questions
+about a document, edits of code (Saxena, 2023, "Prompt Lookup Decoding").
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from medusa_jax.drafting.drafter import Params, Proposal, Verified
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
+from medusa_jax.model.backbone import Backbone
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.shapes import typed
+
+LONGEST = 4  # tokens of a match that count; a longer match hardly guesses better
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramDrafter:
+    """Guesses a chain: the tokens after the latest of the longest matches.
+
+    Its draft is the guesses [B, depth].
+
+    Attributes:
+      tree: a chain.
+      longest: most tokens of a match that count.
+    """
+
+    tree: Tree
+    longest: int = LONGEST
+
+    @property
+    def size(self) -> int:
+        """N, tokens that a step verifies."""
+        return self.tree.size
+
+    @property
+    def depth(self) -> int:
+        """Guesses of a step."""
+        return self.tree.depth
+
+    def check(self, model: ModelConfig) -> None:
+        if self.tree != Tree.chain(self.depth):
+            raise InputError(
+                "n-grams guess a chain, and this tree is none: give --tree chain:DEPTH"
+            )
+
+    def prepare(self, params: Params) -> Params:
+        return params
+
+    def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> Array:
+        return jnp.zeros((rows, self.depth), jnp.int32)
+
+    def draft(self, params: Params, backbone: Backbone, draft: Array, seen: Verified) -> Array:
+        rows = jnp.arange(seen.root.shape[0])
+        text = seen.sequence.at[rows, seen.length].set(seen.root)
+        return continued(
+            text, latest_match(text, seen.length, self.longest), seen.length, self.depth
+        )
+
+    def propose(self, params: Params, draft: Array, root: Int[Array, " B"]) -> Proposal:
+        tokens = jnp.concatenate((root[:, None], draft), axis=1)
+        return Proposal(tokens, self.tree.arrange(None)[1])
+
+    def read_bytes(self, params: Params) -> float:
+        return 0.0
+
+
+@typed
+def latest_match(text: Int[Array, "B S"], last: Int[Array, " B"], longest: int) -> Int[Array, " B"]:
+    """Where the tokens up to `last` occurred before: the place of their last token, -1 for nowhere.
+
+    Most tokens in agreement win, then the latest place. A single token is enough.
+
+    Text 5 6 7 8 6 7 9 7 6 7, last 9: "6 7" ends at the places 2 and 5 too, and 5 is later. The 7
+    at place 7 is later still, but follows a 9.
+
+    Args:
+      last: place of the last token.
+      longest: agreement beyond so many tokens does not count.
+    """
+    places = jnp.arange(text.shape[1])
+    agrees, length = places < last[:, None], jnp.zeros(text.shape, jnp.int32)
+    for back in range(longest):
+        token = jnp.take_along_axis(text, jnp.maximum(last - back, 0)[:, None], axis=1)
+        agrees &= (jnp.roll(text, back, axis=1) == token) & (places >= back)
+        length += agrees
+    best = jnp.where(length > 0, length * text.shape[1] + places, -1)
+    return jnp.where(length.any(axis=1), best.argmax(axis=1), -1).astype(jnp.int32)
+
+
+@typed
+def continued(
+    text: Int[Array, "B S"], match: Int[Array, " B"], last: Int[Array, " B"], count: int
+) -> Int[Array, "B count"]:
+    """The `count` tokens after each match; behind `last` they repeat, as they have begun to.
+
+    Text 5 6 7 5, match 0, last 3, count 4 -> 6 7 5 6. Without a match (-1), the last token again.
+    """
+    period = jnp.where(match < 0, 1, last - match)
+    start = jnp.where(match < 0, last, match + 1)
+    places = start[:, None] + jnp.arange(count) % period[:, None]
+    return jnp.take_along_axis(text, places, axis=1)
