@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
     from medusa_jax.decoding.decoder import Decoder
     from medusa_jax.decoding.state import Output, State, outputs
+    from medusa_jax.drafting.draft_model import DraftModel
     from medusa_jax.drafting.drafter import NoDraft
     from medusa_jax.drafting.dynamic_tree import DynamicTree
     from medusa_jax.drafting.hydra_drafter import HydraDrafter
     from medusa_jax.drafting.medusa_drafter import MedusaDrafter
+    from medusa_jax.drafting.ngram_drafter import NgramDrafter
     from medusa_jax.drafting.tree import Tree
     from medusa_jax.errors import InputError
     from medusa_jax.model.config import ModelConfig
@@ -41,6 +43,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AsyncGenerator",
     "Decoder",
+    "DraftModel",
     "DynamicTree",
     "Generator",
     "Greedy",
@@ -50,6 +53,7 @@ __all__ = [
     "MedusaDrafter",
     "Model",
     "ModelConfig",
+    "NgramDrafter",
     "NoDraft",
     "Output",
     "State",
@@ -71,10 +75,12 @@ _PLACES = {
     "Output": "decoding.state",
     "State": "decoding.state",
     "outputs": "decoding.state",
+    "DraftModel": "drafting.draft_model",
     "NoDraft": "drafting.drafter",
     "DynamicTree": "drafting.dynamic_tree",
     "HydraDrafter": "drafting.hydra_drafter",
     "MedusaDrafter": "drafting.medusa_drafter",
+    "NgramDrafter": "drafting.ngram_drafter",
     "Tree": "drafting.tree",
     "InputError": "errors",
     "ModelConfig": "model.config",

@@ -152,12 +152,13 @@ def best_of(
     """
     # XLA knows top_k by its pattern, of matrices alone; what lies around it must not fold into it.
     every = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
-    best, rows = jax.lax.optimization_barrier(jax.lax.top_k(every, top_k))
-    # A product: a CPU would split a sum among its threads, which costs more than the sum.
-    total = jnp.exp(every - best[:, :1]) @ jnp.ones(every.shape[-1])
-    scores = best - best[:, :1] - jnp.log(total)[:, None]
     shape = (*logits.shape[:2], top_k)
-    return rows.reshape(shape), scores.reshape(shape)
+    best, rows = jax.lax.optimization_barrier(
+        [found.reshape(shape) for found in jax.lax.top_k(every, top_k)]
+    )
+    # A product: a CPU would split a sum among its threads, which costs more than the sum.
+    total = jnp.exp(logits - best[..., :1]) @ jnp.ones(logits.shape[-1])
+    return rows, best - best[..., :1] - jnp.log(total)[..., None]
 
 
 def _grown(tree: DynamicTree, asked: _Asked, z: Float[Array, "B 1 z"]) -> HydraDraft:
@@ -171,7 +172,9 @@ def _grown(tree: DynamicTree, asked: _Asked, z: Float[Array, "B 1 z"]) -> HydraD
         tokens = jnp.take_along_axis(tokens.reshape(batch, -1), cells, axis=1)
         levels.append(level)
         every.append(tokens)
-        best, z = level.scores, asked.after(z, level.parents, tokens)
+        best = level.scores
+        if k + 1 < tree.depth:
+            z = asked.after(z, level.parents, tokens)
     chosen, tables = likeliest(levels, tree.size)
     nodes = jnp.concatenate(every, axis=1)
     return HydraDraft(jnp.take_along_axis(nodes, chosen[:, 1:] - 1, axis=1), tables)
@@ -187,7 +190,8 @@ def _static(tree: Tree, asked: _Asked, z: Float[Array, "B 1 z"]) -> Int[Array, "
         ranks = tree.ranks[slots]
         tokens = asked.best(k, z, int(ranks.max()) + 1)[0][:, parents, ranks]
         every.append(tokens)
-        expanded = np.isin(slots, inner)
-        z = asked.after(z, parents[expanded], tokens[:, expanded])
-        above = slots[expanded]
+        if k + 1 < tree.depth:
+            expanded = np.isin(slots, inner)
+            z = asked.after(z, parents[expanded], tokens[:, expanded])
+            above = slots[expanded]
     return jnp.concatenate(every, axis=1)

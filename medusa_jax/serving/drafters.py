@@ -7,8 +7,11 @@ A new drafter is a class of its own, and a line here or in a program of yours:
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from medusa_jax.checkpoints.load import Model
+from medusa_jax.data.pretrained import load_tokenizer
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Acceptance, Lossless
 from medusa_jax.drafting.draft_model import NAME as DRAFT
 from medusa_jax.drafting.draft_model import DraftModel
@@ -99,6 +102,24 @@ def with_draft(model: Model, draft: Model) -> Model:
     """The model with a smaller model that guesses for it."""
     params = model.params | {DRAFT: draft.params["backbone"]}
     return dataclasses.replace(model, params=params, draft=draft.config)
+
+
+def check_vocabulary(text: ChatTokenizer, directory: Path) -> None:
+    """Checks that a draft model means the same by a token id; without a tokenizer it is trusted.
+
+    Raises:
+      InputError: more than a tenth of the tokens have other ids in its tokenizer.
+    """
+    try:
+        own, other = text.tokenizer.get_vocab(), load_tokenizer(directory).get_vocab()
+    except InputError:
+        return
+    differ = [token for token, number in own.items() if other.get(token) != number]
+    if len(differ) > len(own) // 10:
+        raise InputError(
+            f"--drafter draft:{directory}: its tokenizer has other ids for {len(differ):,} of "
+            f"{len(own):,} tokens ({listed(differ, 3)}); give a draft model of the same vocabulary"
+        )
 
 
 def _draft_model(recipe: Recipe) -> Drafter:

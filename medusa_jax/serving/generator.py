@@ -27,7 +27,13 @@ from medusa_jax.errors import InputError
 from medusa_jax.options import check
 from medusa_jax.serving import tree_store
 from medusa_jax.serving.conversations import Completion, Conversation, Prompt, Update, converse
-from medusa_jax.serving.drafters import Recipe, draft_directory, drafter_of, with_draft
+from medusa_jax.serving.drafters import (
+    Recipe,
+    check_vocabulary,
+    draft_directory,
+    drafter_of,
+    with_draft,
+)
 from medusa_jax.serving.engine import Engine
 from medusa_jax.serving.ladder import ladder_of
 from medusa_jax.serving.options import (
@@ -225,9 +231,11 @@ def load_generator(
     products = "products" in kernels.used(options.no_kernels)
     where = options.precision, options.mesh, products, options.quantize
     model = load_model(options.model or shipped(), options.heads, *where)
-    if (draft := draft_directory(options.drafter)) is not None:
-        model = with_draft(model, load_model(draft, None, *where))
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
+    if (directory := draft_directory(options.drafter)) is not None:
+        draft = load_model(directory, None, *where)
+        check_vocabulary(text, draft.directory)
+        model = with_draft(model, draft)
     tree: Tree | DynamicTree = Tree()
     if need_heads or model.heads.num_heads or options.drafter:
         tree = tree_of(options, model, acceptance)

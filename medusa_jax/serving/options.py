@@ -37,6 +37,7 @@ class ModelOptions:
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
         "tokenizer's)")  # fmt: skip
     drafter: str | None = option(None, help="what guesses: medusa, hydra, ngram, or draft:DIR, a "
+    drafter: str | None = option(None, help="what guesses: medusa, hydra, ngram, or draft:DIR, a "
         "smaller model of the same vocabulary (default: what the heads are)")  # fmt: skip
     tree: str | Tree | DynamicTree = option("auto", help="auto: the tree tuned for this model and "
         "device; a published name; a JSON file; chain:DEPTH; grow:SIZE or grow:SIZE:DEPTH: grown "
@@ -147,7 +148,8 @@ def tree_of(options: DecodingOptions, model: Model, scheme: Acceptance) -> Tree 
     num_heads = model.heads.num_heads
     if not num_heads and from_heads(options.drafter):
         raise InputError(
-            f"no Medusa heads were found with {options.model}: give --heads, or --autoregressive"
+            f"no Medusa heads were found with {options.model}: give --heads, --drafter ngram, or "
+            "--autoregressive"
         )
     tree = options.tree
     if not isinstance(tree, str):

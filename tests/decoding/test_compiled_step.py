@@ -42,6 +42,12 @@ def test_the_loop_moves_no_cache_and_reads_each_weight_once(found, tree: str, de
 
 @pytest.mark.e2e
 @pytest.mark.slow
+def test_a_draft_model_moves_no_cache(found):
+    assert found["draft"] == []
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_step_that_may_write_before_it_reads_is_reported(found):
     """An acceptance that ignores the logits: XLA keeps the old cache in a copy."""
     assert any(fault.startswith("moves the cache: copy") for fault in found["blind"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
-from medusa_jax.tuning.head_ranks import right_ranks
+from medusa_jax.serving.drafters import Recipe, drafter_of
+from medusa_jax.tuning.head_ranks import replayed
 
 PROMPTS = [[1, 5, 9], [3], [7, 2, 11, 30, 4]]
 STATIC = Tree(((0,), (1,), (0, 0), (1, 0), (1, 1), (0, 2), (0, 0, 0), (1, 1, 0)))
@@ -60,6 +62,10 @@ def test_the_drafter_is_that_of_the_heads(tiny: TinyModel):
     assert isinstance(medusa_drafter(heads, STATIC), HydraDrafter)
     with pytest.raises(InputError, match="4 deep"):
         Decoder(tiny.config, medusa_drafter(heads, Tree.chain(4)))
+    recipe: Any = Recipe(types.SimpleNamespace(heads=heads), STATIC, Greedy())
+    assert drafter_of(None, recipe) == drafter_of("hydra", recipe) == HydraDrafter(heads, STATIC)
+    with pytest.raises(InputError, match="--drafter medusa: the heads of this model are hydra"):
+        drafter_of("medusa", recipe)
 
 
 @pytest.mark.slow
@@ -145,7 +151,7 @@ def test_ranks_of_the_tokens_that_came(tiny: TinyModel):
     """As the tuning replays them: each head after the right tokens before."""
     model = with_hydra(tiny, **SHAPES["shared and truncated"])
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (1, 7)))
-    ranks = np.asarray(right_ranks(model.config, model.heads, prepared(model), ids))[0]
+    ranks, _ = replayed(model.config, model.heads, (), prepared(model), ids)
     variables = {"params": model.params["backbone"]}
     positions = jnp.arange(7)[None]
     hidden: Any = Backbone(model.config).apply(variables, ids, positions, causal_mask(7))
@@ -155,7 +161,7 @@ def test_ranks_of_the_tokens_that_came(tiny: TinyModel):
             guesses, _ = after(model, hidden[0][0, t], text[t + 1 : t + k + 1])
             right = text[t + k + 1]
             expected = guesses.index(right) if right in guesses else model.config.vocab_size
-            assert ranks[t, k - 1] == expected
+            assert ranks[0, t, k - 1] == expected
 
 
 def test_the_example_of_the_docstring():

@@ -20,6 +20,7 @@ from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.acceptance import Acceptance, Accepted, Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.distributed.rules import decode_mesh, shardings
+from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
@@ -50,6 +51,21 @@ def decoder_of(heads: Any, tree: Any, acceptance: Acceptance, mesh: Any) -> Deco
     return Decoder(TINY, medusa_drafter(heads, tree), acceptance, mesh=mesh)
 
 
+def draft_faults() -> list[str]:
+    """What moves the backbone's cache or that of a draft model, which is larger.
+
+    The draft model reads its weights at each depth of the tree.
+    """
+    model, scheme = random_model(TINY), Lossless(0.8)
+    params = for_decoding(model.params | {"draft": model.params["backbone"]}, joint=True)
+    decoder = Decoder(TINY, DraftModel(TINY, TREES["static"], scheme), scheme)
+    state = decoder.prefill(params, PROMPTS, max_new_tokens=8)
+    compiled = Decoder.generate.lower(decoder, params, state).compile()
+    caches = [(*cache.keys, *cache.values) for cache in (state.cache, state.draft.cache)]
+    found = [fault for cache in caches for fault in hlo.faults(compiled, cache)]
+    return [fault for fault in found if not fault.startswith("not one read")]
+
+
 def loop_faults(tree: Any, acceptance: Acceptance, devices: int) -> list[str]:
     """What is wrong with `generate` for one tree, on one device or several."""
     model = random_model(TINY)
@@ -72,6 +88,7 @@ if __name__ == "__main__":
         "static 2": loop_faults(TREES["static"], Greedy(), 2),
         "dynamic 1": loop_faults(TREES["dynamic"], Greedy(), 1),
         "dynamic 2": loop_faults(TREES["dynamic"], Lossless(0.8), 2),
+        "draft": draft_faults(),
         "blind": loop_faults(TREES["root"], Blind(), 1),
     }
     Path(sys.argv[1]).write_text(json.dumps(found))

@@ -8,6 +8,7 @@ from helpers.models import TINY, TinyModel
 from serving.test_engine import JOBS, single
 
 from medusa_jax.checkpoints.load import Model
+from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.drafting.draft_model import DraftModel
@@ -17,7 +18,7 @@ from medusa_jax.drafting.ngram_drafter import NgramDrafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving import drafters
-from medusa_jax.serving.drafters import Recipe, draft_directory, drafter_of
+from medusa_jax.serving.drafters import Recipe, check_vocabulary, draft_directory, drafter_of
 from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.ladder import Chooser, Ladder
 
@@ -100,3 +101,11 @@ def test_a_draft_model_is_named_after_a_colon():
     assert draft_directory("ngram") is draft_directory(None) is None
     with pytest.raises(InputError, match="draft:DIR"):
         draft_directory("draft")
+
+
+def test_other_ids_are_no_vocabulary_of_the_same_size(shared: Path):
+    text = ChatTokenizer(shared / "models/stories260K", raw=True)
+    check_vocabulary(text, shared / "models/stories260K")
+    check_vocabulary(text, shared)  # no tokenizer
+    with pytest.raises(InputError, match=r"other ids for [0-9,]+ of 512 tokens"):
+        check_vocabulary(text, shared / "models/poem")
