@@ -1,7 +1,6 @@
 """Bring your own drafter: here, the guess is the token that followed the root before.
 
-A drafter is a frozen dataclass. `draft` sees what was verified, `propose` lays out the guesses. One
-line registers it under a name, for `Generator.load(drafter=...)`.
+`draft` sees what was verified, `propose` lays out the guesses. A line registers them by a name.
 
     python examples/05_custom_drafter.py
 """
@@ -18,6 +17,8 @@ from medusa_jax.serving.drafters import DRAFTERS
 
 @dataclasses.dataclass(frozen=True)
 class Echo:
+    """Guesses a single token; so its draft is a token a row."""
+
     size: int = 2  # tokens that a step verifies: the root and a guess
     depth: int = 1
 

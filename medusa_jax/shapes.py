@@ -10,6 +10,7 @@ Every public docstring, annotation and einsum string uses these letters:
     M  Medusa heads                    K  key/value heads
     R  ranks kept of each head         G  query heads per key/value head, H / K
     L  tokens of a bigram table        C  width of one attention head
+    I  tree nodes that have children   P  those of them at one depth
 
 Slot s of a cache row holds the token at position s of that row.
 """
