@@ -92,6 +92,7 @@ def prefill_rows(
         stop_ids=stop_ids,
         finish=jnp.where(limit > lengths, begun, LENGTH).astype(jnp.int32),
         steps=jnp.zeros(batch, jnp.int32),
+        drafts=jnp.zeros(batch, jnp.int32),
         drafted=jnp.zeros(batch, jnp.int32),
         tokens_per_step=jnp.zeros((batch, cache_slots), jnp.int32),
         repetition=repetition,

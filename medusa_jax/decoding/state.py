@@ -39,6 +39,7 @@ class State:
       stop_ids: tokens that end a row, kept as its last token; -1 ends none [B, Q].
       finish: RUNNING, STOP, LENGTH, or FAILED: the logits of its root were not finite [B].
       steps: steps taken while running [B].
+      drafts: of them, steps that verified a tree [B].
       drafted: tokens that those steps verified, beside their roots [B].
       tokens_per_step: tokens accepted in each, root included, before any cut at
         a stop token or the limit [B, S].
@@ -57,6 +58,7 @@ class State:
     stop_ids: Array
     finish: Array
     steps: Array
+    drafts: Array
     drafted: Array
     tokens_per_step: Array
     repetition: Repetition | None = None
@@ -117,6 +119,7 @@ class Output:
         a stop token.
       tokens_per_step: as the decoder made them, before the cut.
       finish_reason: "stop" or "length"; "running" or "failed" in the middle of a text.
+      drafts: steps that verified a tree.
       drafted: tokens that its steps verified, beside their roots.
       logprobs: of `token_ids`, where its row has asked for them.
     """
@@ -125,6 +128,7 @@ class Output:
     token_ids: list[int]
     tokens_per_step: list[int]
     finish_reason: str
+    drafts: int = dataclasses.field(default=0, compare=False)
     drafted: int = dataclasses.field(default=0, compare=False)
     logprobs: TextLogprobs | None = dataclasses.field(default=None, compare=False)
 
@@ -135,12 +139,14 @@ class Output:
         """
         ends = list(itertools.accumulate(self.tokens_per_step))
         steps = bisect.bisect_left(ends, count) + 1
+        share = min(steps / max(len(ends), 1), 1)
         return dataclasses.replace(
             self,
             token_ids=self.token_ids[:count],
             tokens_per_step=self.tokens_per_step[:steps],
             finish_reason=FINISH_REASONS[STOP],
-            drafted=round(self.drafted * min(steps / max(len(ends), 1), 1)),
+            drafts=round(self.drafts * share),
+            drafted=round(self.drafted * share),
             logprobs=self.logprobs and self.logprobs[:count],
         )
 
@@ -166,13 +172,14 @@ class Output:
 
 def outputs(state: State) -> list[Output]:
     """Brings a state to the host, one `Output` a row."""
-    sequence, prompt, length, tokens_per_step, steps, drafted, finish = jax.device_get(
+    sequence, prompt, length, tokens_per_step, steps, drafts, drafted, finish = jax.device_get(
         (
             state.sequence,
             state.prompt_length,
             state.cache.length,
             state.tokens_per_step,
             state.steps,
+            state.drafts,
             state.drafted,
             state.finish,
         )
@@ -186,6 +193,7 @@ def outputs(state: State) -> list[Output]:
             token_ids=sequence[row, prompt[row] : length[row]].tolist(),
             tokens_per_step=tokens_per_step[row, : steps[row]].tolist(),
             finish_reason=FINISH_REASONS[finish[row]],
+            drafts=int(drafts[row]),
             drafted=int(drafted[row]),
             logprobs=logprobs[row],
         )

@@ -68,6 +68,7 @@ def advance(
         draft=drafter.draft(params, network.bound(params), state.draft, seen),
         finish=finish,
         steps=state.steps + running,
+        drafts=state.drafts + running * (drafter.size > 1),
         drafted=state.drafted + running * (drafter.size - 1),
         tokens_per_step=state.tokens_per_step.at[rows, state.steps].set(running * made),
         repetition=state.repetition and state.repetition.after(path_tokens, count),

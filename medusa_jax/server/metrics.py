@@ -65,7 +65,7 @@ class Metrics:
         steps = output.tokens_per_step
         if not output.drafted:
             return
-        self._drafts.labels(self._model).inc(len(steps))
+        self._drafts.labels(self._model).inc(output.drafts)
         self._drafted.labels(self._model).inc(output.drafted)
         self._accepted.labels(self._model).inc(sum(steps) - len(steps))
         for position in range(max(steps, default=1) - 1):
