@@ -85,7 +85,9 @@ def test_drafters_have_names(tiny: TinyModel, monkeypatch):
     assert drafter_of(None, recipe) == drafter_of("medusa", recipe)
     monkeypatch.setitem(drafters.DRAFTERS, "mine", lambda recipe: NgramDrafter(recipe.tree, 2))
     assert drafter_of("mine", recipe) == NgramDrafter(TREE, 2)
-    with pytest.raises(InputError, match=r"--drafter yours: .* known: medusa, ngram, draft, mine"):
+    with pytest.raises(
+        InputError, match=r"--drafter yours: .* known: medusa, hydra, ngram, draft, mine"
+    ):
         drafter_of("yours", recipe)
     grown = dataclasses.replace(recipe, tree=DynamicTree(4, 2))
     with pytest.raises(InputError, match="chain:DEPTH"):
