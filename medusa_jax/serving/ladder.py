@@ -109,7 +109,8 @@ class Chooser:
     def step(self, rows: int, ready: Sequence[int]) -> int:
         """Which step promises most tokens per second, of those whose programs are ready.
 
-        A step that was hardly timed is tried first.
+        A step that was hardly timed is tried first. A step that promises less than half as much
+        as the best is not tried again.
         """
         for number in ready:
             if len(self._seconds[rows, number]) < FIRST_CALLS:
@@ -117,7 +118,9 @@ class Chooser:
         ranked = sorted(ready, key=lambda number: -self.promise(rows, number))
         self._calls += 1
         turn, rest = divmod(self._calls, PROBE_CALLS)
-        return ranked[1:][turn % (len(ranked) - 1)] if not rest and ranked[1:] else ranked[0]
+        most = self.promise(rows, ranked[0])
+        others = [number for number in ranked[1:] if 2 * self.promise(rows, number) >= most]
+        return others[turn % len(others)] if not rest and others else ranked[0]
 
     def promise(self, rows: int, number: int) -> float:
         """Tokens per second of a row that writes."""

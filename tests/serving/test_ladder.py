@@ -53,6 +53,9 @@ def test_the_step_with_most_tokens_a_second_is_chosen():
         chooser.saw(1, 1, 2.0, [1, 1])  # guesses are wrong now
     assert chooser.step(1, [0, 1]) == 0
     assert {chooser.step(1, [0, 1]) for _ in range(100)} == {0, 1}  # it is tried again
+    for _ in range(9):
+        chooser.saw(1, 1, 9.0, [1, 1])
+    assert {chooser.step(1, [0, 1]) for _ in range(100)} == {0}  # hopeless
 
 
 def test_small_batches_wait_for_their_programs():
