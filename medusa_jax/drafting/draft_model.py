@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from medusa_jax.drafting.drafter import Params, Proposal, Verified
+from medusa_jax.drafting.drafter import OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
@@ -53,7 +53,7 @@ class ModelDraft:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftModel:
+class DraftModel(OfTree):
     """A smaller model and the tree of its guesses.
 
     Attributes:
@@ -66,16 +66,6 @@ class DraftModel:
     tree: Tree
     target: Target | None = None
 
-    @property
-    def size(self) -> int:
-        """N, tokens that a step verifies."""
-        return self.tree.size
-
-    @property
-    def depth(self) -> int:
-        """Passes of the draft model in a step."""
-        return self.tree.depth
-
     def check(self, model: ModelConfig) -> None:
         own, other = self.config.vocab_size, model.vocab_size
         if own != other:
@@ -84,9 +74,6 @@ class DraftModel:
                 f"for one of {other}: they must be the same"
             )
         self.tree.check(self.depth, own)
-
-    def prepare(self, params: Params) -> Params:
-        return params
 
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> ModelDraft:
         dtype = weight_of(params[NAME]["embed"]["embedding"]).dtype

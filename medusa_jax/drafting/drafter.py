@@ -114,6 +114,31 @@ class Drafter(Protocol):
         ...
 
 
+class HasTree(Protocol):
+    """Anything with a tree."""
+
+    @property
+    def tree(self) -> Any: ...
+
+
+class OfTree:
+    """What drafters share whose field `tree` is what a step verifies."""
+
+    @property
+    def size(self: HasTree) -> int:
+        """N, tokens that a step verifies."""
+        return self.tree.size
+
+    @property
+    def depth(self: HasTree) -> int:
+        """Most guesses that a step can accept: the heads or the passes that the tree asks."""
+        return self.tree.depth
+
+    def prepare(self, params: Params) -> Params:
+        """The parameters as they are."""
+        return params
+
+
 @dataclasses.dataclass(frozen=True)
 class NoDraft:
     """Plain decoding: a step verifies the root alone."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from medusa_jax.drafting.drafter import Params, Proposal, Verified
+from medusa_jax.drafting.drafter import OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree, likeliest, next_level
 from medusa_jax.drafting.hydra_heads import head_input, hydra_logits
 from medusa_jax.drafting.medusa_heads import HeadsConfig
@@ -41,7 +41,7 @@ class HydraDraft:
 
 
 @dataclasses.dataclass(frozen=True)
-class HydraDrafter:
+class HydraDrafter(OfTree):
     """Hydra heads and the tree of their guesses.
 
     Attributes:
@@ -52,23 +52,10 @@ class HydraDrafter:
     heads: HeadsConfig
     tree: Tree | DynamicTree
 
-    @property
-    def size(self) -> int:
-        """N, tokens that a step verifies."""
-        return self.tree.size
-
-    @property
-    def depth(self) -> int:
-        """Deepest guess: the number of heads that the tree asks."""
-        return self.tree.depth
-
     def check(self, model: ModelConfig) -> None:
         self.tree.check(self.heads.num_heads, self.heads.truncated or model.vocab_size)
         if not self.tree.depth:
             raise InputError("a tree of the root alone asks no head: use NoDraft()")
-
-    def prepare(self, params: Params) -> Params:
-        return params
 
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> HydraDraft:
         guesses, tables = jnp.zeros((rows, self.size - 1), jnp.int32), None

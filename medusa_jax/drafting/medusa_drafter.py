@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.drafting import bigrams, selector
-from medusa_jax.drafting.drafter import Drafter, NoDraft, Params, Proposal, Verified
+from medusa_jax.drafting.drafter import Drafter, NoDraft, OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.hydra_drafter import HydraDrafter
 from medusa_jax.drafting.medusa_heads import (
@@ -43,7 +43,7 @@ class MedusaDraft:
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaDrafter:
+class MedusaDrafter(OfTree):
     """Medusa heads and the tree of their guesses (paper, section 2.1).
 
     Attributes:
@@ -53,16 +53,6 @@ class MedusaDrafter:
 
     heads: HeadsConfig
     tree: Tree | DynamicTree
-
-    @property
-    def size(self) -> int:
-        """N, tokens that a step verifies."""
-        return self.tree.size
-
-    @property
-    def depth(self) -> int:
-        """Deepest guess: the number of heads that the tree asks."""
-        return self.tree.depth
 
     def check(self, model: ModelConfig) -> None:
         self.tree.check(self.heads.num_heads, self.heads.truncated or model.vocab_size)

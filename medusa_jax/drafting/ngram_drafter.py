@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from medusa_jax.drafting.drafter import Params, Proposal, Verified
+from medusa_jax.drafting.drafter import OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone
@@ -20,7 +20,7 @@ LONGEST = 4  # tokens of a match that count; a longer match hardly guesses bette
 
 
 @dataclasses.dataclass(frozen=True)
-class NgramDrafter:
+class NgramDrafter(OfTree):
     """Guesses a chain: the tokens after the latest of the longest matches.
 
     Its draft is the guesses [B, depth].
@@ -33,24 +33,11 @@ class NgramDrafter:
     tree: Tree
     longest: int = LONGEST
 
-    @property
-    def size(self) -> int:
-        """N, tokens that a step verifies."""
-        return self.tree.size
-
-    @property
-    def depth(self) -> int:
-        """Guesses of a step."""
-        return self.tree.depth
-
     def check(self, model: ModelConfig) -> None:
         if self.tree != Tree.chain(self.depth):
             raise InputError(
                 "n-grams guess a chain, and this tree is none: give --tree chain:DEPTH"
             )
-
-    def prepare(self, params: Params) -> Params:
-        return params
 
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> Array:
         return jnp.zeros((rows, self.depth), jnp.int32)
