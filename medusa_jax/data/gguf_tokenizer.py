@@ -64,9 +64,12 @@ def _built(file: GgufFile) -> Any:
 
 
 def _convert() -> Any:
-    """transformers' own conversion, which its later releases keep in another module."""
-    try:
-        module = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
-    except ImportError:
-        module = importlib.import_module("transformers.integrations.ggml")
-    return module.convert_gguf_tokenizer
+    """transformers' own conversion, which its releases keep in different modules."""
+    for place in ("gguf.gguf_tokenizer_mapping", "ggml"):
+        try:
+            module = importlib.import_module(f"transformers.integrations.{place}")
+        except ImportError:
+            continue
+        if convert := getattr(module, "convert_gguf_tokenizer", None):
+            return convert
+    raise ImportError("this release of transformers converts no GGUF tokenizer; install another")
