@@ -169,9 +169,8 @@ def _run(
     network: Network, params: Params, cache: KVCache, slot: Array, block: PromptBlock
 ) -> tuple[Array, Block]:
     """The hidden state of the block's last token [1, D], and the block's keys and values."""
-    own, size = functools.partial(_row, slot=slot), block.tokens.shape[0]
-    layers = tuple(map(own, cache.keys)), tuple(map(own, cache.values))
-    past = KVCache(*layers, block.start[None], cache.rope)
+    size = block.tokens.shape[0]
+    past = dataclasses.replace(cache, length=block.start[None], row=slot)
     positions = (block.start + jnp.arange(size))[None]
     inputs = block.tokens[None], positions, causal_mask(size), past, block.length[None]
     hidden, read = network.hidden(params, *inputs)

@@ -200,7 +200,7 @@ class Backbone(nn.Module):
             past = None
             if cache is not None:
                 filled = cache.keys[i], cache.values[i], cache.length
-                past = Past(*filled, first[window], self.cache_attention)
+                past = Past(*filled, first[window], self.cache_attention, cache.row)
             x, layer_keys, layer_values = layer(x, rope, masks[window], past)
             keys.append(layer_keys)
             values.append(layer_values)

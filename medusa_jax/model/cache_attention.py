@@ -53,10 +53,11 @@ class Past:
     """What the queries of a layer see of the cache.
 
     Attributes:
-      keys, values: of the layer [B, K, C, S] and [B, K, S, C].
+      keys, values: of the layer [R, K, C, S] and [R, K, S, C]; R is B without `row`.
       lengths: filled slots of each row [B].
       first: the first slot that each query's window reaches [B, T]; None without a window.
       attention: what computes it.
+      row: of the cache, where the queries are of this row alone []; else None.
     """
 
     keys: Array
@@ -64,6 +65,7 @@ class Past:
     lengths: Array
     first: Array | None
     attention: CacheAttention
+    row: Array | None = None
 
     def attend(self, queries: Float[Array, "B K G T C"], own: Own) -> Array:
         """Softmax attention to the block's own keys and to the cache [B, K, G, T, C].
@@ -71,19 +73,20 @@ class Past:
         Each device computes its own heads. Queries are scaled.
         """
         compute, mesh = self.attention.implementation(queries.shape[-1]), self.attention.mesh
-        inputs = queries, own, self.keys, self.values, self.lengths, self.first
+        inputs = queries, own, self.keys, self.values, self.lengths, self.first, self.row
         if mesh is None:
             return compute(*inputs)
         heads, cache = P(None, "tensor", "group"), P(None, "tensor")
-        places = heads, (cache, cache, P()), cache, cache, P(), P()
+        places = heads, (cache, cache, P()), cache, cache, P(), P(), P()
         split = jax.shard_map(compute, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
         return split(*inputs)
 
 
 def _by_xla(
-    queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None
-) -> Array:
-    past = by_blocks(queries, keys, values, lengths, first)
+    queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None,
+    row: Array | None = None,
+) -> Array:  # fmt: skip
+    past = by_blocks(queries, keys, values, lengths, first, row)
     return joined(masked(queries, *own), past).output()
 
 
@@ -95,8 +98,11 @@ def _by_kernel(
     values: Array,
     lengths: Array,
     first: Array | None,
+    row: Array | None = None,
 ) -> Array:
     """By a kernel that takes the queries of a key/value head as the rows of a matrix."""
+    if row is not None:
+        keys, values = (jax.lax.dynamic_slice_in_dim(slots, row, 1) for slots in (keys, values))
     group = queries.shape[2]
     rows = queries.reshape(*queries.shape[:2], -1, queries.shape[4])
     own_keys, own_values, mask = own
@@ -108,12 +114,16 @@ def _by_kernel(
 @typed
 def by_blocks(
     queries: Float[Array, "B K G T C"],
-    keys: Float[Array, "B K C S"],
-    values: Float[Array, "B K S C"],
+    keys: Float[Array, "R K C S"],
+    values: Float[Array, "R K S C"],
     lengths: Int[Array, " B"],
     first: Int[Array, "B T"] | None,
+    row: Int[Array, ""] | None = None,
 ) -> Softmax:
-    """Over the slots that each query sees, in a loop over the blocks that some row sees."""
+    """Over the slots that each query sees, in a loop over the blocks that some row sees.
+
+    A block is cut out of its `row` here: whoever cuts out the row first copies all of its slots.
+    """
     capacity = keys.shape[3]
     size = min(SLOT_BLOCK, capacity)
 
@@ -125,8 +135,13 @@ def by_blocks(
         seen = ((slots >= begin) & (slots < lengths[:, None]))[:, None]
         if first is not None:
             seen &= slots >= first[:, :, None]
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        return masked(queries, cut(keys, axis=3), cut(values, axis=2), seen)
+        return masked(queries, cut(keys, 3, start), cut(values, 2, start), seen)
+
+    def cut(slots: Array, axis: int, start: Array) -> Array:
+        begin, shape = [0 if row is None else row, 0, 0, 0], list(slots.shape)
+        begin[axis], shape[axis] = start, size
+        shape[0] = len(queries)
+        return jax.lax.dynamic_slice(slots, begin, shape)
 
     number = jnp.zeros((), jnp.int32)
     if size == capacity:

@@ -36,12 +36,14 @@ class KVCache:
       length: valid slots of each row [B] int32.
       rope: `layers.rope_tables` of every slot, [S, C / 2] each: looked up by a step, whose
         every layer XLA would have compute them anew on a CPU, for queries and for keys.
+      row: the row that a block of a single row belongs to []; None where rows meet their own.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     length: Array
     rope: tuple[Array, Array]
+    row: Array | None = None
 
     @property
     def capacity(self) -> int:

@@ -122,7 +122,8 @@ class Engine:
         if not self._rows:
             return []
         writing = self._reader.read(self._rows)
-        passes, seconds = self._load.run(writing) if writing else (0, 0.0)
+        begins = any(not row.unread and not row.reported for row in self._rows.values())
+        passes, seconds = self._load.run(writing, begins=begins) if writing else (0, 0.0)
         done = self._batch.outputs() if writing else []
         self.stats.compile_seconds = self._batch.compile_seconds
         self.stats.add_passes(passes, seconds)

@@ -12,6 +12,8 @@ from medusa_jax.serving.slots import Slots
 # A call of the device loop ends about this soon, so that signals and streams are served.
 CALL_SECONDS = 0.1
 FIRST_STEPS, MOST_STEPS = 4, 256
+# Calls that need fewer rows before a batch shrinks: it copies its cache, and again as it grows.
+SHRINK_AFTER = 10
 # Processes that share a mesh take the same number of steps, whatever their clocks say.
 SHARED_STEPS = 16
 
@@ -22,7 +24,7 @@ class Load:
     def __init__(self, ladder: Ladder, batch: Slots, slots: int) -> None:
         self._ladder, self._batch, self._slots = ladder, batch, slots
         self._chooser, self._steps = Chooser(ladder), FIRST_STEPS
-        self._last = 0, 0, 0.0
+        self._last, self._fewer = (0, 0, 0.0), 0
 
     def warm_up(self, job: Job) -> None:
         """Compiles a tree for a single row, and plain decoding in all slots."""
@@ -43,16 +45,23 @@ class Load:
         def ready(rows: int) -> bool:
             return any(self._batch.can_run(rows, drafter) for drafter in self._ladder.drafters)
 
-        return self._chooser.rows(needed, ready)
+        rows = self._chooser.rows(needed, ready)
+        self._fewer = self._fewer + 1 if rows < self._batch.rows else 0
+        return self._batch.rows if 0 < self._fewer < SHRINK_AFTER else rows
 
-    def run(self, least: int) -> tuple[int, float]:
-        """Steps while so many rows run, or for a bounded time: the steps, and their seconds."""
+    def run(self, least: int, *, begins: bool = False) -> tuple[int, float]:
+        """Steps while so many rows run, or for a bounded time: the steps, and their seconds.
+
+        Args:
+          begins: a text begins: a single step, so that its first token is not kept back.
+        """
         drafters, rows = self._ladder.drafters, self._batch.rows
         ready = [i for i, each in enumerate(drafters) if self._batch.can_run(rows, each)]
         number = self._chooser.step(rows, ready or [0 if rows > 1 else len(drafters) - 1])
         self._batch.wait()  # for prompts that are still being read
         start = time.perf_counter() - self._batch.compile_seconds
-        passes = self._batch.run(self._steps, least, drafters[number])
+        steps = 1 if begins and jax.process_count() == 1 else self._steps
+        passes = self._batch.run(steps, least, drafters[number])
         seconds = time.perf_counter() - self._batch.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)
         trees_first = drafters[::-1]

@@ -128,6 +128,18 @@ def test_large_scores_stay_finite():
         np.testing.assert_allclose(got, 3.0 if large else 5.0)
 
 
+@pytest.mark.parametrize("way", ["xla", "gpu"])
+def test_queries_of_a_single_row_meet_this_row(way: str):
+    queries, (keys, values, mask), *cache, lengths, _ = inputs_of(
+        CASE | {"shape": (2, 2, 5, 320), "lengths": np.array([310, 70], np.int32)}
+    )
+    own = keys[1:], values[1:], mask
+    alone = [slots[1:] for slots in cache]
+    wanted = COMPILED[way](queries[1:], own, *alone, lengths[1:], None)
+    got = COMPILED[way](queries[1:], own, *cache, lengths[1:], None, jnp.int32(1))
+    np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.slow
 def test_long_blocks_equal_short_blocks():
     """Queries beyond QUERY_BLOCK take turns; each sees its own mask and window."""

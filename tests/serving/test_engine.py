@@ -137,6 +137,16 @@ def test_an_engine_compiles_nothing_after_warm_up(tiny: TinyModel):
     assert not [event for event in compiled if "backend_compile" in event]
 
 
+def test_a_first_token_is_not_kept_back(tiny: TinyModel):
+    """A text begins with a call of a single step, though other rows are in longer calls."""
+    engine = Engine(decoder_of(tiny, TREES[0], Greedy()), tiny.params, slots=2)
+    engine.submit(Job([5], 60))
+    assert [len(progress.steps) for progress in engine.advance()] == [1]
+    engine.advance()
+    engine.submit(Job([6], 60))
+    assert [len(progress.steps) for progress in engine.advance()] == [1, 1]
+
+
 def test_a_cancelled_job_frees_its_slot(tiny: TinyModel):
     engine = Engine(Decoder(tiny.config), tiny.params, slots=1)
     first, waiting, last = Job([1], 100), Job([2], 100), Job([3], 5)

@@ -1,6 +1,8 @@
 """Batch sizes and trees by load: the texts are those of single rows, whatever is chosen."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.models import TinyModel
@@ -12,6 +14,7 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving.engine import Engine
 from medusa_jax.serving.ladder import Chooser, Ladder, accepted_length, ladder_of, row_sizes
+from medusa_jax.serving.load import SHRINK_AFTER, Load
 
 GROWN = DynamicTree(8, 3, 4)
 
@@ -36,6 +39,18 @@ def test_a_grown_tree_has_smaller_trees_below_it(tiny: TinyModel):
     static = decoder_of(tiny, Tree.from_lists([[0], [1]]), Greedy()).drafter
     assert ladder_of(static, 1, []).drafters == (NoDraft(), static)
     assert ladder_of(NoDraft(), 1, []).drafters == (NoDraft(),)
+
+
+def test_a_batch_grows_at_once_and_shrinks_later():
+    """Each change copies a cache: a user who comes and goes shall not cause two a request."""
+    batch: Any = SimpleNamespace(rows=4, can_run=lambda rows, drafter: True)
+    load = Load(Ladder((1, 4, 16), (NoDraft(),), (1.0,)), batch, 16)
+    assert load.size(5, True) == 16
+    for _ in range(2):
+        sizes = [load.size(1, True) for _ in range(SHRINK_AFTER - 1)]
+        assert set(sizes) == {4}
+        assert load.size(4, True) == 4
+    assert [load.size(1, True) for _ in range(SHRINK_AFTER)][-1] == 1
 
 
 def test_the_step_with_most_tokens_a_second_is_chosen():
