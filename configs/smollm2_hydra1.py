@@ -18,5 +18,5 @@ from medusa_jax.training.settings import Config
 def get_config() -> Config:
     """The run."""
     config = smollm2_medusa1.get_config()
-    config.heads.architecture, config.heads.selector = "hydra", 0
+    config.heads.architecture, config.heads.layers, config.heads.selector = "hydra", 1, 0
     return config
