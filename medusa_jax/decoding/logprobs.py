@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from medusa_jax.model.largest import largest
 from medusa_jax.shapes import typed
 
 
@@ -118,7 +119,7 @@ def token_logprobs(
     logits = logits.astype(jnp.float32)
     whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
-    top, top_ids = jax.lax.top_k(logits, k)
+    top, top_ids = largest(logits, k)
     return (chosen - whole)[..., 0], top_ids, top - whole
 
 

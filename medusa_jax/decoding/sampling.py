@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from medusa_jax.model.largest import largest
 from medusa_jax.shapes import typed
 
 # Below the first temperature, logits count from the greatest, or rounding would be worth more than
@@ -80,7 +81,7 @@ def warp(
     """
     logits = scaled(logits, temperature)
     if 0 < top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        smallest = largest(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return _nucleus(logits, top_p) if top_p < 1.0 else logits
 

@@ -20,6 +20,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache, commit, init_cache
+from medusa_jax.model.largest import largest
 from medusa_jax.model.linear import weight_of
 from medusa_jax.param_paths import device_bytes
 from medusa_jax.shapes import typed
@@ -219,7 +220,7 @@ def best(scores: Float[Array, "B P V"], level: Level, in_order: bool) -> Int[Arr
     """
     which = level.order if in_order else level.rank
     # A slice that folds into top_k would turn it back into a sort of the whole vocabulary.
-    ranked = jax.lax.optimization_barrier(jax.lax.top_k(scores, int(which.max()) + 1)[1])
+    ranked = jax.lax.optimization_barrier(largest(scores, int(which.max()) + 1)[1])
     return ranked[:, level.parent, which]
 
 

@@ -21,6 +21,7 @@ from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.largest import largest
 from medusa_jax.model.linear import weight_of
 from medusa_jax.param_paths import device_bytes, flat
 from medusa_jax.shapes import typed
@@ -141,7 +142,7 @@ def best_of(
     every = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
     shape = (*logits.shape[:2], top_k)
     best, rows = jax.lax.optimization_barrier(
-        [found.reshape(shape) for found in jax.lax.top_k(every, top_k)]
+        [found.reshape(shape) for found in largest(every, top_k)]
     )
     # A product: a CPU would split a sum among its threads, which costs more than the sum.
     total = jnp.exp(logits - best[..., :1]) @ jnp.ones(logits.shape[-1])

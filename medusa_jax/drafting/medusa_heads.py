@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from medusa_jax.model.largest import largest_of_each
 from medusa_jax.model.linear import Linear, parameter, weight_of
 from medusa_jax.shapes import typed
 
@@ -139,12 +140,9 @@ def top_guesses(
 
     With token_map (7 2 9) and logits (.1 .3 .2), the best two are tokens 2 and 9.
     """
-    values, ranked = zip(*(jax.lax.top_k(head, top_k) for head in logits), strict=True)
     # XLA knows top_k by its pattern; a later slice that folds into it would turn it
     # back into a sort of the whole vocabulary.
-    rows, best = jax.lax.optimization_barrier(
-        (jnp.stack(ranked, axis=1), jnp.stack(values, axis=1))
-    )
+    best, rows = jax.lax.optimization_barrier(largest_of_each(logits, top_k))
     return rows if token_map is None else token_map[rows], best
 
 

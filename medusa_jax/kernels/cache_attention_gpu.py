@@ -3,6 +3,10 @@
 A Pallas kernel (Triton): scores stay on the chip. Programs share the blocks of a row's filled
 slots in turn, so that short texts keep as many of them at work as there are blocks. The first of
 them takes the block's own keys too. Their results are joined afterwards.
+
+The kernel reads the block as the projections leave it, token by token: transpositions here cancel
+those of the caller. Programs count rows and columns of a block up to powers of 2. What is beyond
+its end is read as its last token, and left out.
 """
 
 import functools
@@ -26,46 +30,53 @@ Sums = tuple[Array, Array, Array]
 
 @typed
 def attention(
-    queries: Float[Array, "B K Q C"],
-    own: tuple[Float[Array, "B K C N"], Float[Array, "B K N C"], Bool[Array, "#B Q N"]],
+    queries: Float[Array, "B K G T C"],
+    own: tuple[Float[Array, "B K C N"], Float[Array, "B K N C"], Bool[Array, "#B T N"]],
     keys: Float[Array, "B K C S"],
     values: Float[Array, "B K S C"],
     lengths: Int[Array, " B"],
-    first: Int[Array, "B Q"] | None,
+    first: Int[Array, "B T"] | None,
     *,
     interpret: bool = False,
-) -> Float[Array, "B K Q C"]:
-    """`cache_attention_tpu.attention` for a GPU; C is a power of 2, and S a multiple of 64."""
-    batch, kv_heads, count, width = queries.shape
+) -> Float[Array, "B K G T C"]:
+    """Softmax attention of scaled queries; scores and sums are float32.
+
+    Args:
+      own: keys, values and mask of the block itself.
+      keys, values: of the cache; C is a power of 2, and S a multiple of 64.
+      lengths: filled slots of each row, which its queries see.
+      first: the first slot that each query's window reaches; None without a window.
+      interpret: runs the kernel with XLA, on any device.
+    """
+    batch, kv_heads, group, count, width = queries.shape
     own_keys, own_values, mask = own
-    rows, columns = _block(count, QUERY_BLOCK), _block(own_keys.shape[3], SLOT_BLOCK)
-    queries, mask = _padded(queries, 2, rows), _padded(_padded(mask, 1, rows), 2, columns)
-    own_keys, own_values = _padded(own_keys, 3, columns), _padded(own_values, 2, columns)
-    blocks = queries.shape[2] // rows
+    own_keys, own_values = own_keys.transpose(0, 3, 1, 2), own_values.swapaxes(1, 2)
+    queries = queries.transpose(0, 3, 1, 2, 4)
+    rows, columns = _block(count * group, QUERY_BLOCK), _block(mask.shape[2], SLOT_BLOCK)
+    blocks = pl.cdiv(count * group, rows)
     splits = pl.cdiv(PROGRAMS, batch * kv_heads * blocks)
     splits = min(splits, pl.cdiv(keys.shape[3], SLOT_BLOCK))
     begins, windows = jnp.zeros_like(lengths), []
     if first is not None:
         begins = jnp.maximum(first.min(axis=1), 0) // SLOT_BLOCK
-        windows = [_padded(first, 1, rows)]
+        windows = [first]
 
     spec = functools.partial(_spec, kv_heads)
-    shape = splits, *queries.shape
+    shape = splits, batch, kv_heads, blocks * rows, width
     sums = [jax.ShapeDtypeStruct(shape[:n], jnp.float32) for n in (5, 4, 4)]
-    number = pl.BlockSpec((1,), lambda program, *_: (program // kv_heads,))
     mixed, top, total = pl.pallas_call(
-        functools.partial(_kernel, splits=splits, columns=columns),
+        functools.partial(_kernel, splits=splits, rows=rows, columns=columns),
         grid=(batch * kv_heads, blocks, splits),
         in_specs=[
-            number,
-            number,
-            spec(queries, rows, width),
-            spec(own_keys),
-            spec(own_values),
-            spec(mask, rows, mask.shape[2], of_row=True),
-            spec(keys),
-            spec(values),
-            *[spec(window, rows, of_row=True) for window in windows],
+            spec(lengths),
+            spec(begins),
+            spec(queries, 2),
+            spec(own_keys, 2),
+            spec(own_values, 2),
+            spec(mask),
+            spec(keys, 1),
+            spec(values, 1),
+            *[spec(window) for window in windows],
         ],
         out_specs=[_of_split(kv_heads, rows, *array.shape[4:]) for array in sums],
         out_shape=sums,
@@ -75,19 +86,23 @@ def attention(
     )(lengths, begins, queries, own_keys, own_values, mask, keys, values, *windows)
     faded = jnp.exp(top - top.max(axis=0))
     mixed = (mixed * faded[..., None]).sum(axis=0) / (total * faded).sum(axis=0)[..., None]
-    return mixed[:, :, :count].astype(queries.dtype)
+    mixed = mixed[:, :, : count * group].astype(queries.dtype)
+    return mixed.reshape(batch, kv_heads, count, group, width).swapaxes(2, 3)
 
 
-def _spec(kv_heads: int, array: Any, *block: int, of_row: bool = False) -> pl.BlockSpec:
-    """Of a row [B, ...] or a head [B, K, ...]: all of it, or the block of some queries."""
-    parts = 1 if of_row else 2
+def _spec(kv_heads: int, array: Any, head_axis: int | None = None) -> pl.BlockSpec:
+    """All that an array [B, ...] holds of a program's row, and of its head if it has heads."""
 
-    def place(program: Any, query: Any, _: Any) -> tuple[Any, ...]:
-        row, head = program // kv_heads % array.shape[0], program % kv_heads
-        rest = [query if block else 0] + [0] * (array.ndim - parts - 1)
-        return (row, *(() if of_row else (head,)), *rest)
+    def place(program: Any, *_: Any) -> tuple[Any, ...]:
+        indices = [program // kv_heads % array.shape[0]] + [0] * (array.ndim - 1)
+        if head_axis is not None:
+            indices[head_axis] = program % kv_heads
+        return tuple(indices)
 
-    return pl.BlockSpec((None,) * parts + (block or array.shape[parts:]), place)
+    block: list[int | None] = [None, *array.shape[1:]]
+    if head_axis is not None:
+        block[head_axis] = None
+    return pl.BlockSpec(tuple(block), place)
 
 
 def _of_split(kv_heads: int, *block: int) -> pl.BlockSpec:
@@ -103,45 +118,47 @@ def _block(size: int, most: int) -> int:
     return min(most, max(LEAST, pl.next_power_of_2(size)))
 
 
-def _padded(array: Array, axis: int, block: int) -> Array:
-    width = [(0, 0)] * array.ndim
-    width[axis] = (0, -array.shape[axis] % block)
-    return jnp.pad(array, width)
-
-
 def _kernel(
     lengths: Any, begins: Any, queries: Any, own_keys: Any, own_values: Any, mask: Any, keys: Any,
-    values: Any, *rest: Any, splits: int, columns: int,
+    values: Any, *rest: Any, splits: int, rows: int, columns: int,
 ) -> None:  # fmt: skip
-    """The blocks of slots of a split, for a block of queries of a head."""
-    *windows, mixed, top, total = rest
-    query = queries[...]
-    count, width = query.shape
-    length, split = lengths[0], pl.program_id(2)
-    begin = begins[0] + split
+    """The blocks of slots of a split, for a block of queries of a head.
 
-    def add(sums: Sums, key: Array, value: Array, seen: Array) -> Sums:
+    Row r of all is query r // G of the group's member r % G.
+    """
+    *windows, mixed, top, total = rest
+    count, group, width = queries.shape
+    row = pl.program_id(1) * rows + jnp.arange(rows)
+    token = jnp.minimum(jax.lax.div(row, jnp.int32(group)), count - 1)
+    query = queries[token, jax.lax.rem(row, jnp.int32(group))]
+    length, split = lengths[...], pl.program_id(2)
+    begin = begins[...] + split
+
+    def add(sums: Sums, score: Array, value: Array, seen: Array) -> Sums:
         mixed, top, total = sums
-        score = jnp.where(seen, plgpu.dot(query, key), -jnp.inf)
+        score = jnp.where(seen, score, -jnp.inf)
         highest = jnp.maximum(top, score.max(axis=1))
         weight, faded = jnp.exp(score - highest[:, None]), jnp.exp(top - highest)
         mixed = faded[:, None] * mixed + plgpu.dot(weight.astype(value.dtype), value)
         return mixed, highest, faded * total + weight.sum(axis=1)
 
     def add_own(turn: Array, sums: Sums) -> Sums:
-        cut = pl.ds(turn * columns, columns)
-        return add(sums, own_keys[:, cut], own_values[cut, :], mask[:, cut])
+        column = turn * columns + jnp.arange(columns)
+        cut = jnp.minimum(column, mask.shape[1] - 1)
+        seen = mask[token[:, None], cut[None, :]] & (column < mask.shape[1])[None, :]
+        score = plgpu.dot(query, own_keys[cut], trans_b=True)
+        return add(sums, score, own_values[cut], seen)
 
     def add_slots(turn: Array, sums: Sums) -> Sums:
         start = (begin + turn * splits) * SLOT_BLOCK
         cut, slot = pl.ds(start, SLOT_BLOCK), start + jnp.arange(SLOT_BLOCK)
-        seen = jnp.broadcast_to(slot[None, :] < length, (count, SLOT_BLOCK))
+        seen = jnp.broadcast_to(slot[None, :] < length, (rows, SLOT_BLOCK))
         if windows:
-            seen &= slot[None, :] >= windows[0][...][:, None]
-        return add(sums, keys[:, cut], values[cut, :], seen)
+            seen &= slot[None, :] >= windows[0][token][:, None]
+        return add(sums, plgpu.dot(query, keys[:, cut]), values[cut, :], seen)
 
-    none = jnp.zeros((count, width)), jnp.full(count, LOWEST), jnp.zeros(count)
-    own_turns = jnp.where(split == 0, jnp.int32(mask.shape[1] // columns), jnp.int32(0))
+    none = jnp.zeros((rows, width)), jnp.full(rows, LOWEST), jnp.zeros(rows)
+    own_turns = jnp.where(split == 0, jnp.int32(pl.cdiv(mask.shape[1], columns)), jnp.int32(0))
     turns = jnp.maximum(pl.cdiv(pl.cdiv(length, SLOT_BLOCK) - begin, splits), 0)
     sums = jax.lax.fori_loop(0, own_turns, add_own, none)
     mixed[...], top[...], total[...] = jax.lax.fori_loop(0, turns, add_slots, sums)

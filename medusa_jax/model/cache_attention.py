@@ -40,11 +40,11 @@ class CacheAttention:
         if self.kernels and platform == "tpu":
             from medusa_jax.kernels import cache_attention_tpu
 
-            return functools.partial(_by_kernel, cache_attention_tpu.attention)
+            return functools.partial(_by_matrices, cache_attention_tpu.attention)
         if self.kernels and platform == "gpu" and width >= 16 and width.bit_count() == 1:
             from medusa_jax.kernels import cache_attention_gpu
 
-            return functools.partial(_by_kernel, cache_attention_gpu.attention)
+            return cache_attention_gpu.attention
         return _by_xla
 
 
@@ -90,7 +90,7 @@ def _by_xla(
     return joined(masked(queries, *own), past).output()
 
 
-def _by_kernel(
+def _by_matrices(
     kernel: Callable[..., Array],
     queries: Array,
     own: Own,

@@ -6,6 +6,7 @@ nodes are never written, and slots at or beyond a row's length are never read.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,8 @@ def commit(
             taken = jnp.take(new, cells, axis).astype(slots.dtype)
             return jax.lax.dynamic_update_slice_in_dim(slots, taken, start, axis)
 
-        rows = jax.vmap(row)
+        # A GPU would take two kernels for the scatter that vmap makes of a single row.
+        rows = jax.vmap(row) if len(count) > 1 else _alone(row)
         return tuple(
             rows(old, new, path, cache.length) for old, new in zip(layers, nodes, strict=True)
         )
@@ -119,3 +121,8 @@ def commit(
         values=append(cache.values, values, 1),
         length=cache.length + count,
     )
+
+
+def _alone(row: Callable[..., Array]) -> Callable[..., Array]:
+    """What `jax.vmap(row)` does, for batches of one row."""
+    return lambda *arrays: row(*(array[0] for array in arrays))[None]

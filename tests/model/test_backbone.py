@@ -258,6 +258,22 @@ def test_commit_example():
     np.testing.assert_array_equal(values, np.where(keys < 0, -1, keys + 100))
 
 
+def test_a_single_row_takes_what_it_takes_in_a_batch():
+    """By a plain update of slots, which reads no old slot, and not by a scatter."""
+    cache = init_cache(ONE_LAYER, 2, 8, jnp.float32)
+    cache = dataclasses.replace(cache, length=jnp.asarray([2, 5]))
+    path, count = jnp.asarray([[0, 2, 3], [0, 1, 3]]), jnp.asarray([2, 3])
+    inputs = cache, numbered_block(2, 4), path, count
+    alone = jax.tree.map(lambda leaf: leaf[:1], inputs)
+    wanted = jax.tree.map(lambda leaf: leaf[:1], jax.jit(commit)(*inputs))
+    for got, other in zip(
+        jax.tree.leaves(jax.jit(commit)(*alone)), jax.tree.leaves(wanted), strict=True
+    ):
+        np.testing.assert_array_equal(got, other)
+    assert "scatter" not in str(jax.make_jaxpr(commit)(*alone))
+    assert "scatter" in str(jax.make_jaxpr(commit)(*inputs))
+
+
 def test_write_block_leaves_lengths_and_other_slots():
     cache = init_cache(ONE_LAYER, 2, 6, jnp.bfloat16)
     cache = dataclasses.replace(cache, length=jnp.asarray([4, 1]))

@@ -19,13 +19,11 @@ from medusa_jax.model.cache_attention import CacheAttention, Past
 from medusa_jax.serving.options import DecodingOptions
 
 B, C = 2, 16
-KERNELS = {
-    "tpu": functools.partial(cache_attention_tpu.attention, interpret=True),
-    "gpu": functools.partial(cache_attention_gpu.attention, interpret=True),
-}
+TPU = functools.partial(cache_attention_tpu.attention, interpret=True)
 WAYS = {
     "xla": cache_attention._by_xla,
-    **{name: functools.partial(cache_attention._by_kernel, way) for name, way in KERNELS.items()},
+    "tpu": functools.partial(cache_attention._by_matrices, TPU),
+    "gpu": functools.partial(cache_attention_gpu.attention, interpret=True),
 }
 COMPILED = {name: jax.jit(way) for name, way in WAYS.items()}
 
@@ -35,6 +33,7 @@ SHAPES = [
     ((2, 1, 5, 64), jnp.float32),
     ((1, 3, 1, 320), jnp.float32),
     ((2, 2, 20, 320), jnp.bfloat16),
+    ((1, 3, 70, 128), jnp.float32),
 ]
 
 
@@ -156,14 +155,15 @@ def test_long_blocks_equal_short_blocks():
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
 def test_kernels_are_lowered_for_devices_that_are_not_here(platform: str, call: str, width: int):
-    kernel = {"tpu": cache_attention_tpu, "cuda": cache_attention_gpu}[platform].attention
-    shapes = (3, 2, 12, width), (3, 2, width, 640), (3, 2, 640, width)
+    by_tpu = functools.partial(cache_attention._by_matrices, cache_attention_tpu.attention)
+    way = {"tpu": by_tpu, "cuda": cache_attention_gpu.attention}[platform]
+    shapes = (3, 2, 3, 4, width), (3, 2, width, 640), (3, 2, 640, width)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     shapes = (3, 2, width, 4), (3, 2, 4, width)
     own = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    own.append(jax.ShapeDtypeStruct((1, 12, 4), bool))
-    numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), (3, 12))]
-    traced = jax.jit(kernel).trace(arrays[0], tuple(own), *arrays[1:], *numbers)
+    own.append(jax.ShapeDtypeStruct((1, 4, 4), bool))
+    numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), (3, 4))]
+    traced = jax.jit(way).trace(arrays[0], tuple(own), *arrays[1:], *numbers)
     assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
