@@ -40,11 +40,12 @@ class CacheAttention:
         if self.kernels and platform == "tpu":
             from medusa_jax.kernels import cache_attention_tpu
 
-            return functools.partial(_by_matrices, cache_attention_tpu.attention)
+            by_matrices = functools.partial(_by_matrices, cache_attention_tpu.attention)
+            return functools.partial(_by_kernel, by_matrices)
         if self.kernels and platform == "gpu" and width >= 16 and width.bit_count() == 1:
             from medusa_jax.kernels import cache_attention_gpu
 
-            return cache_attention_gpu.attention
+            return functools.partial(_by_kernel, cache_attention_gpu.attention)
         return _by_xla
 
 
@@ -90,6 +91,15 @@ def _by_xla(
     return joined(masked(queries, *own), past).output()
 
 
+def _by_kernel(
+    kernel: Callable[..., Array], queries: Array, own: Own, keys: Array, values: Array,
+    lengths: Array, first: Array | None, row: Array | None = None,
+) -> Array:  # fmt: skip
+    if row is not None:  # a kernel reads the cache of each row
+        keys, values = (jax.lax.dynamic_slice_in_dim(slots, row, 1) for slots in (keys, values))
+    return kernel(queries, own, keys, values, lengths, first)
+
+
 def _by_matrices(
     kernel: Callable[..., Array],
     queries: Array,
@@ -98,11 +108,8 @@ def _by_matrices(
     values: Array,
     lengths: Array,
     first: Array | None,
-    row: Array | None = None,
 ) -> Array:
     """By a kernel that takes the queries of a key/value head as the rows of a matrix."""
-    if row is not None:
-        keys, values = (jax.lax.dynamic_slice_in_dim(slots, row, 1) for slots in (keys, values))
     group = queries.shape[2]
     rows = queries.reshape(*queries.shape[:2], -1, queries.shape[4])
     own_keys, own_values, mask = own
