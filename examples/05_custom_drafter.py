@@ -1,6 +1,6 @@
 """Bring your own drafter: here, the guess is the token that followed the root before.
 
-`draft` sees what was verified, `propose` lays out the guesses. A line registers them by a name.
+`draft` reads what was verified, `propose` lays out the guesses, a line of registry names both.
 
     python examples/05_custom_drafter.py
 """
@@ -8,53 +8,32 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jax import Array
 
-from medusa_jax import Generator, ModelConfig, Tree
-from medusa_jax.drafting.drafter import Params, Proposal, Verified
+from medusa_jax import Generator, Tree
+from medusa_jax.drafting.drafter import OfTree, Proposal
 from medusa_jax.serving.drafters import DRAFTERS
 
 
 @dataclasses.dataclass(frozen=True)
-class Echo:
+class Echo(OfTree):
     """Guesses a single token; so its draft is a token a row."""
 
-    size: int = 2  # tokens that a step verifies: the root and a guess
-    depth: int = 1
+    tree: Tree = Tree.chain(1)
 
-    def check(self, model: ModelConfig) -> None: ...
-
-    def prepare(self, params: Params) -> Params:
-        return params
-
-    def begin(self, params: Params, backbone, rows: int, cache_slots: int) -> Array:
+    def begin(self, params, backbone, rows, cache_slots):
         return jnp.zeros(rows, jnp.int32)
 
-    def draft(self, params: Params, backbone, draft: Array, seen: Verified) -> Array:
+    def draft(self, params, backbone, draft, seen):
         places = jnp.arange(seen.sequence.shape[1])
         same = (seen.sequence == seen.root[:, None]) & (places < seen.length[:, None] - 1)
-        next_place = jnp.where(same, places + 1, 0).max(axis=1, keepdims=True)
-        return jnp.take_along_axis(seen.sequence, next_place, axis=1)[:, 0]
+        after = jnp.where(same, places + 1, 0).max(axis=1, keepdims=True)
+        return jnp.take_along_axis(seen.sequence, after, axis=1)[:, 0]
 
-    def propose(self, params: Params, draft: Array, root: Array) -> Proposal:
-        return Proposal(jnp.stack((root, draft), axis=1), Tree.chain(1).arrange(None)[1])
-
-    def read_bytes(self, params: Params) -> float:
-        return 0.0
+    def propose(self, params, draft, root):
+        return Proposal(jnp.stack((root, draft), axis=1), self.tree.arrange(None)[1])
 
 
 DRAFTERS["echo"] = lambda recipe: Echo()
-
-
-def main() -> None:
-    """Decodes a prompt with three drafters."""
-    texts = set()
-    for name in ("echo", "ngram", "medusa"):
-        completion = Generator.load(drafter=name).generate(["Tom had a ball"], 64)[0]
-        texts.add(completion.text)
-        print(f"{name}: {completion.mean_accepted_length:.2f} tokens a step")
-    print("the text does not depend on the drafter:", len(texts) == 1)
-
-
-if __name__ == "__main__":
-    main()
+for name in ("echo", "ngram", "medusa"):
+    output = Generator.load(drafter=name).generate(["Tom had a ball"], 64)[0]
+    print(f"{name}: {output.mean_accepted_length:.2f} tokens a step: {output.text!r}")

@@ -3,6 +3,7 @@
 Writes, from the TinyStories texts and the schema-guided dialogues named below,
 
     base/           tokenizer with its chat template, and config.json
+    draft/          the same tokenizer, and the shape of a draft model
     stories.txt     stories as they are
     tales.jsonl     each again, twice: told to a user who gave its first words
     dialogues.jsonl task dialogues
@@ -70,6 +71,13 @@ SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+DRAFT_SHAPE = SHAPE | {  # about 1.1 million parameters, half of them the embedding
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 32,
 }
 PLAIN = str.maketrans({"“": '"', "”": '"', "’": "'", "‘": "'", "—": "-", "–": "-", "…": "..."})
 
@@ -190,8 +198,9 @@ def run(options: Options) -> None:
     held_talks, talks = talks[: 2 * HELD_OUT], talks[2 * HELD_OUT :][: options.dialogues]
     said = ["\n".join(message["content"] for message in talk) for talk in talks]
     vocabulary = tokenizer(train + said, options.vocab_size)
-    save(vocabulary, out / "base")
-    json_files.write(out / "base" / "config.json", SHAPE | {"vocab_size": len(vocabulary)})
+    for name, shape in (("base", SHAPE), ("draft", DRAFT_SHAPE)):
+        save(vocabulary, out / name)
+        json_files.write(out / name / "config.json", shape | {"vocab_size": len(vocabulary)})
 
     (out / "stories.txt").write_text(f"\n{END}\n".join(train), encoding="utf-8")
     tales = [told(one, rng) for _ in range(2) for one in train]

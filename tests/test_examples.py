@@ -9,6 +9,7 @@ from helpers.paths import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LINES = 60
+LINES_OF = {"05_custom_drafter": 40}
 
 pytestmark = pytest.mark.e2e
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
 def test_an_example_is_short_and_says_how_it_runs(script):
     text = script.read_text()
-    assert len(text.splitlines()) <= LINES
+    assert len(text.splitlines()) <= LINES_OF.get(script.stem, LINES)
     assert f"    python examples/{script.name}\n" in text
 
 
@@ -62,5 +63,6 @@ def test_heads_trained_in_seconds_already_guess(printed):
 
 
 def test_a_custom_drafter_changes_the_speed_and_not_the_text(printed):
-    assert "the text does not depend on the drafter: True" in printed["5"]
+    texts = re.findall(r"tokens a step: (.+)", printed["5"])
+    assert len(texts) == 3 and len(set(texts)) == 1
     assert min(lengths(printed["5"])) > 1

@@ -32,7 +32,7 @@ from medusa_jax.decoding.state import RUNNING, Emitted, State, free, regrouped
 from medusa_jax.decoding.step import advance
 from medusa_jax.distributed.hardware import memory_bytes
 from medusa_jax.distributed.rules import everywhere
-from medusa_jax.drafting.drafter import Drafter, NoDraft, Params
+from medusa_jax.drafting.drafter import Draft, Drafter, NoDraft, Params
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 
@@ -246,11 +246,27 @@ def check_memory(decoder: Decoder, params: Params, rows: int) -> None:
 
 
 def row_bytes(decoder: Decoder, params: Params) -> int:
-    """Bytes of each device for the keys and values of a row."""
+    """Bytes of each device for the keys and values of a row, and for what its drafter knows."""
     config = decoder.config
     itemsize = precision(params).itemsize
     heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
-    return 2 * config.num_layers * heads * config.head_dim * itemsize * decoder.cache_slots
+    cache = 2 * config.num_layers * heads * config.head_dim * itemsize * decoder.cache_slots
+    return cache + _draft_bytes(decoder, params)
+
+
+def _draft_bytes(decoder: Decoder, params: Params) -> int:
+    """Bytes of a row's draft: a second row adds them, and no tables that rows share."""
+    drafter, slots = decoder.drafter, decoder.cache_slots
+
+    def of(rows: int) -> int:
+        def begin(params: Params) -> Draft:
+            backbone = decoder.network.bound(params)
+            return drafter.begin(drafter.prepare(params), backbone, rows, slots)
+
+        draft = jax.eval_shape(begin, params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(draft))
+
+    return of(2) - of(1)
 
 
 def padded_length(decoder: Decoder, length: int) -> int:

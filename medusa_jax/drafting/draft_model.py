@@ -74,7 +74,7 @@ class DraftModel(OfTree):
                 f"the draft model has a vocabulary of {own} tokens, and the model that it drafts "
                 f"for one of {other}: they must be the same"
             )
-        self.tree.check(self.depth, own)
+        super().check(model)
 
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> ModelDraft:
         dtype = weight_of(params[NAME]["embed"]["embedding"]).dtype

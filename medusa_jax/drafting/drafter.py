@@ -134,9 +134,17 @@ class OfTree:
         """Most guesses that a step can accept: the heads or the passes that the tree asks."""
         return self.tree.depth
 
+    def check(self: HasTree, model: ModelConfig) -> None:
+        """Raises InputError where the vocabulary has fewer tokens than the tree has ranks."""
+        self.tree.check(self.tree.depth, model.vocab_size)
+
     def prepare(self, params: Params) -> Params:
         """The parameters as they are."""
         return params
+
+    def read_bytes(self, params: Params) -> float:
+        """Of a drafter without parameters."""
+        return 0.0
 
 
 @dataclasses.dataclass(frozen=True)

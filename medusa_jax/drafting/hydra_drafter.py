@@ -48,10 +48,19 @@ class HydraDrafter(OfTree):
     Attributes:
       heads: shape of the heads.
       tree: static, or grown anew at each step; deeper than the root.
+      drafted: the larger tree of a draft whose first slots are `tree`; None where it is `tree`.
     """
 
     heads: HeadsConfig
     tree: Tree | DynamicTree
+    drafted: Tree | DynamicTree | None = None
+
+    def smaller(self, tree: DynamicTree) -> "HydraDrafter":
+        """The drafter of a grown tree of fewer tokens, which reads the same drafts.
+
+        Likely paths come first in the larger tree.
+        """
+        return dataclasses.replace(self, tree=tree, drafted=self.drafted or self.tree)
 
     def check(self, model: ModelConfig) -> None:
         self.tree.check(self.heads.num_heads, self.heads.truncated or model.vocab_size)
@@ -59,26 +68,30 @@ class HydraDrafter(OfTree):
             raise InputError("a tree of the root alone asks no head: use NoDraft()")
 
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> HydraDraft:
-        guesses, tables = jnp.zeros((rows, self.size - 1), jnp.int32), None
-        if self.tree.scored:
-            scores = jnp.zeros((rows, self.depth, self.tree.top_k, self.tree.top_k))
-            tables = self.tree.arrange(scores)[1]
-        return HydraDraft(guesses, tables)
+        tree, tables = self.drafted or self.tree, None
+        if tree.scored:
+            scores = jnp.zeros((rows, tree.depth, tree.top_k, tree.top_k))
+            tables = tree.arrange(scores)[1]
+        return HydraDraft(jnp.zeros((rows, tree.size - 1), jnp.int32), tables)
 
     def draft(
         self, params: Params, backbone: Backbone, draft: HydraDraft, seen: Verified
     ) -> HydraDraft:
         asked = _Asked(self.heads, params, backbone)
         z = asked.first(seen.hidden, seen.root)
-        if isinstance(self.tree, DynamicTree):
-            return _grown(self.tree, asked, z)
-        return HydraDraft(_static(self.tree, asked, z), None)
+        tree = self.drafted or self.tree
+        if isinstance(tree, DynamicTree):
+            return _grown(tree, asked, z)
+        return HydraDraft(_static(tree, asked, z), None)
 
     def propose(self, params: Params, draft: HydraDraft, root: Int[Array, " B"]) -> Proposal:
         tables = draft.tables
         if tables is None:
             tables = self.tree.arrange(draft.guesses)[1]  # a static tree reads no scores
-        return Proposal(jnp.concatenate((root[:, None], draft.guesses), axis=1), tables)
+        tokens = jnp.concatenate((root[:, None], draft.guesses), axis=1)
+        if self.drafted is None:
+            return Proposal(tokens, tables)
+        return Proposal(tokens[:, : self.size], tables.first(self.size))
 
     def read_bytes(self, params: Params) -> float:
         leaves = flat(params["heads"]).items()

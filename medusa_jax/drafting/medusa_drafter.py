@@ -54,6 +54,10 @@ class MedusaDrafter(OfTree):
     heads: HeadsConfig
     tree: Tree | DynamicTree
 
+    def smaller(self, tree: DynamicTree) -> "MedusaDrafter":
+        """The drafter of a grown tree of fewer tokens, which reads the same drafts."""
+        return dataclasses.replace(self, tree=tree)
+
     def check(self, model: ModelConfig) -> None:
         self.tree.check(self.heads.num_heads, self.heads.truncated or model.vocab_size)
         if not self.tree.depth:

@@ -53,9 +53,6 @@ class NgramDrafter(OfTree):
         tokens = jnp.concatenate((root[:, None], draft), axis=1)
         return Proposal(tokens, self.tree.arrange(None)[1])
 
-    def read_bytes(self, params: Params) -> float:
-        return 0.0
-
 
 @typed
 def latest_match(text: Int[Array, "B S"], last: Int[Array, " B"], longest: int) -> Int[Array, " B"]:

@@ -51,6 +51,19 @@ class TreeTables:
         """
         return jnp.asarray(self.ancestors)[self._rows(slots), slots]
 
+    def first(self, size: int) -> "TreeTables":
+        """The tree of the first `size` slots, whose ancestors are among them.
+
+        For the example of `Tree`: of 3 slots, the root and its two children.
+        """
+        return TreeTables(
+            self.parents[:, :size],
+            self.depths[:, :size],
+            self.ancestors[:, :size],
+            self.mask[:, :size, :size],
+            tuple(slot for slot in self.inner if slot < max(size - 1, 1)),
+        )
+
     def _rows(self, slots: Array) -> Array:
         """The row of the tables for each row of the batch."""
         rows = jnp.arange(slots.shape[0])

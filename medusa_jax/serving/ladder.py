@@ -15,6 +15,7 @@ import numpy as np
 
 from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.hydra_drafter import HydraDrafter
 from medusa_jax.drafting.medusa_drafter import MedusaDrafter
 from medusa_jax.drafting.tree import Tree
 
@@ -60,11 +61,11 @@ def ladder_of(
       tuned: trees, and the mean accepted length of each; may be empty.
     """
     drafters: list[Drafter] = [NoDraft()]
-    if isinstance(drafter, MedusaDrafter) and isinstance(drafter.tree, DynamicTree):
+    of_heads = MedusaDrafter | HydraDrafter
+    if isinstance(drafter, of_heads) and isinstance(drafter.tree, DynamicTree):
         tree = drafter.tree
         sizes = sorted({max(2, int(tree.size * part)) for part in SMALLER} - {tree.size})
-        smaller = [dataclasses.replace(tree, size=size) for size in sizes]
-        drafters += [dataclasses.replace(drafter, tree=each) for each in smaller]
+        drafters += [drafter.smaller(dataclasses.replace(tree, size=size)) for size in sizes]
     if drafter.size > 1:
         drafters.append(drafter)
     lengths = tuple(accepted_length(each.size, tuned) for each in drafters)

@@ -14,6 +14,7 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys, scaled, warp
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.decoding.step import finite
+from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
@@ -107,6 +108,16 @@ def test_a_cache_beyond_the_memory_is_refused(tiny: TinyModel, monkeypatch: pyte
         decoder.prefill(tiny.params, [[1]] * 3, max_new_tokens=1)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params)
     assert module.row_bytes(decoder, half) == row // 2
+
+
+def test_a_draft_models_cache_counts(tiny: TinyModel):
+    params = tiny.params | {"draft": tiny.params["backbone"]}
+    decoder = Decoder(tiny.config, DraftModel(tiny.config, Tree.chain(3)))
+    state = decoder.prefill(params, [[1]], max_new_tokens=1)
+    caches = state.cache, state.draft.cache
+    row = sum(leaf.nbytes for cache in caches for leaf in (*cache.keys, *cache.values))
+    extra = state.draft.guesses.nbytes + state.draft.cache.length.nbytes
+    assert module.row_bytes(decoder, params) == row + extra
 
 
 def test_tokens_must_be_left(tiny: TinyModel):

@@ -16,7 +16,7 @@ from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
-from medusa_jax.drafting.drafter import Verified
+from medusa_jax.drafting.drafter import NoDraft, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.hydra_drafter import HydraDrafter, best_of
 from medusa_jax.drafting.hydra_heads import HydraHead, head_input
@@ -30,6 +30,7 @@ from medusa_jax.tuning.head_ranks import replayed
 PROMPTS = [[1, 5, 9], [3], [7, 2, 11, 30, 4]]
 STATIC = Tree(((0,), (1,), (0, 0), (1, 0), (1, 1), (0, 2), (0, 0, 0), (1, 1, 0)))
 GROWN = DynamicTree(9, 3, 5)
+SMALL = dataclasses.replace(GROWN, size=4)
 SHAPES = {
     "own": {},
     "two layers": {"num_layers": 2},
@@ -82,9 +83,30 @@ def test_text_is_that_of_plain_decoding(tiny: TinyModel, scheme: Acceptance):
             assert decoded(model, tree, scheme, PROMPTS[2:]) == found[2:]
 
 
-def drafted(model: TinyModel, tree: Tree | DynamicTree) -> tuple[Any, Any, Any]:
+@pytest.mark.slow
+def test_text_does_not_depend_on_the_tree_of_each_step(tiny: TinyModel):
+    """As a server changes it: a state's draft is read by trees of all sizes, and plain steps."""
+    model = with_hydra(tiny)
+    whole, params = HydraDrafter(model.heads, GROWN), prepared(model)
+    drafters = whole, whole.smaller(SMALL), NoDraft()
+    decoders = [Decoder(model.config, each, Greedy(), capacity=64) for each in drafters]
+    state = decoders[0].prefill(params, PROMPTS, max_new_tokens=32)
+    for step in range(33):
+        state, _ = decoders[step % 3].step(params, state)
+    assert [one.token_ids for one in outputs(state)] == [text for text, _ in decoded(model, Tree())]
+
+
+@pytest.mark.slow
+def test_a_smaller_tree_is_that_which_the_heads_would_grow(tiny: TinyModel):
+    model = with_hydra(tiny)
+    found = drafted(model, HydraDrafter(model.heads, GROWN).smaller(SMALL))[0]
+    expected = drafted(model, HydraDrafter(model.heads, SMALL))[0]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def drafted(model: TinyModel, drafter: HydraDrafter) -> tuple[Any, Any, Any]:
     """The proposal of two rows, and what the heads read."""
-    drafter, params = medusa_drafter(model.heads, tree), prepared(model)
+    params = prepared(model)
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(0, 1, (2, model.config.hidden_size)), jnp.float32)
     root, none = jnp.array([5, 31]), jnp.zeros(2, jnp.int32)
@@ -116,7 +138,7 @@ def after(model: TinyModel, hidden: Any, path: list[int]) -> tuple[list[int], An
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_static_tree_holds_the_ranks_after_each_node(tiny: TinyModel, shape: str):
     model = with_hydra(tiny, **SHAPES[shape])
-    proposal, hidden, root = drafted(model, STATIC)
+    proposal, hidden, root = drafted(model, HydraDrafter(model.heads, STATIC))
     for row in range(2):
         for slot, node in enumerate(STATIC.slots):
             path = [int(root[row])]
@@ -130,7 +152,7 @@ def test_a_grown_tree_holds_the_likeliest_paths(tiny: TinyModel):
     """Of all 5 + 25 paths of two heads, those that the heads think likeliest."""
     model = with_hydra(tiny)
     tree = dataclasses.replace(GROWN, depth=2)
-    proposal, hidden, root = drafted(model, tree)
+    proposal, hidden, root = drafted(model, HydraDrafter(model.heads, tree))
     for row in range(2):
         scores: dict[tuple[int, ...], float] = {}
         first, chances = after(model, hidden[row], [int(root[row])])

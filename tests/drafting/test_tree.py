@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers.trees import leaf_paths
+from helpers.trees import leaf_paths, tables
 
 from medusa_jax.drafting.tree import Tree, published_names
 from medusa_jax.drafting.tree_tables import PAD
@@ -29,6 +29,13 @@ def test_docstring_example():
     )
     np.testing.assert_array_equal(EXAMPLE.candidate_indices(10), [0, 1, 2, 11])
     np.testing.assert_array_equal(leaf_paths(EXAMPLE), [[0, 1, 3], [0, 2, PAD]])
+
+
+def test_the_first_slots_of_the_example():
+    first = tables(EXAMPLE).first(3)
+    assert first.parents.tolist() == [[-1, 0, 0]] and first.depths.tolist() == [[0, 1, 1]]
+    assert first.mask.astype(int).tolist() == [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
+    assert first.ancestors.tolist() == [[[0, PAD, PAD], [0, 1, PAD], [0, 2, PAD]]]
 
 
 def test_root_alone():

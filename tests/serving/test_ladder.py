@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.hydra import hydra_shape
 from helpers.models import TinyModel
 from serving.test_engine import JOBS, decoder_of, single
 
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.drafting.drafter import NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.hydra_drafter import HydraDrafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving.engine import Engine
 from medusa_jax.serving.ladder import Chooser, Ladder, accepted_length, ladder_of, row_sizes
@@ -35,6 +37,9 @@ def test_a_grown_tree_has_smaller_trees_below_it(tiny: TinyModel):
     drafter = decoder_of(tiny, GROWN, Greedy()).drafter
     ladder = ladder_of(drafter, 4, [])
     assert [each.size for each in ladder.drafters] == [1, 2, 4, 8]
+    hydra = HydraDrafter(hydra_shape(tiny), GROWN)
+    smaller = [hydra.smaller(dataclasses.replace(GROWN, size=size)) for size in (2, 4)]
+    assert ladder_of(hydra, 4, []).drafters == (NoDraft(), *smaller, hydra)
     assert ladder.rows == (1, 4) and list(ladder.lengths) == sorted(ladder.lengths)
     static = decoder_of(tiny, Tree.from_lists([[0], [1]]), Greedy()).drafter
     assert ladder_of(static, 1, []).drafters == (NoDraft(), static)
