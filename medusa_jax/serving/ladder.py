@@ -23,6 +23,7 @@ ROW_FACTOR = 4  # between one batch size and the next
 SMALLER = (0.5, 0.25)  # sizes of grown trees, as parts of the tuned size
 SMOOTHING = 0.2  # weight of the newest call in the mean of what is accepted
 FIRST_CALLS, CALLS = 3, 9  # in which a step is timed before it is judged, and judged by
+LEAST_SHARE = 0.8  # of plain decoding's tokens per second, that a tree has to promise
 PROBE_CALLS = 100  # so often another than the best is tried again, in turn
 
 
@@ -122,6 +123,17 @@ class Chooser:
         most = self.promise(rows, ranked[0])
         others = [number for number in ranked[1:] if 2 * self.promise(rows, number) >= most]
         return others[turn % len(others)] if not rest and others else ranked[0]
+
+    def may_pay(self, rows: int, number: int) -> bool:
+        """Whether a step is worth its compilation, which takes a core from the users.
+
+        A tree that loses much in a smaller batch loses more in a larger batch.
+        """
+        for fewer in reversed([each for each in self.ladder.rows if each <= rows]):
+            timed = [len(self._seconds[fewer, each]) >= FIRST_CALLS for each in (0, number)]
+            if all(timed):
+                return self.promise(fewer, number) >= LEAST_SHARE * self.promise(fewer, 0)
+        return True
 
     def promise(self, rows: int, number: int) -> float:
         """Tokens per second of a row that writes."""

@@ -64,8 +64,10 @@ class Load:
         passes = self._batch.run(steps, least, drafters[number])
         seconds = time.perf_counter() - self._batch.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)
-        trees_first = drafters[::-1]
-        self._batch.prepare([(size, each) for size in self._ladder.rows for each in trees_first])
+        trees_first = list(reversed(range(len(drafters))))
+        choices = [(size, each) for size in self._ladder.rows for each in trees_first]
+        may_pay = [choice for choice in choices if self._chooser.may_pay(*choice)]
+        self._batch.prepare([(size, drafters[each]) for size, each in may_pay])
         self._last = rows, number, seconds / passes if passes else 0.0
         return passes, seconds
 

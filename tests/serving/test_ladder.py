@@ -46,6 +46,21 @@ def test_a_grown_tree_has_smaller_trees_below_it(tiny: TinyModel):
     assert ladder_of(NoDraft(), 1, []).drafters == (NoDraft(),)
 
 
+def test_a_tree_that_loses_with_few_rows_is_not_compiled_for_more():
+    """The tree accepts 3 tokens; its step takes twice a plain step with a row, 5 times with four."""
+    chooser = Chooser(Ladder((1, 4, 16), (NoDraft(), NoDraft()), (1.0, 3.0)))
+    assert chooser.may_pay(16, 1)  # nobody knows yet
+    for seconds in (1.0, 1.1, 0.9):
+        chooser.saw(1, 0, seconds, [1])
+        chooser.saw(1, 1, 2 * seconds, [3])
+    assert all(chooser.may_pay(rows, number) for rows in (1, 4, 16) for number in (0, 1))
+    for _ in range(3):
+        chooser.saw(4, 0, 1.0, [1])
+        chooser.saw(4, 1, 5.0, [3])
+    assert [chooser.may_pay(rows, 1) for rows in (1, 4, 16)] == [True, False, False]
+    assert chooser.may_pay(16, 0)
+
+
 def test_a_batch_grows_at_once_and_shrinks_later():
     """Each change copies a cache: a user who comes and goes shall not cause two a request."""
     batch: Any = SimpleNamespace(rows=4, can_run=lambda rows, drafter: True)
