@@ -122,7 +122,7 @@ class Engine:
         if not self._rows:
             return []
         writing = self._reader.read(self._rows)
-        begins = any(not row.unread and not row.reported for row in self._rows.values())
+        begins = any(row.begins for row in self._rows.values())
         passes, seconds = self._load.run(writing, begins=begins) if writing else (0, 0.0)
         done = self._batch.outputs() if writing else []
         self.stats.compile_seconds = self._batch.compile_seconds
@@ -136,8 +136,7 @@ class Engine:
         """Gives free slots to waiting jobs."""
         needed = min(len(self._rows) + len(self._waiting), self.slots)
         if not self._rows and self._waiting:
-            waiting = list(self._waiting)[:needed]
-            self._batch.fit(max(max(job.tokens, job.room) for job in waiting))
+            self._batch.fit(max(max(job.tokens, job.room) for job in [*self._waiting][:needed]))
             self._batch.begin(self._load.size(needed, more))
         elif self._rows:
             self._regroup(self._load.size(needed, more))

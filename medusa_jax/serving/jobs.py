@@ -80,6 +80,11 @@ class Row:
         """Tokens of its prompt that are still to be read; it writes once there are none."""
         return len(self.job.prompt_ids) - self.read
 
+    @property
+    def begins(self) -> bool:
+        """Whether it writes, and nobody has seen a token yet."""
+        return not self.unread and not self.reported
+
     def progress(self, output: Output, now: float) -> Progress:
         """What is new in the row's output, which has ended or not."""
         new = output.token_ids[self.reported :]

@@ -127,18 +127,34 @@ class Chooser:
     def may_pay(self, rows: int, number: int) -> bool:
         """Whether a step is worth its compilation, which takes a core from the users.
 
-        A tree that loses much in a smaller batch loses more in a larger batch.
+        A step that was never timed costs what its tokens would, on a line through those timed.
         """
-        for fewer in reversed([each for each in self.ladder.rows if each <= rows]):
-            timed = [len(self._seconds[fewer, each]) >= FIRST_CALLS for each in (0, number)]
-            if all(timed):
-                return self.promise(fewer, number) >= LEAST_SHARE * self.promise(fewer, 0)
-        return True
+        if not number:
+            return True
+        tokens, seconds = [], []
+        for (timed, each), calls in self._seconds.items():
+            if len(calls) >= FIRST_CALLS:
+                tokens.append(timed * self.ladder.drafters[each].size)
+                seconds.append(statistics.median(calls))
+        if len({*tokens}) < 2:
+            return True
+        slope, first = np.polyfit(tokens, seconds, 1)
+
+        def promise(number: int) -> float:
+            if len(self._seconds[rows, number]) >= FIRST_CALLS:
+                return self.promise(rows, number)
+            size = rows * self.ladder.drafters[number].size
+            return self._length(number) / max(first + slope * size, min(seconds))
+
+        return promise(number) >= LEAST_SHARE * promise(0)
 
     def promise(self, rows: int, number: int) -> float:
         """Tokens per second of a row that writes."""
-        length = 1 + self.gain * (self.ladder.lengths[number] - 1)
-        return length / statistics.median(self._seconds[rows, number])
+        return self._length(number) / statistics.median(self._seconds[rows, number])
+
+    def _length(self, number: int) -> float:
+        """Tokens that a row is expected to accept in a step."""
+        return 1 + self.gain * (self.ladder.lengths[number] - 1)
 
     def saw(self, rows: int, number: int, seconds: float, accepted: Sequence[int]) -> None:
         """Learns from a call.

@@ -46,19 +46,20 @@ def test_a_grown_tree_has_smaller_trees_below_it(tiny: TinyModel):
     assert ladder_of(NoDraft(), 1, []).drafters == (NoDraft(),)
 
 
-def test_a_tree_that_loses_with_few_rows_is_not_compiled_for_more():
-    """The tree accepts 3 tokens; its step takes twice a plain step with a row, 5 times with four."""
-    chooser = Chooser(Ladder((1, 4, 16), (NoDraft(), NoDraft()), (1.0, 3.0)))
+@pytest.mark.parametrize(("token", "pays"), [(0.0, True), (1.0, False)])
+def test_a_tree_is_compiled_where_its_tokens_may_pay(tiny: TinyModel, token: float, pays: bool):
+    """A step takes 20 s and so much a token; the tree of 8 accepts 2 tokens."""
+    tree = decoder_of(tiny, GROWN, Greedy()).drafter
+    chooser = Chooser(Ladder((1, 4, 16), (NoDraft(), tree), (1.0, 2.0)))
     assert chooser.may_pay(16, 1)  # nobody knows yet
-    for seconds in (1.0, 1.1, 0.9):
-        chooser.saw(1, 0, seconds, [1])
-        chooser.saw(1, 1, 2 * seconds, [3])
-    assert all(chooser.may_pay(rows, number) for rows in (1, 4, 16) for number in (0, 1))
     for _ in range(3):
-        chooser.saw(4, 0, 1.0, [1])
-        chooser.saw(4, 1, 5.0, [3])
-    assert [chooser.may_pay(rows, 1) for rows in (1, 4, 16)] == [True, False, False]
-    assert chooser.may_pay(16, 0)
+        chooser.saw(1, 1, 20 + 8 * token, [2])
+        chooser.saw(16, 0, 20 + 16 * token, [1])
+    assert chooser.may_pay(1, 1) and chooser.may_pay(16, 0)
+    assert chooser.may_pay(16, 1) == pays  # 148 s beside 36 s, with a token of 1 s
+    for _ in range(3):
+        chooser.saw(16, 1, 40.0, [2])
+    assert chooser.may_pay(16, 1)  # it was timed
 
 
 def test_a_batch_grows_at_once_and_shrinks_later():
