@@ -15,6 +15,7 @@ This package knows nothing about text or files. Letters: see `shapes.py`.
 import dataclasses
 import functools
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -251,11 +252,18 @@ def row_bytes(decoder: Decoder, params: Params) -> int:
     itemsize = precision(params).itemsize
     heads = config.num_kv_heads // (decoder.mesh.shape["tensor"] if decoder.mesh else 1)
     cache = 2 * config.num_layers * heads * config.head_dim * itemsize * decoder.cache_slots
-    return cache + _draft_bytes(decoder, params)
+    leaves, structure = jax.tree.flatten(params)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return cache + _draft_bytes(decoder, structure, shapes)
 
 
-def _draft_bytes(decoder: Decoder, params: Params) -> int:
-    """Bytes of a row's draft: a second row adds them, and no tables that rows share."""
+@functools.lru_cache(maxsize=64)
+def _draft_bytes(decoder: Decoder, structure: Any, shapes: tuple[Any, ...]) -> int:
+    """Bytes of a row's draft: a second row adds them, and no tables that rows share.
+
+    Args:
+      structure, shapes: of the parameters, whose drafter would be traced anew each time.
+    """
     drafter, slots = decoder.drafter, decoder.cache_slots
 
     def of(rows: int) -> int:
@@ -263,7 +271,7 @@ def _draft_bytes(decoder: Decoder, params: Params) -> int:
             backbone = decoder.network.bound(params)
             return drafter.begin(drafter.prepare(params), backbone, rows, slots)
 
-        draft = jax.eval_shape(begin, params)
+        draft = jax.eval_shape(begin, structure.unflatten(shapes))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(draft))
 
     return of(2) - of(1)

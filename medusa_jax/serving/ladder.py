@@ -115,7 +115,7 @@ class Chooser:
         as the best is not tried again.
         """
         for number in ready:
-            if len(self._seconds[rows, number]) < FIRST_CALLS:
+            if not self.timed(rows, number):
                 return number
         ranked = sorted(ready, key=lambda number: -self.promise(rows, number))
         self._calls += 1
@@ -123,6 +123,10 @@ class Chooser:
         most = self.promise(rows, ranked[0])
         others = [number for number in ranked[1:] if 2 * self.promise(rows, number) >= most]
         return others[turn % len(others)] if not rest and others else ranked[0]
+
+    def timed(self, rows: int, number: int) -> bool:
+        """Whether calls enough tell how long a step takes."""
+        return len(self._seconds[rows, number]) >= FIRST_CALLS
 
     def may_pay(self, rows: int, number: int) -> bool:
         """Whether a step is worth its compilation, which takes a core from the users.
@@ -132,16 +136,16 @@ class Chooser:
         if not number:
             return True
         tokens, seconds = [], []
-        for (timed, each), calls in self._seconds.items():
-            if len(calls) >= FIRST_CALLS:
-                tokens.append(timed * self.ladder.drafters[each].size)
+        for (batch, each), calls in list(self._seconds.items()):
+            if self.timed(batch, each):
+                tokens.append(batch * self.ladder.drafters[each].size)
                 seconds.append(statistics.median(calls))
         if len({*tokens}) < 2:
             return True
         slope, first = np.polyfit(tokens, seconds, 1)
 
         def promise(number: int) -> float:
-            if len(self._seconds[rows, number]) >= FIRST_CALLS:
+            if self.timed(rows, number):
                 return self.promise(rows, number)
             size = rows * self.ladder.drafters[number].size
             return self._length(number) / max(first + slope * size, min(seconds))

@@ -60,7 +60,11 @@ class Load:
         number = self._chooser.step(rows, ready or [0 if rows > 1 else len(drafters) - 1])
         self._batch.wait()  # for prompts that are still being read
         start = time.perf_counter() - self._batch.compile_seconds
-        steps = 1 if begins and jax.process_count() == 1 else self._steps
+        steps = self._steps
+        if jax.process_count() == 1 and not self._chooser.timed(rows, number):
+            steps = min(steps, FIRST_STEPS)  # a trial, which may be slow
+        if jax.process_count() == 1 and begins:
+            steps = 1
         passes = self._batch.run(steps, least, drafters[number])
         seconds = time.perf_counter() - self._batch.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)

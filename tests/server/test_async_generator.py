@@ -44,7 +44,7 @@ def test_coroutines_write_what_each_writes_alone(service: Service):
 
 def test_pieces_have_the_tokens_of_each_step(service: Service):
     async def pieces() -> list:
-        return [piece async for piece in service.medusa.generate(STORY, max_new_tokens=20)]
+        return [piece async for piece in service.medusa.generate(STORY, max_new_tokens=60)]
 
     found = asyncio.run(pieces())
     output = found[-1].output

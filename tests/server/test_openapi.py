@@ -13,6 +13,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 EXAMPLES = 12  # of each route
 
 
+# Hypothesis sees the random numbers that the server's thread draws meanwhile.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 def test_no_request_is_answered_with_500(service: Service):
     """Valid ones and wrong ones; texts are kept short, for other files test them."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
