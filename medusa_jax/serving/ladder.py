@@ -100,6 +100,7 @@ class Chooser:
         self._seconds = collections.defaultdict[tuple[int, int], collections.deque[float]](
             lambda: collections.deque(maxlen=CALLS)
         )
+        self._line = self._fitted()
 
     def rows(self, needed: int, ready: Callable[[int], bool]) -> int:
         """The smallest batch for so many rows whose programs are ready; else that of all slots."""
@@ -133,24 +134,27 @@ class Chooser:
 
         A step that was never timed costs what its tokens would, on a line through those timed.
         """
-        if not number:
+        if not number or self._line is None:
             return True
-        tokens, seconds = [], []
-        for (batch, each), calls in list(self._seconds.items()):
-            if self.timed(batch, each):
-                tokens.append(batch * self.ladder.drafters[each].size)
-                seconds.append(statistics.median(calls))
-        if len({*tokens}) < 2:
-            return True
-        slope, first = np.polyfit(tokens, seconds, 1)
+        slope, first, least = self._line
 
         def promise(number: int) -> float:
             if self.timed(rows, number):
                 return self.promise(rows, number)
             size = rows * self.ladder.drafters[number].size
-            return self._length(number) / max(first + slope * size, min(seconds))
+            return self._length(number) / max(first + slope * size, least)
 
         return promise(number) >= LEAST_SHARE * promise(0)
+
+    def _fitted(self) -> tuple[float, float, float] | None:
+        """Seconds of a token more, of none, and of the fastest step; None before two were timed."""
+        timed = [key for key, calls in self._seconds.items() if len(calls) >= FIRST_CALLS]
+        tokens = [rows * self.ladder.drafters[number].size for rows, number in timed]
+        if len({*tokens}) < 2:
+            return None
+        seconds = [statistics.median(self._seconds[key]) for key in timed]
+        slope, first = np.polyfit(tokens, seconds, 1)
+        return float(slope), float(first), min(seconds)
 
     def promise(self, rows: int, number: int) -> float:
         """Tokens per second of a row that writes."""
@@ -168,6 +172,7 @@ class Chooser:
           accepted: tokens of each step of each row.
         """
         self._seconds[rows, number].append(seconds)
+        self._line = self._fitted()  # once a call, not once for each choice
         expected = self.ladder.lengths[number] - 1
         if accepted and expected > 0:
             gain = (float(np.mean(accepted)) - 1) / expected
