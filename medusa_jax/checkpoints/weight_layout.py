@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from medusa_jax.checkpoints.quantization import NONE, quantized, stored, type_for
 from medusa_jax.checkpoints.stored_tensor import StoredTensor
-from medusa_jax.kernels import few_rows as kernel
-from medusa_jax.model.linear import Weight, joint_name
+from medusa_jax.kernels import native
+from medusa_jax.model.linear import Weight, joint_name, leaves_out_zeros
 from medusa_jax.param_paths import flat, nested
 
 _EMBEDDING = "embed/embedding"
@@ -30,14 +30,12 @@ _JOINT = (("query", "key", "value"), ("gate", "up"), ("residual", "linear_0"))
 
 def usable(mesh: Any) -> bool:
     """Whether weights can be laid out for `kernels.few_rows`, which knows nothing of a mesh."""
-    return mesh is None and kernel.available()
+    return mesh is None and native.available()
 
 
 def products(params: dict[str, Any]) -> str:
     """How these parameters are multiplied: by the kernel's instruction set, "vnni", or "xla"."""
-    leaves = flat(params["backbone"]).values()
-    kernels = any(isinstance(leaf, Weight) and leaf.few_rows for leaf in leaves)
-    return kernel.level() if kernels else "xla"
+    return native.level() if leaves_out_zeros(params["backbone"]) else "xla"
 
 
 def placed(

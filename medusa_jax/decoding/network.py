@@ -17,7 +17,7 @@ from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.cache_attention import CacheAttention
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
-from medusa_jax.model.linear import weight_of
+from medusa_jax.model.linear import leaves_out_zeros, weight_of
 from medusa_jax.param_paths import map_with_path
 
 
@@ -53,9 +53,14 @@ class Network:
         mask: Bool[Array, "#B T T"],
         past: KVCache | None,
         lengths: Int[Array, " B"] | None = None,
+        live: Bool[Array, "B #T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """`Backbone.__call__`, its hidden states whole on each device of the mesh."""
-        inputs = tokens, positions, mask, past, lengths
+        if live is not None:
+            # Elsewhere nothing is saved, nor where a single row runs: ended, it takes no step.
+            saves = live.size > 1 and leaves_out_zeros(params["backbone"])
+            live = jnp.broadcast_to(live, tokens.shape) if saves else None
+        inputs = tokens, positions, mask, past, lengths, live
         variables = {"params": params["backbone"]}
         passed: Any = self._backbone.apply(variables, *inputs)
         hidden, block = passed

@@ -28,6 +28,7 @@ from medusa_jax.model.kv_cache import Block, KVCache, init_cache
 
 # A CPU takes about as long for so many tokens as for a call of some steps.
 CPU_BLOCK = 128
+SHORT = 32  # tokens of a prompt to which those of a whole block are many, even if they are free
 
 
 @jax.tree_util.register_dataclass
@@ -78,15 +79,19 @@ def longest_block() -> int:
     return CPU_BLOCK if jax.default_backend() == "cpu" else PREFILL_BLOCK
 
 
-def next_block(left: int, room: int, most: int) -> int:
+def next_block(left: int, room: int, most: int, *, padding_is_free: bool) -> int:
     """Padded length of the next block, of a prompt of which so many tokens are left.
 
-    (left, room, most): (300, 640, 128) -> 128, (44, 384, 128) -> 64, (200, 128, 512) -> 128.
+    (left, room, most): (300, 640, 128) -> 128, (44, 384, 128) -> 64, (200, 128, 512) -> 128;
+    if padding is free, (44, 384, 128) -> 128: a program serves nearly all lengths.
 
     Args:
       room: slots that the row has left; blocks of whole buckets may need more than there are.
     """
-    return min(bucket(left), most, room)
+    size = bucket(left)
+    if padding_is_free:
+        size = most if left > SHORT else SHORT
+    return min(size, most, room)
 
 
 def prompt_block(
@@ -173,7 +178,7 @@ def _run(
     past = dataclasses.replace(cache, length=block.start[None], row=slot)
     positions = (block.start + jnp.arange(size))[None]
     inputs = block.tokens[None], positions, causal_mask(size), past, block.length[None]
-    hidden, read = network.hidden(params, *inputs)
+    hidden, read = network.hidden(params, *inputs, jnp.arange(size)[None] < block.count)
     return _row(hidden[0], block.count - 1), read
 
 

@@ -28,8 +28,9 @@ def advance(
 
     # 1. Propose the tree's tokens and verify them in one pass.
     tokens, tree, drawn = drafter.propose(params, state.draft, state.root)
-    positions = length[:, None] + tree.depths
-    hidden, block = network.hidden(params, tokens, positions, jnp.asarray(tree.mask), state.cache)
+    running = state.finish == RUNNING
+    inputs = tokens, length[:, None] + tree.depths, jnp.asarray(tree.mask), state.cache
+    hidden, block = network.hidden(params, *inputs, live=running[:, None])
     own = network.logits(params, hidden)
     logits = network.allowed(own)
     if state.repetition is not None:
@@ -47,7 +48,6 @@ def advance(
     sound = finite(logits[:, 0])
     made = jnp.where(sound, tree.depth_of(accepted.last) + 1, 1)
     path_tokens = jnp.take_along_axis(tokens, path, axis=1)
-    running = state.finish == RUNNING
     count, finish = cut(path_tokens, made, state.limit - length, state.stop_ids)
     sound &= finite(logits[rows, accepted.last])
     finish = jnp.where(sound | (finish != RUNNING), finish, FAILED)

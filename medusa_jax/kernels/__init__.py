@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-# What kernels do: products of few rows on a CPU, attention to the cache on a TPU or GPU.
+# What kernels do: products of few rows on a CPU, attention to the cache on all devices.
 NAMES = ("products", "attention")
 
 

@@ -12,42 +12,15 @@
 #include <vector>
 
 #include "few_rows.h"
+#include "levels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
-#define LEVEL_OF(name)                     \
-  extern "C" void few_rows_##name(const Product&); \
-  extern "C" float round_row_##name(const float*, long, int16_t*);
-LEVEL_OF(plain)
-#if defined(__x86_64__)
-LEVEL_OF(avx2)
-LEVEL_OF(avx512)
-LEVEL_OF(vnni)
-#endif
+ALL_LEVELS(void, few_rows, const Product&)
+ALL_LEVELS(float, round_row, const float*, long, int16_t*)
 
 namespace {
-struct Level {
-  const char* name;
-  void (*product)(const Product&);
-  float (*round)(const float*, long, int16_t*);
-};
-#define LEVEL_NAMED(name) Level{#name, few_rows_##name, round_row_##name}
-
-const Level& widest() {
-  static const Level level = [] {
-#if defined(__x86_64__)
-    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) return LEVEL_NAMED(vnni);
-    if (avx512) return LEVEL_NAMED(avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return LEVEL_NAMED(avx2);
-#endif
-    return LEVEL_NAMED(plain);
-  }();
-  return level;
-}
-
 constexpr long kChunkBytes = 1 << 15, kShareBytes = 1 << 17;  // of a chunk; worth waking a thread
 
 // Work for several threads. Each takes chunks of a share of its own, which is contiguous, so that
@@ -56,6 +29,7 @@ struct Work {
   std::vector<Product> chunks;
   std::vector<float> floats, scales;  // rows that had to be converted
   std::vector<int16_t> shorts;
+  std::vector<long> places;  // of the rows that are no zeros
   long shares;
   std::unique_ptr<std::atomic<long>[]> next;  // chunk of each share
   std::atomic<long> done{0};
@@ -66,16 +40,40 @@ struct Work {
     for (long i = 0; i < shares; i++) {
       long share = (own + i) % shares, end = start(share + 1);
       for (long chunk; (chunk = next[share].fetch_add(1)) < end;) {
-        widest().product(chunks[chunk]);
+        few_rows_of()(chunks[chunk]);
         done.fetch_add(1, std::memory_order_release);
       }
     }
   }
 };
 
+// Rows of zeros have outputs of zeros, which are written here, and take part in nothing else:
+// padding of a prompt, and rows of a batch whose texts have ended.
+void leave_out_zeros(Work& work, Product& p) {
+  auto* x = static_cast<const float*>(p.x);
+  bool apart = false;  // whether a row of zeros stands before another row
+  for (long r = 0; r < p.rows; r++) {
+    const float* row = x + r * p.x_stride;
+    if (std::all_of(row, row + p.x_stride, [](float number) { return number == 0; })) {
+      memset(p.y + r * p.y_stride, 0, p.y_stride * sizeof(float));
+    } else {
+      apart |= long(work.places.size()) < r;
+      work.places.push_back(r);
+    }
+  }
+  p.rows = work.places.size();
+  p.places = work.places.data();
+  if (!apart) return;
+  std::vector<float> together;
+  for (long r : work.places)
+    together.insert(together.end(), x + r * p.x_stride, x + (r + 1) * p.x_stride);
+  work.floats.swap(together);
+  p.x = work.floats.data();
+}
+
 // Rows [R, M, in] of x for M weights: as they are, widened to float32, or rounded to integers.
 // `p` gets those of the first weight; those of weight m begin m * p.in numbers further.
-void prepare(const ffi::AnyBuffer& x, long rows, long stack, Work& work, Product& p) {
+void prepare(const ffi::AnyBuffer& x, long stack, Work& work, Product& p) {
   long count = x.element_count();
   p.x_stride = stack * p.in;
   p.x = x.untyped_data();
@@ -88,15 +86,16 @@ void prepare(const ffi::AnyBuffer& x, long rows, long stack, Work& work, Product
     }
     p.x = work.floats.data();
   }
+  leave_out_zeros(work, p);
   if (p.type == 2) {
-    work.shorts.resize(count);
-    work.scales.resize(rows * stack);
+    work.shorts.resize(p.rows * p.x_stride);
+    work.scales.resize(p.rows * stack);
     auto* from = static_cast<const float*>(p.x);
     for (long m = 0; m < stack; m++)
-      for (long r = 0; r < rows; r++) {
+      for (long r = 0; r < p.rows; r++) {
         long row = r * stack + m;
-        work.scales[m * rows + r] =
-            widest().round(from + row * p.in, p.in, work.shorts.data() + row * p.in);
+        work.scales[m * p.rows + r] =
+            round_row_of()(from + row * p.in, p.in, work.shorts.data() + row * p.in);
       }
     p.x = work.shorts.data();
   }
@@ -106,14 +105,17 @@ ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
                     ffi::AnyBuffer scale, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   auto shape = weight.dimensions();  // [out, in], or [M, out, in]
   long in = shape.back(), out = shape[shape.size() - 2], stack = shape.size() > 2 ? shape[0] : 1;
-  long rows = x.element_count() / (stack * in);
   int type = weight.element_type() == ffi::F32 ? 0 : weight.element_type() == ffi::BF16 ? 1 : 2;
   long size = type == 0 ? 4 : type == 1 ? 2 : 1, x_size = type == 2 ? 2 : 4;
   auto work = std::make_shared<Work>();
-  Product whole{weight.untyped_data(), nullptr, nullptr, nullptr, y->typed_data(), rows, in};
+  Product whole{};
+  whole.weight = weight.untyped_data();
+  whole.y = y->typed_data();
+  whole.rows = x.element_count() / (stack * in);
+  whole.in = in;
   whole.y_stride = stack * out;
   whole.type = type;
-  prepare(x, rows, stack, *work, whole);
+  prepare(x, stack, *work, whole);
   long step = std::max<long>(1, kChunkBytes / (in * size));
   step = (step + 23) / 24 * 24;  // whole groups
   for (long m = 0; m < stack; m++)
@@ -122,7 +124,7 @@ ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
       chunk.weight = static_cast<const char*>(whole.weight) + m * out * in * size;
       chunk.scale = scale.element_count() ? scale.reinterpret_data<float>() + m * out : nullptr;
       chunk.x = static_cast<const char*>(whole.x) + m * in * x_size;
-      chunk.x_scale = type == 2 ? work->scales.data() + m * rows : nullptr;
+      chunk.x_scale = type == 2 ? work->scales.data() + m * whole.rows : nullptr;
       chunk.y = whole.y + m * out;
       chunk.begin = begin;
       chunk.end = std::min(begin + step, out);
@@ -143,7 +145,9 @@ ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
 }
 }  // namespace
 
-extern "C" const char* few_rows_level() { return widest().name; }
+extern "C" const char* widest_level() {
+  return widest() == kVnni ? "vnni" : widest() == kAvx512 ? "avx512" : widest() == kAvx2 ? "avx2" : "plain";
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRows, few_rows,
                               ffi::Ffi::Bind()

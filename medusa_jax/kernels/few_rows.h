@@ -9,7 +9,8 @@ struct Product {
   const float* scale;    // [out], or null
   const void* x;         // R rows of `x_stride` numbers: float32, or int16 for weights in int8
   const float* x_scale;  // [R], what the integers of a row are multiplied by; or null
-  float* y;              // R rows of `y_stride`
+  float* y;              // rows of `y_stride`
+  const long* places;    // [R], the rows of y that they are
   long rows, in, x_stride, y_stride, begin, end;
   int type;  // of the weight: 0 float32, 1 bfloat16, 2 int8
 };

@@ -1,53 +1,18 @@
 // The arithmetic of few_rows.cpp for a single instruction set, which LEVEL names.
 
 #include <algorithm>
-#include <cstring>
 
 #include "few_rows.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define JOIN(a, b) a##b
-#define PRODUCT(level) JOIN(few_rows_, level)
-#define ROUND(level) JOIN(round_row_, level)
+#include "levels.h"
+#include "vectors.h"
 
 namespace {
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kMostRows = 8, kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32, kMostRows = 4, kRegisters = 16;
-#else
-constexpr int kBytes = 16, kMostRows = 4, kRegisters = 16;
-#endif
-typedef float Vector __attribute__((vector_size(kBytes)));
-typedef int32_t Ints __attribute__((vector_size(kBytes)));
 typedef int16_t Shorts __attribute__((vector_size(kBytes)));
-typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
 typedef int16_t HalfShorts __attribute__((vector_size(kBytes / 2)));
 typedef int8_t Bytes __attribute__((vector_size(kBytes / 2)));
-typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
-template <class T>
-inline T load(const void* from) {
-  T value;
-  memcpy(&value, from, sizeof(T));
-  return value;
-}
-
-// Weights as what is multiplied: floats, or integers of 16 bits.
-inline Vector numbers(const float* w) { return load<Vector>(w); }
+// Integers of 16 bits that are multiplied.
 inline Shorts numbers(const int16_t* w) { return load<Shorts>(w); }
-inline Vector numbers(const uint16_t* w) {  // bfloat16 is the upper half of a float
-#if defined(__AVX512F__)  // compilers convert lane by lane
-  return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(w)), 16);
-#elif defined(__AVX2__)
-  return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(w)), 16);
-#endif
-  Words wide = __builtin_convertvector(load<Halves>(w), Words) << 16;
-  return load<Vector>(&wide);
-}
 inline Shorts numbers(const int8_t* w) {
 #if defined(__AVX512F__)
   return (Shorts)_mm512_cvtepi8_epi16(load<__m256i>(w));
@@ -214,10 +179,11 @@ void group(const Product& p, long row, long out, int outputs) {
     for (int r = 0; r < R; r++) memcpy(last_x[r], x + r * p.x_stride + whole, rest * sizeof(X));
     tiles<W, R>(last_w[0], kLanes, last_x[0], kLanes, kLanes, outputs, totals);
   }
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++) {
+    float factor = p.x_scale ? p.x_scale[row + r] : 1, *y = p.y + p.places[row + r] * p.y_stride + out;
     for (int o = 0; o < outputs; o++)
-      p.y[(row + r) * p.y_stride + out + o] =
-          float(totals[r][o]) * (p.x_scale ? p.x_scale[row + r] : 1) * (p.scale ? p.scale[out + o] : 1);
+      y[o] = float(totals[r][o]) * factor * (p.scale ? p.scale[out + o] : 1);
+  }
 }
 
 template <class W, int R = kMostRows>
@@ -239,7 +205,7 @@ void product(const Product& p) {
 }
 }  // namespace
 
-extern "C" void PRODUCT(LEVEL)(const Product& p) {
+extern "C" void OF_LEVEL(few_rows)(const Product& p) {
   if (p.type == 0) product<float>(p);
   if (p.type == 1) product<uint16_t>(p);
   if (p.type == 2) product<int8_t>(p);
@@ -248,7 +214,7 @@ extern "C" void PRODUCT(LEVEL)(const Product& p) {
 // A row as integers of 16 bits, and the power of two that they are multiplied by, which is
 // returned: rounding moves no number by more than 2^-15 of the largest. A power of two, so that
 // all instruction sets round alike. A row that is not finite has a factor that is not finite.
-extern "C" float ROUND(LEVEL)(const float* x, long count, int16_t* rounded) {
+extern "C" float OF_LEVEL(round_row)(const float* x, long count, int16_t* rounded) {
   int32_t largest = 0;
   for (long i = 0; i < count; i++) {
     int32_t bits = load<int32_t>(x + i) & 0x7fffffff;  // as integers, floats >= 0 keep their order

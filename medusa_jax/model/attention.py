@@ -37,9 +37,16 @@ def attend(
       [B, T, H, C] in the queries' dtype; scores and softmax are float32.
       Scores of long blocks exist for QUERY_BLOCK queries at a time.
     """
+    whole = queries.shape[1] <= QUERY_BLOCK
+    mixed = (_attend if whole else _by_blocks)(queries, keys, values, mask, past)
+    if past is None or past.live is None:
+        return mixed
+    return jnp.where(past.live[:, :, None, None], mixed, 0)
+
+
+def _by_blocks(queries: Array, keys: Array, values: Array, mask: Array, past: Past | None) -> Array:
+    """`_attend` for QUERY_BLOCK queries at a time."""
     length = queries.shape[1]
-    if length <= QUERY_BLOCK:
-        return _attend(queries, keys, values, mask, past)
     count = -(-length // QUERY_BLOCK)
 
     def split(array: Array) -> Array:

@@ -167,6 +167,7 @@ class Backbone(nn.Module):
         mask: Bool[Array, "#B T T"],
         cache: KVCache | None = None,
         lengths: Int[Array, " B"] | None = None,
+        live: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """Runs one block of tokens.
 
@@ -178,6 +179,8 @@ class Backbone(nn.Module):
           cache: the past, each row up to its length; None where there is none.
           lengths: of prompts that are longer than this block, or padded. Dynamic NTK turns
             all tokens of a prompt by its whole length.
+          live: tokens that anything comes of; hidden states of the others are of no use. Beside
+            a cache, their numbers are zeros all the way, which `kernels.few_rows` leaves out.
 
         Returns:
           hidden states after the final norm [B, T, D] (the `h_t` of the paper,
@@ -192,6 +195,8 @@ class Backbone(nn.Module):
             cos, sin = cache.rope
             rope = cos[positions], sin[positions]
         x = self.embed(tokens)
+        if live is not None:
+            x = jnp.where(live[..., None], x, 0)
         windows = set(self.config.windows)
         masks = {w: mask & within_window(positions, positions, w) for w in windows}
         first = {w: first_within_window(positions, w) for w in windows}
@@ -199,8 +204,9 @@ class Backbone(nn.Module):
         for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
             past = None
             if cache is not None:
-                filled = cache.keys[i], cache.values[i], cache.length
-                past = Past(*filled, first[window], self.cache_attention, cache.row)
+                slots = cache.keys[i], cache.values[i], _filled(cache, live)
+                seen = first[window], self.cache_attention, cache.row, live
+                past = Past(*slots, *seen)
             x, layer_keys, layer_values = layer(x, rope, masks[window], past)
             keys.append(layer_keys)
             values.append(layer_values)
@@ -216,6 +222,11 @@ class Backbone(nn.Module):
         """Next-token logits, float32 [*dims, V]; with `rows`, of these tokens only [*dims, W]."""
         weight = self.embed.table if self.lm_head is None else self.lm_head
         return (weight if rows is None else weight.rows(rows)).dot(hidden)
+
+
+def _filled(cache: KVCache, live: Array | None) -> Array:
+    """Slots of each row that anything may come of [B]."""
+    return cache.length if live is None else jnp.where(live.any(axis=1), cache.length, 0)
 
 
 def causal_mask(size: int) -> Array:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from medusa_jax.kernels import cache_attention_cpu, native
 from medusa_jax.model.softmax import Softmax, joined, masked
 from medusa_jax.shapes import typed
 
@@ -46,6 +47,8 @@ class CacheAttention:
             from medusa_jax.kernels import cache_attention_gpu
 
             return functools.partial(_by_kernel, cache_attention_gpu.attention)
+        if self.kernels and platform == "cpu" and self.mesh is None and native.available():
+            return _by_cpu
         return _by_xla
 
 
@@ -59,6 +62,7 @@ class Past:
       first: the first slot that each query's window reaches [B, T]; None without a window.
       attention: what computes it.
       row: of the cache, where the queries are of this row alone []; else None.
+      live: which queries anything comes of [B, T]; the others get zeros. None: all of them.
     """
 
     keys: Array
@@ -67,6 +71,7 @@ class Past:
     first: Array | None
     attention: CacheAttention
     row: Array | None = None
+    live: Array | None = None
 
     def attend(self, queries: Float[Array, "B K G T C"], own: Own) -> Array:
         """Softmax attention to the block's own keys and to the cache [B, K, G, T, C].
@@ -89,6 +94,15 @@ def _by_xla(
 ) -> Array:  # fmt: skip
     past = by_blocks(queries, keys, values, lengths, first, row)
     return joined(masked(queries, *own), past).output()
+
+
+def _by_cpu(
+    queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None,
+    row: Array | None = None,
+) -> Array:  # fmt: skip
+    knows = cache_attention_cpu.knows(queries.shape[-1], keys.dtype)
+    compute = cache_attention_cpu.attention if knows else _by_xla
+    return compute(queries, own, keys, values, lengths, first, row)
 
 
 def _by_kernel(

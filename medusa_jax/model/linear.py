@@ -192,6 +192,12 @@ def weight_of(leaf: Any) -> Weight:
     return leaf if isinstance(leaf, Weight) else Weight(leaf)
 
 
+def leaves_out_zeros(params: Any) -> bool:
+    """Whether products by these parameters take no time for rows of zeros."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    return any(isinstance(leaf, Weight) and leaf.few_rows for leaf in leaves)
+
+
 # Lecun's normal initializer for weights [out, in].
 weight_init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
 

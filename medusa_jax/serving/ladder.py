@@ -129,13 +129,28 @@ class Chooser:
         """Whether calls enough tell how long a step takes."""
         return len(self._seconds[rows, number]) >= FIRST_CALLS
 
-    def may_pay(self, rows: int, number: int) -> bool:
-        """Whether a step is worth its compilation, which takes a core from the users.
+    def wanted(self, rows: int) -> list[tuple[int, int]]:
+        """Batch sizes and steps that are worth their compilation, which takes time from the users.
+
+        Those of the present batch come first, then plain steps, then what promises most.
+
+        Args:
+          rows: of the present batch.
+        """
+        steps = [
+            (size, each) for size in self.ladder.rows for each in range(len(self.ladder.drafters))
+        ]
+        worth = {step: self.worth(*step) for step in steps}
+        worthwhile = [step for step in steps if not step[1] or worth[step] >= LEAST_SHARE]
+        return sorted(worthwhile, key=lambda step: (step[0] != rows, step[1] > 0, -worth[step]))
+
+    def worth(self, rows: int, number: int) -> float:
+        """Tokens per second of a step over those of plain decoding; 0 while nobody can know.
 
         A step that was never timed costs what its tokens would, on a line through those timed.
         """
-        if not number or self._line is None:
-            return True
+        if self._line is None:
+            return 0.0
         slope, first, least = self._line
 
         def promise(number: int) -> float:
@@ -144,7 +159,7 @@ class Chooser:
             size = rows * self.ladder.drafters[number].size
             return self._length(number) / max(first + slope * size, least)
 
-        return promise(number) >= LEAST_SHARE * promise(0)
+        return promise(number) / promise(0)
 
     def _fitted(self) -> tuple[float, float, float] | None:
         """Seconds of a token more, of none, and of the fastest step; None before two were timed."""

@@ -68,10 +68,8 @@ class Load:
         passes = self._batch.run(steps, least, drafters[number])
         seconds = time.perf_counter() - self._batch.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)
-        trees_first = list(reversed(range(len(drafters))))
-        choices = [(size, each) for size in self._ladder.rows for each in trees_first]
-        may_pay = [choice for choice in choices if self._chooser.may_pay(*choice)]
-        self._batch.prepare([(size, drafters[each]) for size, each in may_pay])
+        wanted = self._chooser.wanted(rows)
+        self._batch.prepare([(size, drafters[each]) for size, each in wanted])
         self._last = rows, number, seconds / passes if passes else 0.0
         return passes, seconds
 

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -104,45 +103,6 @@ class Programs:
     def regroup(self, decoder: Decoder, params: Any, state: Any, rows: Any) -> Any:
         """`Decoder.regroup` to so many rows, with this decoder's capacity."""
         return self.get("regroup", decoder, _shape(state) + rows.shape, params, state, rows)
-
-
-class Background:
-    """Compiles in a thread, one program at a time, while those that are there decode."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
-
-    def compile_runs(
-        self,
-        decoder: Decoder,
-        params: Any,
-        choices: Sequence[tuple[int, Drafter]],
-        state: Callable[[int], Any],
-    ) -> None:
-        """Begins with `Decoder.run` for batches of some rows, by some drafters, if it is idle.
-
-        Args:
-          state: abstract state of so many rows.
-        """
-        busy = self._thread is not None and self._thread.is_alive()
-        if busy or self._closed.is_set():
-            return
-
-        def work() -> None:
-            programs = Programs(params, decoder.drafter)  # whose time is not the engine's
-            for rows, drafter in choices:
-                if not self._closed.is_set() and threading.main_thread().is_alive():
-                    chosen = dataclasses.replace(decoder, drafter=drafter)
-                    programs.run(chosen, params, state(rows))
-
-        # Python cannot end beside a thread that compiles: it aborts. So it waits for this thread.
-        self._thread = threading.Thread(target=work, name="compiler", daemon=False)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Begins no further program."""
-        self._closed.set()
 
 
 def _shape(state: Any) -> tuple[int, ...]:

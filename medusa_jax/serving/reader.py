@@ -15,15 +15,18 @@ class Reader:
         """Reads blocks into the rows, by their slots, oldest first; how many rows write then.
 
         The oldest prompt and the shortest take turns: short prompts overtake long ones, and none
-        waits for ever.
+        waits for ever. While more rows wait than write, short prompts are read on: a step of few
+        rows takes nearly as long as that of many.
         """
         unread = {slot: row for slot, row in rows.items() if row.unread}
         tokens = 0
-        while unread and tokens < longest_block():
-            self._oldest = not self._oldest
-            slot = next(iter(unread))
-            if not self._oldest:
-                slot = min(unread, key=lambda slot: unread[slot].unread)
+        while unread:
+            slot = min(unread, key=lambda slot: unread[slot].unread)
+            if tokens < longest_block():
+                self._oldest = not self._oldest
+                slot = next(iter(unread)) if self._oldest else slot
+            elif 2 * len(unread) <= len(rows) or unread[slot].unread > longest_block():
+                break
             row = unread[slot]
             count = self._batch.read(row.job, slot, row.read)
             row.read, tokens = row.read + count, tokens + count

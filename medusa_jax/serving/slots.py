@@ -15,9 +15,11 @@ from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Drafter, Params
 from medusa_jax.errors import InputError
+from medusa_jax.model.linear import leaves_out_zeros
+from medusa_jax.serving.background import Background
 from medusa_jax.serving.job_blocks import JobBlocks
 from medusa_jax.serving.jobs import Job
-from medusa_jax.serving.programs import Background, Programs, fitting
+from medusa_jax.serving.programs import Programs, fitting
 
 
 class Slots:
@@ -42,6 +44,7 @@ class Slots:
         self._blocks = JobBlocks(decoder, stop_ids, repetition_penalty, seed)
         self._programs = Programs(params, decoder.drafter)
         self._background = Background()
+        self._padding_is_free = leaves_out_zeros(params)
 
     @property
     def rows(self) -> int:
@@ -96,7 +99,7 @@ class Slots:
         Where longer prompts will follow, all blocks are small: a single program serves them.
         """
         left, room = len(job.prompt_ids) - start, self._now.cache_slots - start
-        size = SMALL_BLOCK if job.room else next_block(left, room, longest_block())
+        size = SMALL_BLOCK if job.room else self._block(left, room)
         block = self._blocks.block(job, start, size)
         read = self._programs.read(self._now, self._params, self._state, block)
         self._state = read(self._params, self._state, np.int32(slot), block)
@@ -132,11 +135,12 @@ class Slots:
         return self._programs.can_run(decoder, self._now.cache_slots, rows, self._blocks.settings)
 
     def prepare(self, choices: Sequence[tuple[int, Drafter]]) -> None:
-        """Compiles in the background what these batches, of the present capacity, lack."""
-        missing = [choice for choice in choices if not self.can_run(*choice)]
-        if missing:
-            shapes = functools.partial(self._abstract, self._now)
-            self._background.compile_runs(self._now, self._params, missing, shapes)
+        """Compiles in the background the first that batches of the present capacity lack."""
+        for rows, drafter in choices:
+            if not self.can_run(rows, drafter):
+                state = functools.partial(self._abstract, self._now, rows)
+                self._background.compile_run(self._now, drafter, self._params, state)
+                return
 
     def close(self) -> None:
         """Compiles no further program."""
@@ -151,9 +155,12 @@ class Slots:
         decoder = fitting(self._decoder, job.tokens)
         self._programs.empty(decoder, self._params, rows, self._blocks.settings)
         state = self._abstract(decoder, rows)
-        size = next_block(len(job.prompt_ids), decoder.cache_slots, longest_block())
+        size = self._block(len(job.prompt_ids), decoder.cache_slots)
         self._programs.read(decoder, self._params, state, self._blocks.block(job, 0, size))
         self._programs.run(dataclasses.replace(decoder, drafter=drafter), self._params, state)
+
+    def _block(self, left: int, room: int) -> int:
+        return next_block(left, room, longest_block(), padding_is_free=self._padding_is_free)
 
     def _abstract(self, decoder: Decoder, rows: int) -> Any:
         """The abstract state of so many rows."""

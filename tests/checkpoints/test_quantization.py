@@ -23,7 +23,7 @@ from medusa_jax.drafting.drafter import NoDraft
 from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.kernels import few_rows
+from medusa_jax.kernels import native
 from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import device_bytes, flat
 
@@ -150,7 +150,7 @@ def test_a_loop_keeps_no_wide_copy_of_its_weights(name: str):
 
 @pytest.mark.slow
 def test_greedy_text_with_a_tree_equals_plain_text(tiny: TinyModel):
-    params = for_decoding(tiny.params, few_rows=few_rows.available(), quantize="int8")
+    params = for_decoding(tiny.params, few_rows=native.available(), quantize="int8")
     prompts, texts = [[3, 1, 4], [1, 5, 9, 2, 6]], []
     tree = Tree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))
     for drafter in (NoDraft(), medusa_drafter(tiny.heads, tree)):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from helpers.paths import ROOT
-from medusa_jax.kernels import few_rows
+from medusa_jax.kernels import native
 
 SHELL = ("sh", "bash")
 
@@ -27,10 +27,10 @@ def clone(target: Path) -> Path:
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target / name)
-    if few_rows.available():  # compiled once for all copies, not in each
+    if native.available():  # compiled once for all copies, not in each
         kernels = target.parent / "cache/kernels"
         kernels.mkdir(parents=True, exist_ok=True)
-        shutil.copy(few_rows.library(), kernels)
+        shutil.copy(native.library(), kernels)
     assert not (target.parent / "shared").exists()
     return target
 

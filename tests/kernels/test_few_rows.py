@@ -3,20 +3,20 @@
 import ctypes
 import logging
 import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.processor import skip_without
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_jax.kernels import few_rows
+from medusa_jax.kernels import few_rows, native
 from medusa_jax.model.linear import Weight
 
 needs_compiler = pytest.mark.skipif(
-    not few_rows.available(), reason="no C++ compiler: XLA's products are used"
+    not native.available(), reason="no C++ compiler: XLA's products are used"
 )
 TYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
 
@@ -95,11 +95,23 @@ def test_numbers_that_are_not_finite_stay_in_their_row(dtype: jnp.dtype):
     assert jnp.all(y[0] == 20) and not jnp.isfinite(y[1:]).any()
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("zeros", [[3, 4], [0, 2], [0, 1, 2, 3, 4]])
+def test_rows_of_zeros_are_zeros_and_change_no_other_row(dtype: jnp.dtype, zeros: list[int]):
+    rng = np.random.default_rng(0)
+    weight, x = drawn(rng, (2, 70, 30), dtype), drawn(rng, (5, 2, 30), jnp.float32)
+    for narrow in (x.dtype, jnp.bfloat16):
+        some = x.at[np.array(zeros)].set(0).astype(narrow)
+        want = few_rows.product(x.astype(narrow), weight).at[np.array(zeros)].set(0)
+        np.testing.assert_array_equal(few_rows.product(some, weight), want)
+
+
 class Product(ctypes.Structure):
     """`Product` of few_rows.h."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("weight", "scale", "x", "x_scale", "y")]
+        [(name, ctypes.c_void_p) for name in ("weight", "scale", "x", "x_scale", "y", "places")]
         + [(name, ctypes.c_long) for name in ("rows", "in_", "x_stride", "y_stride")]
         + [(name, ctypes.c_long) for name in ("begin", "end")]
         + [("type", ctypes.c_int)]
@@ -108,10 +120,8 @@ class Product(ctypes.Structure):
 
 def by_level(level: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The product by an instruction set, called as the entry calls it."""
-    flags = {"avx2": "avx2", "avx512": "avx512bw", "vnni": "avx512_vnni"}
-    if level in flags and flags[level] not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {level}")
-    library = ctypes.CDLL(str(few_rows.library()))
+    skip_without(level)
+    library = ctypes.CDLL(str(native.library()))
     (rows, inner), out = x.shape, len(weight)
     y, factors, used = np.zeros((rows, out), np.float32), np.ones(rows, np.float32), x
     if weight.dtype == np.int8:
@@ -120,7 +130,8 @@ def by_level(level: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         for row in range(rows):
             places = (ctypes.c_void_p(array[row].ctypes.data) for array in (x, used))
             factors[row] = rounding(next(places), ctypes.c_long(inner), next(places))
-    pointers = (array.ctypes.data for array in (used, factors, y))
+    places = np.arange(rows)
+    pointers = (array.ctypes.data for array in (used, factors, y, places))
     numbers = rows, inner, inner, out, 0, out, 2 if weight.dtype == np.int8 else 0
     product = Product(weight.ctypes.data, None, *pointers, *numbers)
     getattr(library, f"few_rows_{level}")(ctypes.byref(product))
@@ -128,7 +139,7 @@ def by_level(level: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 @needs_compiler
-@pytest.mark.parametrize("level", few_rows.LEVELS)
+@pytest.mark.parametrize("level", native.LEVELS)
 def test_instruction_sets_agree(level: str):
     rng = np.random.default_rng(0)
     x, weight = (rng.normal(size=(size, 1637)).astype(np.float32) for size in (9, 50))
@@ -141,7 +152,7 @@ def test_instruction_sets_agree(level: str):
 
 @needs_compiler
 def test_it_says_which_instructions_it_uses():
-    assert few_rows.level() in few_rows.LEVELS
+    assert native.level() in native.LEVELS
 
 
 @needs_compiler
@@ -161,8 +172,8 @@ def test_without_a_compiler_it_says_so_and_is_not_available(monkeypatch, tmp_pat
         monkeypatch.setenv("CXX", compiler)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert few_rows.level.__wrapped__() == ""
-        assert len(caplog.records) == 1 and "few rows are XLA's" in caplog.text
+            assert native.level.__wrapped__() == ""
+        assert len(caplog.records) == 1 and "few rows and attention are XLA's" in caplog.text
         assert reason in caplog.text or compiler in caplog.text
     assert not list(tmp_path.glob("kernels/*"))
 
@@ -170,8 +181,8 @@ def test_without_a_compiler_it_says_so_and_is_not_available(monkeypatch, tmp_pat
 @needs_compiler
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("MEDUSA_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(few_rows, "_FLAGS", ("-O0", "-std=c++17", "-fPIC", "-w"))  # in less time
-    built = few_rows.library()
+    monkeypatch.setattr(native, "_FLAGS", ("-O0", "-std=c++17", "-fPIC", "-w"))  # in less time
+    built = native.library()
     assert built.parent == tmp_path / "kernels"
     monkeypatch.setattr(subprocess, "run", None)
-    assert few_rows.library() == built
+    assert native.library() == built

@@ -1,6 +1,7 @@
 """Attention to a block and to a cache, by XLA and by kernels, against softmax in float64."""
 
 import functools
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_jax.cli import flags
-from medusa_jax.kernels import cache_attention_gpu, cache_attention_tpu, used
+from medusa_jax.kernels import (
+    cache_attention_cpu,
+    cache_attention_gpu,
+    cache_attention_tpu,
+    native,
+    used,
+)
 from medusa_jax.model import cache_attention
 from medusa_jax.model.attention import QUERY_BLOCK, attend
 from medusa_jax.model.cache_attention import CacheAttention, Past
@@ -30,6 +37,8 @@ WAYS = {
         )
     },
 }
+if native.available():
+    WAYS["cpu"] = cache_attention_cpu.attention
 COMPILED = {name: jax.jit(way) for name, way in WAYS.items()}
 
 
@@ -124,15 +133,15 @@ def test_a_row_does_not_depend_on_the_length_of_another(way: str):
 
 def test_large_scores_stay_finite():
     """Softmax subtracts the largest score of all keys, whichever part holds it."""
-    for large in (0, 1):
+    for way, large in itertools.product(WAYS.keys() & {"xla", "cpu"}, (0, 1)):
         key, slot = jnp.full((1, 1, 2, 1), 90.0 + 10 * large), jnp.full((1, 1, 2, 64), 100.0)
         own = key, jnp.full((1, 1, 1, 2), 3.0), jnp.ones((1, 1, 1), bool)
         cache = slot - 20 * large, jnp.full((1, 1, 64, 2), 5.0), jnp.full(1, 64)
-        got = COMPILED["xla"](jnp.full((1, 1, 1, 1, 2), 100.0), own, *cache, None)
+        got = COMPILED[way](jnp.full((1, 1, 1, 1, 2), 100.0), own, *cache, None)
         np.testing.assert_allclose(got, 3.0 if large else 5.0)
 
 
-@pytest.mark.parametrize("way", ["xla", "gpu"])
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"tpu"}))
 def test_queries_of_a_single_row_meet_this_row(way: str):
     queries, (keys, values, mask), *cache, lengths, _ = inputs_of(
         CASE | {"shape": (2, 2, 5, 320), "lengths": np.array([310, 70], np.int32)}
@@ -196,6 +205,8 @@ def test_the_platform_chooses_the_kernel():
     assert chosen("gpu") is cache_attention_gpu.attention
     for other in (chosen("cpu"), chosen("gpu", 80), chosen("tpu", kernels=False)):
         assert other is cache_attention._by_xla
+    here = CacheAttention(kernels=True).implementation(64)
+    assert (here is cache_attention._by_cpu) == native.available()
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,16 @@ def test_a_tree_is_compiled_where_its_tokens_may_pay(tiny: TinyModel, token: flo
     """A step takes 20 s and so much a token; the tree of 8 accepts 2 tokens."""
     tree = decoder_of(tiny, GROWN, Greedy()).drafter
     chooser = Chooser(Ladder((1, 4, 16), (NoDraft(), tree), (1.0, 2.0)))
-    assert chooser.may_pay(16, 1)  # nobody knows yet
+    assert chooser.wanted(16) == [(16, 0), (1, 0), (4, 0)]  # nobody knows yet
     for _ in range(3):
         chooser.saw(1, 1, 20 + 8 * token, [2])
         chooser.saw(16, 0, 20 + 16 * token, [1])
-    assert chooser.may_pay(1, 1) and chooser.may_pay(16, 0)
-    assert chooser.may_pay(16, 1) == pays  # 148 s beside 36 s, with a token of 1 s
+    assert (1, 1) in chooser.wanted(16) and (16, 0) in chooser.wanted(16)
+    assert ((16, 1) in chooser.wanted(16)) == pays  # 148 s beside 36 s, with a token of 1 s
+    assert chooser.wanted(1)[:2] == [(1, 0), (1, 1)]  # those of the present batch
     for _ in range(3):
         chooser.saw(16, 1, 40.0, [2])
-    assert chooser.may_pay(16, 1)  # it was timed
+    assert (16, 1) in chooser.wanted(16)  # it was timed
 
 
 def test_a_batch_grows_at_once_and_shrinks_later():
