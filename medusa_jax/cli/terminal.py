@@ -102,7 +102,8 @@ def _compare(generator: Generator, asked: list[tuple[Request, int, int]]) -> Non
     count = len(texts[medusa])
     same = sum(texts[plain].get(turn) == ids for turn, ids in texts[medusa].items())
     ratio = medusa.stats.tokens_per_second / plain.stats.tokens_per_second
-    print(f"medusa: {medusa.stats}\nplain:  {plain.stats}", file=sys.stderr)
+    name = generator.options.drafter or generator.model.heads.architecture
+    print(f"{name.partition(':')[0]}: {medusa.stats}\nplain:  {plain.stats}", file=sys.stderr)
     print(f"ratio {ratio:.2f}x; {same} of {count} texts are the same", file=sys.stderr)
 
 

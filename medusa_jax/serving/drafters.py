@@ -62,7 +62,7 @@ DRAFTERS: dict[str, Callable[[Recipe], Drafter]] = {
 
 def from_heads(name: str | None) -> bool:
     """Whether the drafter of this name asks heads, as that of None, the default, does."""
-    return name is None or name in OF_HEADS
+    return name is None or name.partition(":")[0] in OF_HEADS
 
 
 def drafter_of(name: str | None, recipe: Recipe) -> Drafter:
@@ -96,6 +96,12 @@ def draft_directory(name: str | None) -> str | None:
     if not directory:
         raise InputError("--drafter draft names no model; give draft:DIR, for example")
     return directory
+
+
+def heads_directory(name: str | None) -> str | None:
+    """The heads that a drafter's name asks for: "hydra:DIR" -> "DIR", None for other names."""
+    architecture, _, directory = (name or "").partition(":")
+    return directory or None if architecture in OF_HEADS else None
 
 
 def with_draft(model: Model, draft: Model) -> Model:

@@ -31,6 +31,7 @@ from medusa_jax.serving.drafters import (
     Recipe,
     check_vocabulary,
     draft_directory,
+    heads_directory,
     drafter_of,
     with_draft,
 )
@@ -226,6 +227,8 @@ def load_generator(
       need_heads: refuse a model without heads; otherwise it is decoded plainly.
     """
     check(options, prefix="")
+    if (heads := heads_directory(options.drafter)) is not None:
+        options = dataclasses.replace(options, heads=heads)
     acceptance = acceptance_of(options)  # before loading, which takes long
     check_ends(options)
     products = "products" in kernels.used(options.no_kernels)

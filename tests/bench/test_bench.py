@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.head_files import VOCAB, WIDTH
+from helpers.hydra import hydra_of_medusa
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -197,12 +198,14 @@ def test_counters_of_an_example():
 @pytest.mark.slow
 def test_slots_are_refilled(model, prompts, report, tmp_path):
     """Two slots for five prompts of three categories: the same texts as prompt by prompt."""
+    hydra = f"hydra:{hydra_of_medusa(model, tmp_path / 'hydra')}"
     refilled = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
                     "--max_prompts", 2, "--max_new_tokens", 5, "--repeats", 1,
-                    "--drafters", "medusa,ngram", "--output", tmp_path / "out")  # fmt: skip
+                    "--drafters", f"medusa,ngram,{hydra}", "--output", tmp_path / "out")  # fmt: skip
     assert "| tokens a step |" in (tmp_path / "out/bench.md").read_text()
-    assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa", "ngram"}
-    assert _row(refilled, "greedy", "overall", "ngram")["same_texts"] == {"same": 5, "of": 5}
+    assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa", "ngram", hydra}
+    for name in ("ngram", hydra):
+        assert _row(refilled, "greedy", "overall", name)["same_texts"] == {"same": 5, "of": 5}
     row, alone = (_row(r, "greedy", "overall", "medusa") for r in (refilled, report))
     assert row["same_texts"] == {"same": 5, "of": 5}
     for name in ("texts", "tokens", "num_drafts", "accepted_length_histogram"):

@@ -18,7 +18,14 @@ from medusa_jax.drafting.ngram_drafter import NgramDrafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving import drafters
-from medusa_jax.serving.drafters import Recipe, check_vocabulary, draft_directory, drafter_of
+from medusa_jax.serving.drafters import (
+    Recipe,
+    check_vocabulary,
+    draft_directory,
+    drafter_of,
+    from_heads,
+    heads_directory,
+)
 from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.ladder import Chooser, Ladder
 
@@ -103,6 +110,14 @@ def test_a_draft_model_is_named_after_a_colon():
     assert draft_directory("ngram") is draft_directory(None) is None
     with pytest.raises(InputError, match="draft:DIR"):
         draft_directory("draft")
+
+
+def test_heads_are_named_after_a_colon():
+    assert heads_directory("hydra:some/dir:2") == heads_directory("medusa:some/dir:2")
+    assert heads_directory("hydra:some/dir:2") == "some/dir:2"
+    for name in ("hydra", "hydra:", "draft:dir", "ngram", None):
+        assert heads_directory(name) is None
+    assert from_heads("hydra:dir") and not from_heads("draft:hydra")
 
 
 def test_other_ids_are_no_vocabulary_of_the_same_size(shared: Path):
