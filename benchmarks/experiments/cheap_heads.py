@@ -17,7 +17,7 @@ from pathlib import Path
 from medusa_jax.cli import flags, runner
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.stats import step_bytes
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.options import option
 from medusa_jax.reports import table
@@ -52,7 +52,7 @@ def bytes_of_heads(generator: Generator) -> tuple[float, float]:
     model = generator.model
     tree = Tree.published(PUBLISHED).limit_depth(model.heads.num_heads)
     plain, medusa = (
-        step_bytes(Decoder(model.config, medusa_drafter(model.heads, shape)), model.params, 0)
+        step_bytes(Decoder(model.config, drafter_of_heads(model.heads, shape)), model.params, 0)
         for shape in (Tree(), tree)
     )
     return medusa - plain, plain

@@ -18,8 +18,8 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_for
 from medusa_jax.distributed.rules import decode_mesh
 from medusa_jax.distributed.topology import devices
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
@@ -92,7 +92,7 @@ def decoders_of(
     """
     capacity = max_length or min(config.context, LONGEST)
     decoders = [
-        Decoder(config, medusa_drafter(heads, tree), capacity=capacity, mesh=mesh)
+        Decoder(config, drafter_of_heads(heads, tree), capacity=capacity, mesh=mesh)
         for tree in trees(sizes, heads.num_heads)
         if tree.size in sizes
     ]

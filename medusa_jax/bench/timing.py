@@ -19,8 +19,8 @@ from medusa_jax.decoding.prefill import round_up
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.hardware import device_bandwidth
 from medusa_jax.drafting.drafter import Params
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
@@ -93,7 +93,7 @@ def time_steps(
     chosen = trees(sizes, heads.num_heads)
     capacity, steps = room(config, chosen[-1].depth, steps, max_length)
     how: dict[str, Any] = {"capacity": capacity, "mesh": mesh, "kernels": kernels}
-    decoders = {tree.size: Decoder(config, medusa_drafter(heads, tree), **how) for tree in chosen}
+    decoders = {tree.size: Decoder(config, drafter_of_heads(heads, tree), **how) for tree in chosen}
     params = in_fast_order(decoders[chosen[-1].size], params, max(batch_sizes))
     cases = list(itertools.product(dict.fromkeys(batch_sizes), decoders))
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
@@ -142,7 +142,7 @@ def time_prefill(
 ) -> list[dict[str, Any]]:
     """A row for each batch size: ms until the prompts are read and the first guesses are made."""
     tree = trees((config.vocab_size,), heads.num_heads)[-1]
-    decoder = Decoder(config, medusa_drafter(heads, tree), capacity=prompt_tokens + 1)
+    decoder = Decoder(config, drafter_of_heads(heads, tree), capacity=prompt_tokens + 1)
     rows = []
     for batch in batch_sizes:
         prompts, times = [_prompt(config, prompt_tokens)] * batch, []

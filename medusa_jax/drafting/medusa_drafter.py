@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.drafting import bigrams, selector
-from medusa_jax.drafting.drafter import Drafter, NoDraft, OfTree, Params, Proposal, Verified
+from medusa_jax.drafting.drafter import OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.hydra_drafter import HydraDrafter
 from medusa_jax.drafting.medusa_heads import (
-    HYDRA,
     HeadsConfig,
     MedusaHeads,
     first_heads,
@@ -118,16 +116,6 @@ class MedusaDrafter(OfTree):
             unembedding = backbone["lm_head"] if "lm_head" in backbone else backbone["embed"]
             total += device_bytes(params["heads"].get("vocab", unembedding))
         return total
-
-
-def medusa_drafter(heads: HeadsConfig, tree: Tree | DynamicTree) -> Drafter:
-    """The drafter of heads and a tree of any size: `NoDraft` where the tree is the root alone.
-
-    Hydra heads get theirs.
-    """
-    if not tree.depth:
-        return NoDraft()
-    return HydraDrafter(heads, tree) if heads.architecture == HYDRA else MedusaDrafter(heads, tree)
 
 
 def path_scores(

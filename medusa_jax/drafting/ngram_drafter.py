@@ -45,9 +45,8 @@ class NgramDrafter(OfTree):
     def draft(self, params: Params, backbone: Backbone, draft: Array, seen: Verified) -> Array:
         rows = jnp.arange(seen.root.shape[0])
         text = seen.sequence.at[rows, seen.length].set(seen.root)
-        return continued(
-            text, latest_match(text, seen.length, self.longest), seen.length, self.depth
-        )
+        place, _ = longest_match(text, seen.length, self.longest)
+        return continued(text, place, seen.length, self.depth)
 
     def propose(self, params: Params, draft: Array, root: Int[Array, " B"]) -> Proposal:
         tokens = jnp.concatenate((root[:, None], draft), axis=1)
@@ -55,13 +54,16 @@ class NgramDrafter(OfTree):
 
 
 @typed
-def latest_match(text: Int[Array, "B S"], last: Int[Array, " B"], longest: int) -> Int[Array, " B"]:
-    """Where the tokens up to `last` occurred before: the place of their last token, -1 for nowhere.
+def longest_match(
+    text: Int[Array, "B S"], last: Int[Array, " B"], longest: int
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Where the tokens up to `last` occurred before: the place of their last token, and how many.
 
-    Most tokens in agreement win, then the latest place. A single token is enough.
+    Most tokens in agreement win, then the latest place. A single token is enough. Without any, the
+    place is -1.
 
     Text 5 6 7 8 6 7 9 7 6 7, last 9: "6 7" ends at the places 2 and 5 too, and 5 is later. The 7
-    at place 7 is later still, but follows a 9.
+    at place 7 is later still, but follows a 9. So the place is 5, and 2 tokens agree.
 
     Args:
       last: place of the last token.
@@ -74,7 +76,8 @@ def latest_match(text: Int[Array, "B S"], last: Int[Array, " B"], longest: int) 
         agrees &= (jnp.roll(text, back, axis=1) == token) & (places >= back)
         length += agrees
     best = jnp.where(length > 0, length * text.shape[1] + places, -1)
-    return jnp.where(length.any(axis=1), best.argmax(axis=1), -1).astype(jnp.int32)
+    most = length.max(axis=1)
+    return jnp.where(most > 0, best.argmax(axis=1), -1).astype(jnp.int32), most
 
 
 @typed

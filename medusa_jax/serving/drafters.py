@@ -8,6 +8,7 @@ A new drafter is a class of its own, and a line here or in a program of yours:
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.data.pretrained import load_tokenizer
@@ -17,13 +18,16 @@ from medusa_jax.drafting.draft_model import NAME as DRAFT
 from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
-from medusa_jax.drafting.medusa_heads import ARCHITECTURES
+from medusa_jax.drafting.hydra_drafter import HydraDrafter
+from medusa_jax.drafting.medusa_drafter import MedusaDrafter
+from medusa_jax.drafting.medusa_heads import ARCHITECTURES, HYDRA, MEDUSA
+from medusa_jax.drafting.medusa_ngram_drafter import MedusaNgramDrafter
 from medusa_jax.drafting.ngram_drafter import NgramDrafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError, listed
 
-OF_HEADS = ARCHITECTURES  # those whose guesses come from the heads of the model
+OF_HEADS = (*ARCHITECTURES, "medusa+ngram")  # those whose guesses come from the heads of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +45,22 @@ class Recipe:
     acceptance: Acceptance
 
 
-def _of_heads(name: str) -> Callable[[Recipe], Drafter]:
+def _of_heads(name: str, drafter: Callable[[Any, Any], Drafter]) -> Callable[[Recipe], Drafter]:
     """The drafter of heads of this architecture."""
 
     def build(recipe: Recipe) -> Drafter:
         heads = recipe.model.heads
         if heads.architecture != name:
             raise InputError(f"--drafter {name}: the heads of this model are {heads.architecture}")
-        return medusa_drafter(heads, recipe.tree)
+        return drafter(heads, recipe.tree)
 
     return build
 
 
 DRAFTERS: dict[str, Callable[[Recipe], Drafter]] = {
-    **{name: _of_heads(name) for name in ARCHITECTURES},
+    MEDUSA: _of_heads(MEDUSA, MedusaDrafter),
+    HYDRA: _of_heads(HYDRA, HydraDrafter),
+    "medusa+ngram": lambda recipe: _medusa_ngram(recipe),
     "ngram": lambda recipe: NgramDrafter(_static(recipe)),
     "draft": lambda recipe: _draft_model(recipe),
 }
@@ -77,7 +83,7 @@ def drafter_of(name: str | None, recipe: Recipe) -> Drafter:
     if not recipe.tree.depth:
         return NoDraft()
     if name is None:
-        return medusa_drafter(recipe.model.heads, recipe.tree)
+        return drafter_of_heads(recipe.model.heads, recipe.tree)
     known = DRAFTERS.get(name.partition(":")[0])
     if known is None:
         raise InputError(f"--drafter {name}: there is no such drafter; known: {listed(DRAFTERS)}")
@@ -126,6 +132,12 @@ def check_vocabulary(text: ChatTokenizer, directory: Path) -> None:
             f"--drafter draft:{directory}: its tokenizer has other ids for {len(differ):,} of "
             f"{len(own):,} tokens ({listed(differ, 3)}); give a draft model of the same vocabulary"
         )
+
+
+def _medusa_ngram(recipe: Recipe) -> Drafter:
+    if not isinstance(recipe.tree, DynamicTree):
+        raise InputError("--drafter medusa+ngram grows its trees: give --tree grow:SIZE")
+    return _of_heads(MEDUSA, MedusaNgramDrafter)(recipe)
 
 
 def _draft_model(recipe: Recipe) -> Drafter:

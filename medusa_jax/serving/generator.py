@@ -31,8 +31,8 @@ from medusa_jax.serving.drafters import (
     Recipe,
     check_vocabulary,
     draft_directory,
-    heads_directory,
     drafter_of,
+    heads_directory,
     with_draft,
 )
 from medusa_jax.serving.engine import Engine

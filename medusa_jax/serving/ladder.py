@@ -17,6 +17,7 @@ from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.hydra_drafter import HydraDrafter
 from medusa_jax.drafting.medusa_drafter import MedusaDrafter
+from medusa_jax.drafting.medusa_ngram_drafter import MedusaNgramDrafter
 from medusa_jax.drafting.tree import Tree
 
 ROW_FACTOR = 4  # between one batch size and the next
@@ -62,7 +63,7 @@ def ladder_of(
       tuned: trees, and the mean accepted length of each; may be empty.
     """
     drafters: list[Drafter] = [NoDraft()]
-    of_heads = MedusaDrafter | HydraDrafter
+    of_heads = MedusaDrafter | MedusaNgramDrafter | HydraDrafter
     if isinstance(drafter, of_heads) and isinstance(drafter.tree, DynamicTree):
         tree = drafter.tree
         sizes = sorted({max(2, int(tree.size * part)) for part in SMALLER} - {tree.size})

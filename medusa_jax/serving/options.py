@@ -36,9 +36,9 @@ class ModelOptions:
         "those found with the model)")  # fmt: skip
     chat_template: str | None = option(None, help="vicuna, zephyr or a Jinja file (default: the "
         "tokenizer's)")  # fmt: skip
-    drafter: str | None = option(None, help="what guesses: medusa, hydra, ngram, or draft:DIR, a "
-        "smaller model of the same vocabulary; medusa:DIR and hydra:DIR name their heads (default: "
-        "what the heads are)")  # fmt: skip
+    drafter: str | None = option(None, help="what guesses: medusa, hydra, ngram, medusa+ngram, or "
+        "draft:DIR, a smaller model of the same vocabulary; medusa:DIR and hydra:DIR name heads "
+        "(default: the heads; with n-grams, where Medusa's tree is grown)")  # fmt: skip
     tree: str | Tree | DynamicTree = option("auto", help="auto: the tree tuned for this model and "
         "device; a published name; a JSON file; chain:DEPTH; grow:SIZE or grow:SIZE:DEPTH: grown "
         "anew at each step")  # fmt: skip

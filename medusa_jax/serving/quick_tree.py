@@ -21,7 +21,7 @@ from medusa_jax.decoding.state import RUNNING, State
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.files import OutputError
 from medusa_jax.progress import say
@@ -95,7 +95,7 @@ def step_seconds(
     """The least time of a step with each tree, over rounds in which they take turns."""
     batches = []
     for tree in trees:
-        drafter = medusa_drafter(model.heads, tree)
+        drafter = drafter_of_heads(model.heads, tree)
         decoder = fitting(Decoder(model.config, drafter, acceptance), ROUNDS * STEPS * TOKENS)
         state = empty_state(decoder, model.params, batch_size)
         run = Programs(model.params, drafter).run(decoder, model.params, state)

@@ -99,9 +99,10 @@ class Calibration:
         by_category = collections.defaultdict[str, list[np.ndarray]](list)
         for text in self.texts:
             by_category[text.category].append(self._lengths(text, tree))
+        made = (int(each.max(initial=1)) for own in by_category.values() for each in own)
+        most = max(tree.path_cells, *made)  # n-grams reach further than the heads
         counts = {
-            name: tree_search.replay(lengths, tree.path_cells)[2]
-            for name, lengths in by_category.items()
+            name: tree_search.replay(lengths, most)[2] for name, lengths in by_category.items()
         }
         total = np.sum(list(counts.values()), axis=0)
         beyond = total[::-1].cumsum()[::-1]  # steps that make 1 token or more, 2 or more, ...

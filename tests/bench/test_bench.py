@@ -23,8 +23,8 @@ from medusa_jax.bench.report import drafters_table
 from medusa_jax.bench.summary import counters
 from medusa_jax.data.prompts import Request, read_requests
 from medusa_jax.decoding.stats import Stats
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import NO_HEADS
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving.conversations import Completion, Conversation
@@ -201,7 +201,8 @@ def test_slots_are_refilled(model, prompts, report, tmp_path):
     hydra = f"hydra:{hydra_of_medusa(model, tmp_path / 'hydra')}"
     refilled = _run("--model", model, *prompts, "--raw", "--batch_size", 2, "--ignore_eos",
                     "--max_prompts", 2, "--max_new_tokens", 5, "--repeats", 1,
-                    "--drafters", f"medusa,ngram,{hydra}", "--output", tmp_path / "out")  # fmt: skip
+                    "--drafters", f"medusa,ngram,{hydra}",
+                    "--output", tmp_path / "out")  # fmt: skip
     assert "| tokens a step |" in (tmp_path / "out/bench.md").read_text()
     assert {row["system"] for row in refilled["rows"]} == {"plain", "medusa", "ngram", hydra}
     for name in ("ngram", hydra):
@@ -377,7 +378,7 @@ def test_drafters_beside_each_other():
     for name, (seconds, lengths) in cost.items():
         stats = Stats(tokens=sum(lengths), passes=10, seconds=seconds, decode_seconds=seconds)
         runs.append(Run(0, name, 0, [[0] * sum(lengths)], lengths, stats))
-    drafter = medusa_drafter(NO_HEADS, Tree(((0,), (0, 0))))
+    drafter = drafter_of_heads(NO_HEADS, Tree(((0,), (0, 0))))
     drafters = {"greedy": {"medusa": drafter, "ngram": drafter}}
     rows = summary.summarise([task], runs, drafters, bandwidth=1e9)
     cells = [line.split(" | ") for line in drafters_table(rows).splitlines()[2:]]

@@ -11,8 +11,8 @@ import pytest
 from medusa_jax.bench.measure import Run, Task
 from medusa_jax.bench.summary import counters, spread, summarise
 from medusa_jax.decoding.stats import Stats
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import NO_HEADS
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 
 TASKS = [
@@ -21,7 +21,7 @@ TASKS = [
 ]
 MATHS, QA = list(range(12)), list(range(8))
 TREE = Tree.from_lists([[0], [1], [0, 0], [0, 1], [0, 0, 0]])  # six nodes, three deep
-DRAFTER = medusa_drafter(NO_HEADS, TREE)
+DRAFTER = drafter_of_heads(NO_HEADS, TREE)
 
 
 def run(

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 
 OWN = ["v0.1", "v1.0", "tgi", "vllm", "mlc", "modelopt"]
@@ -129,7 +129,7 @@ def test_recorded_runs_come_out_after_three_conversions(
     model = load_model(place)
     chex.assert_trees_all_equal(model.params, stories.params)
     records = [one for one in golden if (one.get("tree"), one["mode"]) == ("chain4", "greedy")]
-    decoder = Decoder(model.config, medusa_drafter(model.heads, Tree.chain(4)))
+    decoder = Decoder(model.config, drafter_of_heads(model.heads, Tree.chain(4)))
     state = decoder.prefill(
         model.params,
         [record["prompt_ids"] for record in records],

@@ -20,7 +20,7 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.network import precision
 from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.drafter import NoDraft
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.kernels import native
@@ -153,7 +153,7 @@ def test_greedy_text_with_a_tree_equals_plain_text(tiny: TinyModel):
     params = for_decoding(tiny.params, few_rows=native.available(), quantize="int8")
     prompts, texts = [[3, 1, 4], [1, 5, 9, 2, 6]], []
     tree = Tree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))
-    for drafter in (NoDraft(), medusa_drafter(tiny.heads, tree)):
+    for drafter in (NoDraft(), drafter_of_heads(tiny.heads, tree)):
         decoder = Decoder(TINY, drafter, capacity=64)
         state = decoder.prefill(params, prompts, max_new_tokens=24)
         texts.append([output.token_ids for output in outputs(decoder.generate(params, state))])

@@ -9,7 +9,7 @@ from jax.experimental.layout import Format, Layout
 from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding import compilation
 from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
@@ -22,7 +22,7 @@ def model():
     """A decoder with a tree, and parameters of its own that a test may give away."""
     random = random_model(TINY)
     tree = Tree.from_lists([[0], [1], [0, 0]])
-    decoder = Decoder(TINY, medusa_drafter(random.heads, tree), capacity=64)
+    decoder = Decoder(TINY, drafter_of_heads(random.heads, tree), capacity=64)
     return decoder, jax.tree.map(lambda leaf: leaf + 0, for_decoding(random.params))
 
 

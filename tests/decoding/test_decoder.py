@@ -19,7 +19,7 @@ from medusa_jax.decoding.prefill import bucket
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import Emitted, State, outputs
 from medusa_jax.decoding.step import advance
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 
@@ -58,7 +58,7 @@ def test_recorded_runs_of_the_original(stories, golden, tree_name, mode, tempera
     ]
     assert len(records) == 5
     results = _decode(
-        Decoder(stories.config, medusa_drafter(stories.heads, tree), scheme),
+        Decoder(stories.config, drafter_of_heads(stories.heads, tree), scheme),
         stories.params,
         [record["prompt_ids"] for record in records],
         max_new_tokens=[len(record["output_ids"]) for record in records],
@@ -92,7 +92,7 @@ def test_greedy_text_equals_hugging_face(shared, name):
     expected = hugging_face.greedy(directory, prompts, 60, suppress_tokens=list(suppress) or None)
     model = hugging_face.with_heads(directory)
     for tree in (Tree(), BUSHY):
-        drafter = medusa_drafter(model.heads, tree)
+        drafter = drafter_of_heads(model.heads, tree)
         decoder = Decoder(model.config, drafter, Greedy(), suppress=suppress)
         for rows in (slice(0, 1), slice(None)):
             settings = {"max_new_tokens": 60, "stop_ids": model.stop_ids}
@@ -127,7 +127,7 @@ def test_greedy_text_past_a_sliding_window(tmp_path):
     expected = hugging_face.greedy(tmp_path, prompts, 48)
     assert len({token for text in expected for token in text}) > 10  # not a constant text
     for tree in (Tree(), BUSHY):
-        decoder = Decoder(model.config, medusa_drafter(random.heads, tree))
+        decoder = Decoder(model.config, drafter_of_heads(random.heads, tree))
         params = model.params | {"heads": random.params["heads"]}
         results = _decode(decoder, params, prompts, max_new_tokens=48)
         assert [result.token_ids for result in results] == expected
@@ -140,7 +140,7 @@ def test_greedy_text_past_a_sliding_window(tmp_path):
 @pytest.mark.parametrize("scheme", [Greedy(), Typical(1.0, sample_root=True), Lossless(0.8)])
 def test_batched_rows_equal_single_rows(tiny: TinyModel, scheme):
     """Unequal prompts, limits and accepted lengths; sampling by each row's own key."""
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), scheme)
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY), scheme)
     limits = [30, 7, 50, 1]
     keys = row_keys(3, [(row, 0) for row in range(4)])
     batch = _decode(decoder, tiny.params, PROMPTS, max_new_tokens=limits, keys=keys)
@@ -163,7 +163,10 @@ def test_medusa_equals_plain_decoding(tiny: TinyModel):
     plain = _decode(Decoder(tiny.config), tiny.params, PROMPTS, **settings)
     for tree in (BUSHY, Tree.chain(3), Tree.chain(1)):
         medusa = _decode(
-            Decoder(tiny.config, medusa_drafter(tiny.heads, tree)), tiny.params, PROMPTS, **settings
+            Decoder(tiny.config, drafter_of_heads(tiny.heads, tree)),
+            tiny.params,
+            PROMPTS,
+            **settings,
         )
         assert [m.token_ids for m in medusa] == [p.token_ids for p in plain]
         lengths = [length for m in medusa for length in m.tokens_per_step]
@@ -174,7 +177,7 @@ def test_medusa_equals_plain_decoding(tiny: TinyModel):
 def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel):
     """Blocks of 16, the last one moved back: the same text as in one pass."""
     prompts = [list(np.arange(length) % 37) for length in (61, 16, 17, 40)]
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), capacity=80)
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY), capacity=80)
     whole = _decode(decoder, tiny.params, prompts, max_new_tokens=12)
     keys = row_keys(0, [(row, 0) for row in range(4)])
     inputs = padded(decoder, prompts, [12] * 4, [()] * 4, width=70)
@@ -192,7 +195,7 @@ def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel):
 
 @pytest.mark.slow
 def test_stream_yields_what_generate_writes(tiny: TinyModel):
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
     settings = {"max_new_tokens": [25, 3], "stop_ids": [2]}
     expected = _decode(decoder, tiny.params, PROMPTS[:2], **settings)
     steps = decoder.stream(tiny.params, decoder.prefill(tiny.params, PROMPTS[:2], **settings))
@@ -212,7 +215,7 @@ def test_stream_yields_what_generate_writes(tiny: TinyModel):
 @pytest.mark.slow
 def test_a_row_ends_at_a_stop_token_inside_an_accepted_path(tiny: TinyModel):
     """Whatever token of the plain text is made a stop token, the text ends with it."""
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
     (whole,) = _decode(decoder, tiny.params, [[1, 5]], max_new_tokens=40)
     assert whole.finish_reason == "length"
     ends = np.cumsum(whole.tokens_per_step)
@@ -234,7 +237,7 @@ def test_suppressed_tokens_are_never_made(tiny: TinyModel):
     (free,) = _decode(Decoder(tiny.config), tiny.params, [[1, 5]], max_new_tokens=30)
     banned = tuple(sorted(set(free.token_ids)))[:3]
     for scheme in (Greedy(), Lossless(2.0), Typical(2.0)):
-        decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), scheme, suppress=banned)
+        decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY), scheme, suppress=banned)
         (result,) = _decode(decoder, tiny.params, [[1, 5]], max_new_tokens=60)
         assert not set(banned) & set(result.token_ids)
 
@@ -243,7 +246,7 @@ def test_suppressed_tokens_are_never_made(tiny: TinyModel):
 def test_bfloat16_decodes(tiny: TinyModel):
     """The same dtype all the way: parameters, cache, hidden states."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
     state = decoder.prefill(params, PROMPTS, max_new_tokens=8)
     assert {x.dtype for x in (*state.cache.keys, *state.cache.values)} == {jnp.dtype("bfloat16")}
     assert all(len(result.token_ids) == 8 for result in outputs(decoder.generate(params, state)))
@@ -254,7 +257,7 @@ def test_bfloat16_decodes(tiny: TinyModel):
 
 @pytest.mark.slow
 def test_nothing_recompiles_for_another_prompt_or_limit(tiny: TinyModel):
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
     _decode(decoder, tiny.params, [[1, 5], [2]], max_new_tokens=9, stop_ids=[3])
     compiled = []
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
@@ -279,7 +282,7 @@ def test_nothing_recompiles_for_another_prompt_or_limit(tiny: TinyModel):
 @pytest.mark.slow
 def test_step_traces_once(tiny: TinyModel):
     chex.clear_trace_counter()
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, Tree.chain(2)))
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, Tree.chain(2)))
 
     @chex.assert_max_traces(n=1)
     def advanced(params: dict, state: State) -> tuple[State, Emitted]:
@@ -296,7 +299,7 @@ def test_step_traces_once(tiny: TinyModel):
 
 
 def test_capacity_is_checked_before_decoding(tiny: TinyModel):
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY), capacity=32)
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY), capacity=32)
     with pytest.raises(
         InputError, match=r"prompt 1 has 20 tokens and 13 new .* 33 exceed a capacity of 32"
     ):
@@ -323,11 +326,11 @@ def test_bad_prompts(tiny: TinyModel, settings, prompts, message):
 
 def test_a_decoder_checks_its_parts(tiny: TinyModel):
     with pytest.raises(InputError, match=r"\[0, 0, 0, 0\] is 4 deep, but there are 3"):
-        Decoder(tiny.config, medusa_drafter(tiny.heads, Tree.chain(4)))
+        Decoder(tiny.config, drafter_of_heads(tiny.heads, Tree.chain(4)))
     with pytest.raises(InputError, match="capacity 129 exceeds the model's context of 128"):
         Decoder(tiny.config, capacity=129)
     with pytest.raises(InputError, match="rank 40 of a vocabulary of 40"):
-        Decoder(tiny.config, medusa_drafter(tiny.heads, Tree.from_lists([[40]])))
+        Decoder(tiny.config, drafter_of_heads(tiny.heads, Tree.from_lists([[40]])))
 
 
 def test_bucket_example():
@@ -341,9 +344,9 @@ def test_shared_heads_use_the_backbones_own_projection(tiny: TinyModel):
     zero = {"block_0": {"bias": jnp.zeros((3, 32)), "weight": jnp.zeros((3, 32, 32))}}
     params = tiny.params | {"heads": zero}
     own = zero | {f"head_{i}": {"vocab": tiny.params["backbone"]["lm_head"]} for i in range(3)}
-    decoder = Decoder(TINY, medusa_drafter(heads, BUSHY))
+    decoder = Decoder(TINY, drafter_of_heads(heads, BUSHY))
     state = decoder.prefill(params, PROMPTS, max_new_tokens=4)
-    same = Decoder(TINY, medusa_drafter(tiny.heads, BUSHY)).prefill(
+    same = Decoder(TINY, drafter_of_heads(tiny.heads, BUSHY)).prefill(
         tiny.params | {"heads": own}, PROMPTS, max_new_tokens=4
     )
     np.testing.assert_array_equal(state.draft.guesses, same.draft.guesses)

@@ -16,8 +16,8 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.logprobs import token_logprobs
 from medusa_jax.decoding.sampling import RowSampling
 from medusa_jax.decoding.state import Output, outputs
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
@@ -61,7 +61,7 @@ def test_logprobs_are_hugging_faces(llama: transformers.PreTrainedModel, saved: 
     made = MedusaHeads(heads).init(jax.random.key(0), hidden, lambda x: x)
     params = model.params | {"heads": made["params"]}
     config = dataclasses.replace(model.config, context=256)
-    drafter = medusa_drafter(heads, TREE)
+    drafter = drafter_of_heads(heads, TREE)
     decoder = Decoder(config, drafter, PerRow(), suppress=SUPPRESS, most_logprobs=MOST)
     asked = [(0.0, 0, 1.0), (1.1, 9, 0.9), (0.8, 0, 1.0, True), (0.0, 0, 1.0)]
     jobs = [

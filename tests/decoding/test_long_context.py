@@ -16,8 +16,8 @@ from medusa_jax.decoding import prefill as prefill_module
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.drafter import NoDraft
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.model.config import ModelConfig
 
@@ -70,7 +70,7 @@ def assert_equal_to_transformers(directory: Path, vocab: range, ways: list[str])
     heads, head_params = random_heads(model.config)
     params = model.params | {"heads": head_params}
     for way in ways:
-        drafter = medusa_drafter(heads, TREE) if "tree" in way else NoDraft()
+        drafter = drafter_of_heads(heads, TREE) if "tree" in way else NoDraft()
         # transformers suppresses EOS where a minimum of new tokens is asked for
         decoder = Decoder(model.config, drafter, suppress=(2,))
         rows = slice(0 if "batch" in way else -1, None)

@@ -24,7 +24,7 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys, warp
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.drafting.drafter import Drafter
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
@@ -102,7 +102,7 @@ def penalized(logits: jax.Array) -> jax.Array:
 
 
 def medusa(model: TinyModel, tree: str) -> Drafter:
-    return medusa_drafter(model.heads, TREES[tree])
+    return drafter_of_heads(model.heads, TREES[tree])
 
 
 def counts(
@@ -208,7 +208,7 @@ DENSE = Tree(tuple(n for d in (1, 2, 3) for n in itertools.product(range(4), rep
 
 
 def decode(model: TinyModel, tree: Tree, rows: list[int]) -> list[Output]:
-    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), TARGET)
+    decoder = Decoder(model.config, drafter_of_heads(model.heads, tree), TARGET)
     state = decoder.prefill(
         model.params,
         [PROMPTS[row] for row in rows],

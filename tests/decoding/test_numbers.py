@@ -15,7 +15,7 @@ from medusa_jax.decoding.sampling import row_keys, scaled, warp
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.draft_model import DraftModel
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 
@@ -56,7 +56,7 @@ def test_a_row_ends_where_logits_stop_being_finite(tiny: TinyModel, value: float
         failed.check("line 7")
     other.check("line 8")
     # A guess may spoil a tree before its time, but makes no other text.
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
     prompts = [[1, 5], [1, token], [1, 5]]
     early, at_once, _ = decode(decoder, params, prompts, max_new_tokens=limits)
     assert early.finish_reason == "failed"
@@ -67,7 +67,7 @@ def test_a_row_ends_where_logits_stop_being_finite(tiny: TinyModel, value: float
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Lossless, Typical])
 def test_the_coldest_text_is_the_greedy_text(tiny: TinyModel, scheme):
-    drafter = medusa_drafter(tiny.heads, BUSHY)
+    drafter = drafter_of_heads(tiny.heads, BUSHY)
     (greedy,) = decode(Decoder(tiny.config, drafter), tiny.params, [[1, 5]], max_new_tokens=40)
     decoder = Decoder(tiny.config, drafter, scheme(1e-40))
     (cold,) = decode(decoder, tiny.params, [[1, 5]], max_new_tokens=40)

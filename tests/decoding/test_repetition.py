@@ -16,7 +16,7 @@ from medusa_jax.decoding.repetition import Repetition, marked, penalized, penalt
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 
@@ -26,7 +26,7 @@ PROMPTS = [[1, 5], [7], [3, 9, 2, 30, 4, 11, 6], list(range(20))]
 
 
 def decode(model, tree, prompts, scheme=None, suppress=(), **settings) -> list[Output]:
-    drafter = medusa_drafter(model.heads, tree)
+    drafter = drafter_of_heads(model.heads, tree)
     decoder = Decoder(model.config, drafter, scheme or Greedy(), suppress=suppress)
     return outputs(
         decoder.generate(model.params, decoder.prefill(model.params, prompts, **settings))

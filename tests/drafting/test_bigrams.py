@@ -21,7 +21,7 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.drafting import bigrams
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.tuning import bigram_counts
@@ -37,7 +37,7 @@ def every(*texts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
 def decode(
     model: TinyModel, tree: Tree | DynamicTree, scheme: Acceptance, **more: Any
 ) -> list[Output]:
-    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), scheme, capacity=64)
+    decoder = Decoder(model.config, drafter_of_heads(model.heads, tree), scheme, capacity=64)
     state = decoder.prefill(model.params | more, PROMPTS, max_new_tokens=40)
     return outputs(decoder.generate(model.params | more, state))
 

@@ -14,7 +14,8 @@ from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless, Typical
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.dynamic_tree import DynamicTree, grow
-from medusa_jax.drafting.medusa_drafter import MedusaDrafter, medusa_drafter
+from medusa_jax.drafting.medusa_drafter import MedusaDrafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import PAD, TreeTables
 from medusa_jax.errors import InputError
@@ -100,7 +101,8 @@ def test_text_is_that_of_plain_decoding(tiny: TinyModel, scheme: Acceptance):
     """The lossless scheme draws by position, so it too writes the very same text."""
 
     def decode(tree: Tree | DynamicTree) -> list:
-        decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, tree), scheme, capacity=64)
+        drafter = drafter_of_heads(tiny.heads, tree)
+        decoder = Decoder(tiny.config, drafter, scheme, capacity=64)
         state = decoder.prefill(tiny.params, PROMPTS, max_new_tokens=40)
         return outputs(decoder.generate(tiny.params, state))
 
@@ -115,7 +117,7 @@ def test_every_path_grown_accepts_as_the_full_tree(tiny: TinyModel):
     nodes = [path for depth in (1, 2) for path in itertools.product(range(3), repeat=depth)]
 
     def decode(tree: Tree | DynamicTree) -> list:
-        decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, tree), Typical(1.5), capacity=64)
+        decoder = Decoder(tiny.config, MedusaDrafter(tiny.heads, tree), Typical(1.5), capacity=64)
         state = decoder.prefill(tiny.params, PROMPTS, max_new_tokens=40)
         return outputs(decoder.generate(tiny.params, state))
 
@@ -143,7 +145,7 @@ def test_bad_recipes_are_refused(tiny: TinyModel, tree: DynamicTree, message: st
 
 @pytest.mark.slow
 def test_scores_are_log_probabilities(tiny: TinyModel):
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, DynamicTree(9, 3, 40)), capacity=64)
+    decoder = Decoder(tiny.config, MedusaDrafter(tiny.heads, DynamicTree(9, 3, 40)), capacity=64)
     state = decoder.prefill(tiny.params, PROMPTS, max_new_tokens=4)
     assert state.draft.scores.shape == (3, 3, 40)
     np.testing.assert_allclose(jnp.exp(state.draft.scores).sum(-1), 1.0, atol=1e-5)

@@ -20,7 +20,7 @@ from medusa_jax.drafting.drafter import NoDraft, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.hydra_drafter import HydraDrafter, best_of
 from medusa_jax.drafting.hydra_heads import HydraHead, head_input
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
@@ -51,7 +51,7 @@ def decoded(
     model: TinyModel, tree: Tree | DynamicTree, scheme: Acceptance = Greedy(), rows: Any = PROMPTS
 ) -> list[tuple[list[int], list[int]]]:
     """(text, tokens of each step) of each prompt."""
-    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), scheme, capacity=64)
+    decoder = Decoder(model.config, drafter_of_heads(model.heads, tree), scheme, capacity=64)
     params = prepared(model)
     state = decoder.prefill(params, rows, max_new_tokens=32)
     done = outputs(decoder.generate(params, state))
@@ -60,9 +60,9 @@ def decoded(
 
 def test_the_drafter_is_that_of_the_heads(tiny: TinyModel):
     heads = with_hydra(tiny).heads
-    assert isinstance(medusa_drafter(heads, STATIC), HydraDrafter)
+    assert isinstance(drafter_of_heads(heads, STATIC), HydraDrafter)
     with pytest.raises(InputError, match="4 deep"):
-        Decoder(tiny.config, medusa_drafter(heads, Tree.chain(4)))
+        Decoder(tiny.config, drafter_of_heads(heads, Tree.chain(4)))
     recipe: Any = Recipe(types.SimpleNamespace(heads=heads), STATIC, Greedy())
     assert drafter_of(None, recipe) == drafter_of("hydra", recipe) == HydraDrafter(heads, STATIC)
     with pytest.raises(InputError, match="--drafter medusa: the heads of this model are hydra"):

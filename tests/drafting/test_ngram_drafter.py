@@ -3,15 +3,19 @@
 import jax.numpy as jnp
 import pytest
 
-from medusa_jax.drafting.ngram_drafter import NgramDrafter, continued, latest_match
+from medusa_jax.drafting.ngram_drafter import NgramDrafter, continued, longest_match
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 
 
 def matched(text: list[int], longest: int = 4) -> int:
-    """`latest_match` of a single text, whose row has more cells, with other tokens in them."""
+    """`longest_match` of a single text, whose row has more cells, with other tokens in them."""
     row = jnp.array([[*text, *text[-1:], 1, 2]])
-    return int(latest_match(row, jnp.array([len(text) - 1]), longest)[0])
+    place, count = longest_match(row, jnp.array([len(text) - 1]), longest)
+    end, count = int(place[0]), int(count[0])
+    assert text[end + 1 - count : end + 1] == text[len(text) - count :] and count <= longest
+    assert (count > 0) == (end >= 0)
+    return end
 
 
 def test_the_latest_of_the_longest_matches_is_taken():

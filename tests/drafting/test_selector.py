@@ -26,8 +26,9 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting import selector
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import MedusaDraft, medusa_drafter, path_scores
+from medusa_jax.drafting.medusa_drafter import MedusaDraft, path_scores
 from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.param_paths import flat
@@ -106,7 +107,7 @@ def decoded(
     model: TinyModel, tree: Tree | DynamicTree, prompts: Any = PROMPTS
 ) -> list[tuple[list[int], list[int]]]:
     """(text, tokens of each step) of each prompt."""
-    decoder = Decoder(model.config, medusa_drafter(model.heads, tree), capacity=64)
+    decoder = Decoder(model.config, drafter_of_heads(model.heads, tree), capacity=64)
     params = for_decoding(model.params, tied=model.config.tied)
     state = decoder.prefill(params, prompts, max_new_tokens=24)
     done = outputs(decoder.generate(params, state))

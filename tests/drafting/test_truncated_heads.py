@@ -12,8 +12,8 @@ from helpers.models import TinyModel, stacked
 from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import HeadsConfig, rows_of, top_guesses
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.training.objective import Objective
@@ -37,7 +37,7 @@ def truncated(tiny: TinyModel, token_map: list[int], *, shared: bool = False) ->
 
 def decoded(model: TinyModel, tree: Tree) -> list[tuple[list[int], list[int]]]:
     """(text, tokens of each step) of each prompt."""
-    decoder = Decoder(model.config, medusa_drafter(model.heads, tree))
+    decoder = Decoder(model.config, drafter_of_heads(model.heads, tree))
     params = for_decoding(model.params, tied=model.config.tied)
     state = decoder.prefill(params, PROMPTS, max_new_tokens=24)
     done = outputs(decoder.generate(params, state))
@@ -66,7 +66,7 @@ def test_decoding_as_whole_heads_and_never_another_text(tiny: TinyModel):
 def test_a_tree_may_not_ask_for_more_ranks_than_there_are_tokens(tiny: TinyModel):
     few = truncated(tiny, [3, 11])
     with pytest.raises(InputError, match="2"):
-        Decoder(few.config, medusa_drafter(few.heads, Tree(((0,), (1,), (2,)))))
+        Decoder(few.config, drafter_of_heads(few.heads, Tree(((0,), (1,), (2,)))))
 
 
 def test_ranks_of_tokens_that_cannot_be_said_come_last(tiny: TinyModel):

@@ -17,7 +17,7 @@ from medusa_jax.decoding.acceptance import Acceptance, Greedy, Lossless, Typical
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.serving import tree_store
 
@@ -93,7 +93,7 @@ def test_hugging_face_writes_the_same_text(shipped: Model):
         max_new_tokens=40,
     )
     tree = Tree.published("mc_sim_7b_63").cut(8)
-    decoder = Decoder(shipped.config, medusa_drafter(shipped.heads, tree), capacity=128)
+    decoder = Decoder(shipped.config, drafter_of_heads(shipped.heads, tree), capacity=128)
     state = decoder.prefill(shipped.params, [prompt], max_new_tokens=40)
     (ours,) = outputs(decoder.generate(shipped.params, state))
     assert ours.token_ids == expected[0, len(prompt) :].tolist()

@@ -22,7 +22,7 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.distributed.rules import decode_mesh, shardings
 from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
@@ -48,7 +48,7 @@ class Blind:
 
 def decoder_of(heads: Any, tree: Any, acceptance: Acceptance, mesh: Any) -> Decoder:
     """A decoder of the tiny model."""
-    return Decoder(TINY, medusa_drafter(heads, tree), acceptance, mesh=mesh)
+    return Decoder(TINY, drafter_of_heads(heads, tree), acceptance, mesh=mesh)
 
 
 def draft_faults() -> list[str]:

@@ -28,7 +28,7 @@ from medusa_jax.decoding.state import outputs
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.rules import decode_mesh, shardings
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
@@ -84,7 +84,7 @@ def random(devices: int, tree: Any, acceptance: Any, **shape: Any) -> dict[str, 
         params["bigrams"] = {"rows": jnp.arange(size, dtype=jnp.int32), "scores": scores}
     mesh = decode_mesh(f"tensor={devices}", config)
     split = jax.device_put(params, shardings(params, mesh))
-    alone = Decoder(config, medusa_drafter(model.heads, tree), acceptance)
+    alone = Decoder(config, drafter_of_heads(model.heads, tree), acceptance)
     return compare(alone, params, dataclasses.replace(alone, mesh=mesh), split)
 
 
@@ -94,7 +94,7 @@ def stories(model: str, heads: str) -> dict[str, Any]:
     split = load_model(model, heads, mesh="tensor=8")
     assert alone.fingerprint == split.fingerprint
     jax.tree.map(np.testing.assert_array_equal, stored(alone.params), stored(split.params))
-    decoder = Decoder(alone.config, medusa_drafter(alone.heads, TREE))
+    decoder = Decoder(alone.config, drafter_of_heads(alone.heads, TREE))
     together = dataclasses.replace(decoder, mesh=split.mesh)
     return compare(decoder, alone.params, together, split.params)
 

@@ -14,6 +14,8 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.drafter import Drafter, NoDraft
 from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.medusa_drafter import MedusaDrafter
+from medusa_jax.drafting.medusa_ngram_drafter import MedusaNgramDrafter
 from medusa_jax.drafting.ngram_drafter import NgramDrafter
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
@@ -90,13 +92,20 @@ def test_drafters_have_names(tiny: TinyModel, monkeypatch):
     assert drafter_of("draft:DIR", drawn) == DraftModel(SMALLER, TREE, Lossless(0.7))
     assert drafter_of("ngram", dataclasses.replace(recipe, tree=Tree())) == NoDraft()
     assert drafter_of(None, recipe) == drafter_of("medusa", recipe)
+    assert drafter_of("medusa", recipe) == MedusaDrafter(tiny.heads, TREE)
     monkeypatch.setitem(drafters.DRAFTERS, "mine", lambda recipe: NgramDrafter(recipe.tree, 2))
     assert drafter_of("mine", recipe) == NgramDrafter(TREE, 2)
     with pytest.raises(
-        InputError, match=r"--drafter yours: .* known: medusa, hydra, ngram, draft, mine"
+        InputError,
+        match=r"--drafter yours: .* known: medusa, hydra, medusa\+ngram, ngram, draft, mine",
     ):
         drafter_of("yours", recipe)
     grown = dataclasses.replace(recipe, tree=DynamicTree(4, 2))
+    assert drafter_of("medusa", grown) == MedusaDrafter(tiny.heads, grown.tree)
+    assert drafter_of(None, grown) == MedusaNgramDrafter(tiny.heads, grown.tree)
+    assert drafter_of("medusa+ngram", grown) == drafter_of(None, grown)
+    with pytest.raises(InputError, match="grow:SIZE"):
+        drafter_of("medusa+ngram", recipe)
     with pytest.raises(InputError, match="chain:DEPTH"):
         drafter_of("draft:DIR", grown)
     with pytest.raises(InputError, match="without a draft model"):

@@ -11,7 +11,7 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving import load as module
@@ -29,7 +29,7 @@ JOBS = [
 
 
 def decoder_of(model: TinyModel, tree: Tree | DynamicTree, scheme: object) -> Decoder:
-    return Decoder(model.config, medusa_drafter(model.heads, tree), scheme)
+    return Decoder(model.config, drafter_of_heads(model.heads, tree), scheme)
 
 
 def single(decoder: Decoder, params: dict, job: Job, **ends: object) -> Output:

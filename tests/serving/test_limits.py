@@ -13,7 +13,7 @@ from medusa_jax import Generator
 from medusa_jax.data.prompts import Request
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.serving import distill_inputs, distill_options, distillation, engine, programs
@@ -79,7 +79,7 @@ def test_room_is_what_the_first_turn_suggests():
 @pytest.mark.slow
 def test_refilled_slots_have_the_penalty_too(tiny: TinyModel):
     """Also a row that outgrows its batch, and rows that a reader ends."""
-    decoder = Decoder(tiny.config, medusa_drafter(tiny.heads, BUSHY))
+    decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
     jobs = [Job([3 * i + 1, 5], new) for i, new in enumerate((4, 9, 100, 12, 7))]
     short = dataclasses.replace(jobs[3], read=lambda new: min(len(new), 1) or None)
     engine = Engine(decoder, tiny.params, slots=2, repetition_penalty=1.5)

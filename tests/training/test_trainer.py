@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from medusa_jax import Decoder, Greedy, Tree, export, load_model, outputs
 from medusa_jax.convert import convert
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.param_paths import joined
@@ -113,7 +113,7 @@ def test_medusa2_is_exported_as_one_model_that_decodes_as_before(
     trained = merged.params["backbone"]["layer_0"]["mlp"]["gate_up"]["weight"]
     assert np.abs(trained.data - start.data).max() > 1e-3
 
-    decoder = Decoder(merged.config, medusa_drafter(merged.heads, Tree.chain(2)), Greedy())
+    decoder = Decoder(merged.config, drafter_of_heads(merged.heads, Tree.chain(2)), Greedy())
     state = decoder.prefill(merged.params, [[0, 5, 6]], max_new_tokens=9)
     (output,) = outputs(decoder.generate(merged.params, state))
     tokens = jax.numpy.asarray([[0, 5, 6, *output.token_ids]])

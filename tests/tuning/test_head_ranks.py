@@ -12,8 +12,8 @@ from medusa_jax.decoding.acceptance import Lossless
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.dynamic_tree import DynamicTree
-from medusa_jax.drafting.medusa_drafter import medusa_drafter
 from medusa_jax.drafting.medusa_heads import MedusaHeads
+from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.tuning.head_ranks import UNKNOWN, accuracy, replayed, text_ranks
 from medusa_jax.tuning.tree_search import (
@@ -113,7 +113,7 @@ def test_replay_takes_the_very_steps_of_decoding(
 ):
     tree = DynamicTree(7, 3, 6) if grown else Tree.published("mc_sim_7b_63").cut(20)
     how = {"acceptance": scheme} if scheme else {}
-    drafter = medusa_drafter(stories.heads, tree)
+    drafter = drafter_of_heads(stories.heads, tree)
     decoder = Decoder(stories.config, drafter, capacity=128, **how)
     state = decoder.prefill(stories.params, PROMPTS, max_new_tokens=90)
     for one in outputs(decoder.generate(stories.params, state)):
@@ -127,11 +127,11 @@ def test_replay_takes_the_very_steps_of_decoding(
             by_ranks = step_lengths(ranks, tree)
         else:
             by_ranks = lengths[len(one.prompt_ids) - 1 : length - 1, 0]
-        made, starts, counts = replay([by_ranks], tree.path_cells)
+        made, starts, counts = replay([by_ranks], drafter.depth + 1)
         steps = one.tokens_per_step[: len(starts)]
         assert len(starts) >= len(one.tokens_per_step) - 1  # all but the one the text ends in
         assert made == sum(steps)
-        np.testing.assert_array_equal(counts, np.bincount(steps, minlength=tree.path_cells + 1)[1:])
+        np.testing.assert_array_equal(counts, np.bincount(steps, minlength=drafter.depth + 2)[1:])
 
 
 def test_steps_of_a_text():
