@@ -17,6 +17,7 @@ from medusa_jax.drafting.medusa_ngram_drafter import (
     MedusaNgramDraft,
     MedusaNgramDrafter,
     among,
+    chance,
     with_chain,
 )
 from medusa_jax.drafting.of_heads import drafter_of_heads
@@ -29,6 +30,7 @@ def test_docstring_examples():
     levels, ranks, known = among(guesses, chain, yes)
     assert levels.tolist() == [[[4, 5, 6], [0, 0, 7]]]
     assert ranks.tolist() == [[1, 2]] and known.tolist() == [[True, False]]
+    np.testing.assert_allclose(chance(jnp.array([2, 0]), 3), [[0.27, 0.48, 0.6], [0, 0, 0]])
     scores = jnp.log(jnp.broadcast_to(jnp.array([0.5, 0.2]), (1, 1, 2, 2)))
     got = with_chain(scores, jnp.array([[1]]), jnp.array([[True]]), jnp.array([[0.5]]))
     np.testing.assert_allclose(jnp.exp(got[0, 0]), [[0.25, 0.6]] * 2, rtol=1e-6)
