@@ -1,9 +1,10 @@
 """Programs that are compiled beside users, who wait as little as can be for them."""
 
 import dataclasses
+import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,38 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
+        self._wanted: list[Callable[[], Any]] = []
 
-    def compile_run(
-        self, decoder: Decoder, drafter: Drafter, params: Any, state: Callable[[], Any]
+    def compile_runs(
+        self,
+        decoder: Decoder,
+        params: Any,
+        choices: Sequence[tuple[int, Drafter]],
+        state: Callable[[int], Any],
     ) -> None:
-        """Begins with `Decoder.run` by a drafter, if it is idle.
+        """Compiles `Decoder.run` for batches of some rows, by some drafters, one after another.
+
+        What was wanted before and has not begun is forgotten.
 
         Args:
-          decoder: whose drafts are in the state.
-          state: gives the abstract state.
+          decoder: whose drafts are in the states.
+          choices: the most useful first.
+          state: abstract state of so many rows.
         """
+        programs = Programs(params, decoder.drafter)  # whose time is not the engine's
+
+        def compiled(rows: int, drafter: Drafter) -> Any:
+            return programs.run(dataclasses.replace(decoder, drafter=drafter), params, state(rows))
+
+        self._wanted = [functools.partial(compiled, *choice) for choice in choices]
         busy = self._thread is not None and self._thread.is_alive()
         if busy or self._closed.is_set():
             return
 
         def work() -> None:
-            programs = Programs(params, decoder.drafter)  # whose time is not the engine's
-            give_way()
-            programs.run(dataclasses.replace(decoder, drafter=drafter), params, state())
+            while self._wanted and not self._closed.is_set() and threading.main_thread().is_alive():
+                give_way()
+                self._wanted.pop(0)()
 
         # Python cannot end beside a thread that compiles: it aborts. So it waits for this thread.
         self._thread = threading.Thread(target=work, name="compiler", daemon=False)

@@ -135,12 +135,11 @@ class Slots:
         return self._programs.can_run(decoder, self._now.cache_slots, rows, self._blocks.settings)
 
     def prepare(self, choices: Sequence[tuple[int, Drafter]]) -> None:
-        """Compiles in the background the first that batches of the present capacity lack."""
-        for rows, drafter in choices:
-            if not self.can_run(rows, drafter):
-                state = functools.partial(self._abstract, self._now, rows)
-                self._background.compile_run(self._now, drafter, self._params, state)
-                return
+        """Compiles in the background what these batches, of the present capacity, lack."""
+        missing = [choice for choice in choices if not self.can_run(*choice)]
+        if missing:
+            shapes = functools.partial(self._abstract, self._now)
+            self._background.compile_runs(self._now, self._params, missing, shapes)
 
     def close(self) -> None:
         """Compiles no further program."""
