@@ -1,0 +1,54 @@
+"""Which prompt is read next: short prompts soon, and long prompts all the same."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from medusa_jax.serving.jobs import Job, Row
+from medusa_jax.serving.reader import OVERTAKE, Reader
+
+BLOCK = 16
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """The slots that were read, in order."""
+    monkeypatch.setattr("medusa_jax.decoding.prompt_blocks.CPU_BLOCK", BLOCK)
+    return []
+
+
+def reader(read: list[int]) -> Reader:
+    def block(job: Job, slot: int, start: int) -> int:
+        read.append(slot)
+        return min(BLOCK, len(job.prompt_ids) - start)
+
+    batch: Any = SimpleNamespace(read=block)
+    return Reader(batch)
+
+
+def rows(*lengths: int) -> dict[int, Row]:
+    return {slot: Row(Job([1] * length, 4), slot) for slot, length in enumerate(lengths)}
+
+
+def test_a_short_prompt_goes_before_a_long_one(read: list[int]):
+    reading, waiting = reader(read), rows(100, 10, 100)
+    assert reading.read(waiting) == 1
+    assert read[0] == 1 and len(read) == 2  # 10 tokens leave room for a block of a long prompt
+    for _ in range(20):
+        reading.read(waiting)
+    assert all(not row.unread for row in waiting.values())
+
+
+def test_most_of_a_batch_is_filled_before_it_steps(read: list[int]):
+    assert reader(read).read(rows(*[16] * 8)) == 4
+    assert reader([]).read(rows(*[100] * 8)) == 0  # long prompts are not: a block a call
+
+
+def test_a_long_prompt_does_not_wait_for_ever(read: list[int]):
+    reading, waiting = reader(read), rows(100)
+    for number in range(1, 60):
+        waiting[number] = rows(16)[0]
+        reading.read(waiting)
+    assert not waiting[0].unread
+    assert read.index(0) <= OVERTAKE
