@@ -102,11 +102,12 @@ class MedusaNgramDrafter(OfTree):
         return MedusaNgramDraft(heads, continued(text, place, seen.length, self.depth), matched)
 
     def propose(self, params: Params, draft: MedusaNgramDraft, root: Int[Array, " B"]) -> Proposal:
-        guesses, ranks, known = among(draft.heads.guesses, draft.followed, draft.matched > 0)
+        guesses, ranks = among(draft.heads.guesses, draft.followed, draft.matched > 0)
         number = draft.heads.guesses.shape[1]
-        heads = dataclasses.replace(draft.heads, guesses=guesses[:, :number])
+        own = jnp.pad(draft.heads.scores, ((0, 0), (0, 0), (0, 1)), constant_values=NEVER)
+        heads = dataclasses.replace(draft.heads, guesses=guesses[:, :number], scores=own)
         scores = path_scores(params, heads, root)
-        scores = with_chain(scores, ranks, known, chance(draft.matched, self.depth))
+        scores = with_chain(scores, ranks, chance(draft.matched, self.depth))
         cells, tables = self.tree.arrange(scores)
         candidates = jnp.concatenate((root[:, None], guesses.reshape(len(root), -1)), axis=1)
         return Proposal(jnp.take_along_axis(candidates, cells, axis=1), tables)
@@ -118,23 +119,22 @@ class MedusaNgramDrafter(OfTree):
 @typed
 def among(
     guesses: Int[Array, "B M R"], chain: Int[Array, "B D"], exists: Bool[Array, " B"]
-) -> tuple[Int[Array, "B D R"], Int[Array, "B D"], Bool[Array, "B D"]]:
-    """The guesses of D levels with those of a chain among them, their ranks, and which were there.
+) -> tuple[Int[Array, "B D r"], Int[Array, "B D"]]:
+    """The guesses of D levels with those of a chain among them, r = R + 1, and the chain's ranks.
 
-    A token of the chain that no head has guessed takes the place of the head's last guess. Levels
-    below those of the heads have the chain alone.
+    A token of the chain that no head has guessed has the last rank, which is its own. Levels below
+    those of the heads have the chain alone.
 
-    Example: a head guesses (4 5 6), the chain is (5 7): levels (4 5 6) and (0 0 7), ranks (1 2),
-    there (1 0).
+    Example: a head guesses (4 5 6), the chain is (5 7): levels (4 5 6 0) and (0 0 0 7), ranks 1, 3.
     """
-    batch, number, ranks = guesses.shape
-    below = jnp.zeros((batch, chain.shape[1] - number, ranks), guesses.dtype)
-    guesses = jnp.concatenate((guesses, below), axis=1)
-    same = guesses == chain[:, :, None]
-    known = same.any(axis=2) & (jnp.arange(chain.shape[1]) < number)
-    place = jnp.where(known, same.argmax(axis=2), ranks - 1)
-    put = (jnp.arange(ranks) == place[:, :, None]) & exists[:, None, None]
-    return jnp.where(put, chain[:, :, None], guesses), place, known
+    _, number, ranks = guesses.shape
+    depth = chain.shape[1]
+    same = (guesses == chain[:, :number, None]) & exists[:, None, None]
+    place = jnp.where(same.any(axis=2), same.argmax(axis=2), ranks)
+    place = jnp.pad(place, ((0, 0), (0, depth - number)), constant_values=ranks)
+    guesses = jnp.pad(guesses, ((0, 0), (0, depth - number), (0, 1)))
+    put = (jnp.arange(ranks + 1) == place[:, :, None]) & exists[:, None, None]
+    return jnp.where(put, chain[:, :, None], guesses), place
 
 
 @typed
@@ -151,16 +151,12 @@ def chance(matched: Int[Array, " B"], depth: int) -> Float[Array, "B D"]:
 
 @typed
 def with_chain(
-    scores: Float[Array, "B M R R"],
-    ranks: Int[Array, "B D"],
-    known: Bool[Array, "B D"],
-    right: Float[Array, "B D"],
-) -> Float[Array, "B D R R"]:
+    scores: Float[Array, "B M r r"], ranks: Int[Array, "B D"], right: Float[Array, "B D"]
+) -> Float[Array, "B D r r"]:
     """Log-probabilities of guesses after guesses, where a chain is among them.
 
     After the chain so far, its next token is right with the probability `right`, or because its
-    head says so; the head's other guesses share the rest. No other path leads to a token that the
-    chain alone has guessed.
+    head says so; the head's other guesses share the rest.
 
     Example: a head gives 0.5 and 0.2. The chain's token is the second, 0.5: it gets 1 - 0.5 * 0.8
     = 0.6, and the first 0.25.
@@ -168,19 +164,16 @@ def with_chain(
     Args:
       scores: of the heads, which may be those of fewer levels.
       ranks: of the chain's tokens.
-      known: whether a head guesses them too.
       right: probability of each, given those before it; zeros for no chain.
     """
     batch, number, width, _ = scores.shape
     below = jnp.full((batch, ranks.shape[1] - number, width, width), NEVER)
     scores = jnp.concatenate((scores, below), axis=1)
-    to_chain = jnp.arange(width) == ranks[:, :, None]  # [B, D, R]
+    to_chain = jnp.arange(width) == ranks[:, :, None]
     from_root = jnp.ones_like(to_chain[:, :1])
     from_chain = jnp.concatenate((from_root, to_chain[:, :-1]), axis=1)
-    alone = (to_chain & ~known[:, :, None])[:, :, None]
+    wrong = jnp.log1p(-right)[:, :, None, None]
+    likely = jnp.log1p(-jnp.exp(wrong) * (1 - jnp.exp(jnp.minimum(scores, 0))))
+    after = jnp.where(to_chain[:, :, None], likely, scores + wrong)
     exists = (right > 0)[:, :, None, None]
-    scores = jnp.where(alone & exists, NEVER, scores)
-    other = jnp.log1p(-right)[:, :, None, None]
-    likely = jnp.log1p(-jnp.exp(other) * (1 - jnp.exp(jnp.minimum(scores, 0))))
-    after = jnp.where(to_chain[:, :, None], likely, scores + other)
     return jnp.where(from_chain[..., None] & exists, after, scores)

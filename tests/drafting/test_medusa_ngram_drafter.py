@@ -27,28 +27,26 @@ PROMPTS = [[3, 1, 4, 1, 5], [2, 7], [9, 9, 8]]
 
 def test_docstring_examples():
     guesses, chain, yes = jnp.array([[[4, 5, 6]]]), jnp.array([[5, 7]]), jnp.array([True])
-    levels, ranks, known = among(guesses, chain, yes)
-    assert levels.tolist() == [[[4, 5, 6], [0, 0, 7]]]
-    assert ranks.tolist() == [[1, 2]] and known.tolist() == [[True, False]]
+    levels, ranks = among(guesses, chain, yes)
+    assert levels.tolist() == [[[4, 5, 6, 0], [0, 0, 0, 7]]] and ranks.tolist() == [[1, 3]]
     np.testing.assert_allclose(chance(jnp.array([2, 0]), 3), [[0.27, 0.48, 0.6], [0, 0, 0]])
     scores = jnp.log(jnp.broadcast_to(jnp.array([0.5, 0.2]), (1, 1, 2, 2)))
-    got = with_chain(scores, jnp.array([[1]]), jnp.array([[True]]), jnp.array([[0.5]]))
+    got = with_chain(scores, jnp.array([[1]]), jnp.array([[0.5]]))
     np.testing.assert_allclose(jnp.exp(got[0, 0]), [[0.25, 0.6]] * 2, rtol=1e-6)
 
 
 def test_without_a_match_nothing_changes():
     rng = np.random.default_rng(0)
-    guesses, chain = jnp.array([[[4, 5, 6], [1, 2, 3]]]), jnp.array([[9, 9]])
-    levels, ranks, known = among(guesses, chain, jnp.array([False]))
-    np.testing.assert_array_equal(levels, guesses)
-    scores = -jnp.asarray(rng.random((1, 2, 3, 3)))
-    np.testing.assert_array_equal(with_chain(scores, ranks, known, jnp.zeros((1, 2))), scores)
+    guesses, chain = jnp.array([[[4, 5, 6], [1, 2, 3]]]), jnp.array([[5, 9]])
+    levels, ranks = among(guesses, chain, jnp.array([False]))
+    np.testing.assert_array_equal(levels[:, :, :3], guesses)
+    scores = -jnp.asarray(rng.random((1, 2, 4, 4)))
+    np.testing.assert_array_equal(with_chain(scores, ranks, jnp.zeros((1, 2))), scores)
 
 
 def test_only_the_chain_leads_to_what_no_head_has_guessed():
-    scores = jnp.log(jnp.full((1, 2, 3, 3), 0.2))
-    ranks, known = jnp.array([[0, 2, 2]]), jnp.array([[True, False, False]])
-    got = with_chain(scores, ranks, known, jnp.array([[0.5, 0.75, 0.8]]))
+    scores = jnp.log(jnp.full((1, 2, 3, 3), 0.2)).at[..., 2].set(NEVER)
+    got = with_chain(scores, jnp.array([[0, 2, 2]]), jnp.array([[0.5, 0.75, 0.8]]))
     likely = jnp.exp(got[0, 1])
     np.testing.assert_allclose(likely[0], [0.05, 0.05, 0.75], rtol=1e-5)
     np.testing.assert_allclose(likely[1:], [[0.2, 0.2, 0]] * 2, rtol=1e-5)
@@ -113,6 +111,17 @@ def test_drawn_texts_do_not_depend_on_n_grams(tiny: TinyModel):
         state = decoder.prefill(tiny.params, PROMPTS, max_new_tokens=40)
         texts.append([one.token_ids for one in outputs(decoder.generate(tiny.params, state))])
     assert texts[0] == texts[1]
+
+
+def test_a_weak_match_does_not_take_the_place_of_a_sure_guess():
+    """Where the tree has room for a single guess."""
+    heads = HeadsConfig(num_heads=1, num_layers=1, hidden_size=8, vocab_size=50)
+    drafter = MedusaNgramDrafter(heads, DynamicTree(2, 1, top_k=1))
+    guessed = MedusaDraft(jnp.array([[[11]]]), jnp.log(jnp.array([[[0.6]]])), jnp.zeros((1, 0, 0)))
+    for matched, token in ((1, 11), (16, 31)):
+        draft = MedusaNgramDraft(guessed, jnp.array([[31]]), jnp.array([matched]))
+        tokens, _, _ = drafter.propose({"heads": {}}, draft, jnp.array([1]))
+        assert tokens.tolist() == [[1, token]]
 
 
 def test_smaller_trees_read_the_same_drafts(tiny: TinyModel):
