@@ -17,7 +17,7 @@ from medusa_jax.drafting.drafter import OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.medusa_drafter import MedusaDraft, MedusaDrafter, path_scores
 from medusa_jax.drafting.medusa_heads import HeadsConfig
-from medusa_jax.drafting.ngram_drafter import continued, longest_match
+from medusa_jax.drafting.ngram_drafter import followed
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.shapes import typed
@@ -96,10 +96,7 @@ class MedusaNgramDrafter(OfTree):
         self, params: Params, backbone: Backbone, draft: MedusaNgramDraft, seen: Verified
     ) -> MedusaNgramDraft:
         heads = self.of_heads.draft(params, backbone, draft.heads, seen)
-        rows = jnp.arange(seen.root.shape[0])
-        text = seen.sequence.at[rows, seen.length].set(seen.root)
-        place, matched = longest_match(text, seen.length, LONGEST)
-        return MedusaNgramDraft(heads, continued(text, place, seen.length, self.depth), matched)
+        return MedusaNgramDraft(heads, *followed(seen, LONGEST, self.depth))
 
     def propose(self, params: Params, draft: MedusaNgramDraft, root: Int[Array, " B"]) -> Proposal:
         guesses, ranks = among(draft.heads.guesses, draft.followed, draft.matched > 0)

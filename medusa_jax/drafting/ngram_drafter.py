@@ -43,14 +43,19 @@ class NgramDrafter(OfTree):
         return jnp.zeros((rows, self.depth), jnp.int32)
 
     def draft(self, params: Params, backbone: Backbone, draft: Array, seen: Verified) -> Array:
-        rows = jnp.arange(seen.root.shape[0])
-        text = seen.sequence.at[rows, seen.length].set(seen.root)
-        place, _ = longest_match(text, seen.length, self.longest)
-        return continued(text, place, seen.length, self.depth)
+        return followed(seen, self.longest, self.depth)[0]
 
     def propose(self, params: Params, draft: Array, root: Int[Array, " B"]) -> Proposal:
         tokens = jnp.concatenate((root[:, None], draft), axis=1)
         return Proposal(tokens, self.tree.arrange(None)[1])
+
+
+def followed(seen: Verified, longest: int, count: int) -> tuple[Array, Array]:
+    """What followed the longest match of the text and its root [B, count], and its length [B]."""
+    rows = jnp.arange(seen.root.shape[0])
+    text = seen.sequence.at[rows, seen.length].set(seen.root)
+    place, matched = longest_match(text, seen.length, longest)
+    return continued(text, place, seen.length, count), matched
 
 
 @typed

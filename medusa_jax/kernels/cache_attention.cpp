@@ -18,8 +18,7 @@ namespace ffi = xla::ffi;
 ALL_LEVELS(void, cache_attention, const Queries&)
 
 namespace {
-constexpr long kQueries = 32;              // of a piece of work
-constexpr long kWorthwhile = 1 << 19;      // products that are worth waking a thread
+constexpr long kWorthwhile = 1 << 19;  // products that are worth waking a thread
 
 struct Work {
   std::vector<Queries> pieces;
@@ -65,8 +64,8 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyB
       piece.mask = mask.typed_data() + b * masked;
       piece.first = first.element_count() ? first.typed_data() + b * tokens : nullptr;
       piece.width = width, piece.tokens = tokens, piece.type = narrow;
-      for (long begin = 0; begin < count; begin += kQueries) {
-        piece.begin = begin, piece.end = std::min(begin + kQueries, count);
+      for (long begin = 0; begin < count; begin += kMostQueries) {
+        piece.begin = begin, piece.end = std::min(begin + kMostQueries, count);
         work->pieces.push_back(piece);
       }
       products += 2 * count * width * (length + others);

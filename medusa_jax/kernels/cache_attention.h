@@ -4,6 +4,7 @@
 #include <cstdint>
 
 constexpr long kMostWidth = 512;  // C, numbers of a head
+constexpr long kMostQueries = 32;  // of a piece of work
 
 // Keys and values of a head that queries may see: keys [C, stride], values [count, C].
 struct Seen {

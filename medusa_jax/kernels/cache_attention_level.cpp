@@ -8,14 +8,14 @@
 #include "vectors.h"
 
 namespace {
-constexpr int kLanes = kBytes / 4, kQueries = 32, kSlots = 128;  // of a block of scores
+constexpr int kLanes = kBytes / 4, kSlots = 128;  // of a block of scores
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 struct Block {
-  alignas(64) float scores[kQueries][kSlots];  // then their weights
-  alignas(64) float mixed[kQueries][kMostWidth + kLanes];
-  float top[kQueries], total[kQueries];
+  alignas(64) float scores[kMostQueries][kSlots];  // then their weights
+  alignas(64) float mixed[kMostQueries][kMostWidth + kLanes];
+  float top[kMostQueries], total[kMostQueries];
 };
 
 // e^x for x <= 0, to 2e-7 of itself; 0 below -87. A NaN stays a NaN.

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 # Names of the kernels, and of their entries in the library.
 ENTRIES = {"few_rows": "FewRows", "cache_attention": "CacheAttention"}
-_HEADERS = ("levels.h", "vectors.h", *(f"{kernel}.h" for kernel in ENTRIES))
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
 # Instruction sets that the arithmetic is compiled for: names of LEVEL, and the compiler's flags.
 LEVELS: dict[str, tuple[str, ...]] = {"plain": ()}
@@ -72,8 +71,7 @@ def library() -> Path:
     compiler = compiler or shutil.which("clang++")
     here = Path(__file__).parent
     # Whatever would make other code of it.
-    sources = [source.read_text() for source in sorted(here.glob("*.cpp"))]
-    sources += [(here / header).read_text() for header in _HEADERS]
+    sources = [file.read_text() for file in sorted((*here.glob("*.cpp"), *here.glob("*.h")))]
     made_of = (*sources, repr(LEVELS), repr(_FLAGS), jax.__version__, str(compiler))
     name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     file = cache_directory() / "kernels" / f"kernels-{name}.so"
