@@ -15,6 +15,7 @@ from medusa_jax.shapes import typed
 # Below the first temperature, logits count from the greatest, or rounding would be worth more than
 # their differences. The second gives all chance to the greatest; colder logits would overflow.
 COLD, COLDEST = 1e-3, 1e-30
+PART = 256  # tokens: about the root of a vocabulary, which needs the fewest random numbers
 
 
 class RowSampling(NamedTuple):
@@ -184,11 +185,25 @@ def draw(
     The noise depends on the row's key and the token's absolute position, not on
     the step or the tree in which the draw happens. So plain decoding and Medusa
     with any tree draw the same text from the same key.
+
+    A part of the vocabulary is drawn by its mass, then a token of that part. So a
+    draw needs V / PART + PART random numbers, not V.
     """
+    parts = in_parts(logits)
+    mass = jax.nn.logsumexp(parts, axis=-1)
 
-    def one(key: Array, position: Array, row: Array) -> Array:
+    def one(key: Array, position: Array, parts: Array, mass: Array) -> Array:
         # JAX's default noise stops at 15.9, which no token 1e-7 as likely as the best can reach.
-        noise = jax.random.gumbel(jax.random.fold_in(key, position), row.shape, mode="high")
-        return argmax(row + noise)
+        key = jax.random.fold_in(key, position)
+        noise = jax.random.gumbel(key, (mass.size + PART,), mode="high")
+        part = argmax(mass + noise[: mass.size])
+        return part * PART + argmax(parts[part] + noise[mass.size :])
 
-    return jax.vmap(one)(keys, positions, logits)
+    return jax.vmap(one)(keys, positions, parts, mass)
+
+
+def in_parts(logits: Float[Array, "B V"], size: int = PART) -> Float[Array, "B P size"]:
+    """A vocabulary in parts of equal size: (1, 2, 3), size 2 -> ((1, 2), (3, -inf))."""
+    missing = -logits.shape[-1] % size
+    filled = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    return filled.reshape(len(logits), -1, size)

@@ -214,7 +214,7 @@ def decode(model: TinyModel, tree: Tree, rows: list[int]) -> list[Output]:
         [PROMPTS[row] for row in rows],
         max_new_tokens=[70 + 5 * row for row in rows],
         stop_ids=[20],
-        keys=row_keys(9, [KEYS[row] for row in rows]),
+        keys=row_keys(5, [KEYS[row] for row in rows]),
     )
     return outputs(decoder.generate(model.params, state))
 

@@ -19,7 +19,16 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from medusa_jax.decoding.sampling import Sampling, argmax, draw, row_keys, warp, warp_rows
+from medusa_jax.decoding.sampling import (
+    PART,
+    Sampling,
+    argmax,
+    draw,
+    in_parts,
+    row_keys,
+    warp,
+    warp_rows,
+)
 
 FALSE_ALARM = 1e-3
 TEMPERATURES = (0.3, 0.7, 1.0, 1.6)
@@ -121,12 +130,35 @@ def test_draw_reaches_unlikely_tokens():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("vocab", [2 * PART, 2 * PART + 3])
+def test_draw_follows_softmax_over_parts(vocab: int):
+    """In a vocabulary of several parts, the last of them whole or a remainder."""
+    count = 40_000
+    weights = np.random.default_rng(3).permutation(1 / (1 + np.arange(vocab)))
+    p = weights / weights.sum()
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), jnp.arange(count))
+    logits = jnp.tile(jnp.log(p.astype(np.float32)), (count, 1))
+    tokens = np.asarray(jax.jit(draw)(keys, jnp.full(count, 5), logits))
+    observed = np.bincount(tokens, minlength=vocab)
+    assert stats.chisquare(observed, count * p).pvalue > FALSE_ALARM
+
+
+def test_a_vocabulary_in_parts():
+    parts = in_parts(jnp.array([[1.0, 2.0, 3.0]]), 2)
+    np.testing.assert_array_equal(parts, [[[1, 2], [3, -np.inf]]])
+
+
+@pytest.mark.slow
 def test_draw_never_takes_a_removed_token():
     logits = jnp.where(jnp.arange(len(LOGITS)) % 2 == 0, LOGITS, -jnp.inf)
     keys = jax.random.split(jax.random.key(0), 100)
     tokens = draw(keys, jnp.arange(100), jnp.tile(logits, (100, 1)))
     assert set(np.asarray(tokens) % 2) == {0}
     assert len(set(np.asarray(tokens))) > 1
+    # Nor of a part that is removed as a whole.
+    logits = jnp.full(3 * PART, -jnp.inf).at[PART].set(0).at[PART + 1].set(0)
+    tokens = draw(keys, jnp.arange(100), jnp.tile(logits, (100, 1)))
+    assert set(np.asarray(tokens)) == {PART, PART + 1}
 
 
 @pytest.mark.slow
