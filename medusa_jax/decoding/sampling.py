@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from medusa_jax.model.largest import largest
+from medusa_jax.decoding.cutoff import least_kept
 from medusa_jax.shapes import typed
 
 # Below the first temperature, logits count from the greatest, or rounding would be worth more than
@@ -82,28 +82,23 @@ def warp(
     """
     logits = scaled(logits, temperature)
     if 0 < top_k < logits.shape[-1]:
-        smallest = largest(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return _nucleus(logits, top_p) if top_p < 1.0 else logits
+        logits = _top_k(logits, top_k)
+    return _top_p(logits, top_p) if top_p < 1.0 else logits
 
 
 @typed
 def warp_rows(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
     """`warp` of rows with settings of their own: the same numbers, bit for bit.
 
-    A greedy row comes out as with temperature COLDEST. The vocabulary is sorted only where a row
+    A greedy row comes out as with temperature COLDEST. The vocabulary is cut only where a row
     asks for top-k or top-p.
     """
     logits = scaled_rows(logits, how.temperature)
     top_k, top_p = how.top_k[:, None], how.top_p[:, None]
 
     def cut(logits: Array) -> Array:
-        descending = -jnp.sort(-logits, axis=-1)
-        last = jnp.clip(top_k - 1, 0, logits.shape[-1] - 1)
-        smallest = jnp.take_along_axis(descending, last, axis=-1)
-        logits = jnp.where((top_k > 0) & (logits < smallest), -jnp.inf, logits)
-        kept = _nucleus(logits, top_p)
-        return jnp.where(top_p < 1, kept, logits)
+        logits = jnp.where(top_k > 0, _top_k(logits, top_k), logits)
+        return jnp.where(top_p < 1, _top_p(logits, top_p), logits)
 
     asked = how.drawn & ((how.top_k > 0) | (how.top_p < 1))
     return jax.lax.cond(asked.any(), cut, lambda logits: logits, logits)
@@ -118,13 +113,15 @@ def scaled_rows(logits: Float[Array, "B *dims V"], temperature: Array) -> Array:
     return logits * (1 / jnp.maximum(temperature, COLDEST))
 
 
-def _nucleus(logits: Array, top_p: Array | float) -> Array:
+def _top_k(logits: Array, top_k: Array | int) -> Array:
+    """Logits with -inf for all but the largest k."""
+    return jnp.where(logits < least_kept(logits, jnp.ones_like(logits), top_k), -jnp.inf, logits)
+
+
+def _top_p(logits: Array, top_p: Array | float) -> Array:
     """Logits with -inf for the tokens that top-p removes."""
     probabilities = jax.nn.softmax(logits)
-    descending = -jnp.sort(-probabilities, axis=-1)
-    mass_before = jnp.cumsum(descending, axis=-1) - descending
-    kept = jnp.where(mass_before < top_p, descending, jnp.inf)
-    return jnp.where(probabilities < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+    return jnp.where(logits < least_kept(logits, probabilities, top_p), -jnp.inf, logits)
 
 
 def scaled(logits: Float[Array, "*dims V"], temperature: float) -> Float[Array, "*dims V"]:
