@@ -32,6 +32,8 @@ def fitting(decoder: Decoder, tokens: int) -> Decoder:
 # By signature of the parameters, method, decoder and shapes: engines of one model share them,
 # as the caches of `jax.jit` are shared. Those not used for longest are forgotten.
 _COMPILED: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+# Signatures have numbers: that of a model has hundreds of leaves, which each look-up would hash.
+_NUMBERS: dict[Any, int] = {}
 _LOCK = threading.Lock()
 
 
@@ -50,7 +52,9 @@ class Programs:
         """
         leaves, structure = jax.tree.flatten(params)
         places = tuple((leaf.shape, leaf.dtype, leaf.format) for leaf in leaves)
-        self.compile_seconds, self._signature = 0.0, (structure, places, drafter)
+        with _LOCK:
+            self._model = _NUMBERS.setdefault((structure, places, drafter), len(_NUMBERS))
+        self.compile_seconds = 0.0
         self._options = compiler_options(params)
 
     def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any, **static: Any) -> Any:
@@ -61,7 +65,7 @@ class Programs:
           inputs: arrays, or their abstract shapes; read only where it must be compiled.
           static: arguments that are compiled in.
         """
-        key = self._signature, name, decoder, shape, *static.values()
+        key = self._model, name, decoder, shape, *static.values()
         with _LOCK:
             program = _COMPILED.get(key)
         if program is None:
@@ -94,7 +98,7 @@ class Programs:
         """Whether `run` has its program for so many rows of so many cache slots already."""
         has = not settings.penalized, not settings.sampled
         shape = rows, slots, settings.stop_ids, *has
-        return (self._signature, "run", decoder, shape) in _COMPILED
+        return (self._model, "run", decoder, shape) in _COMPILED
 
     def free(self, decoder: Decoder, state: Any) -> Any:
         """`Decoder.free` for states of this shape."""

@@ -19,14 +19,15 @@ class Reader:
         A prompt of a block overtakes longer ones, but no more than OVERTAKE in a row. Of longer
         prompts, the oldest and the shortest take turns. So none waits for ever. While more rows
         wait than write, short prompts are read on: a step of few rows takes nearly as long as that
-        of many.
+        of many. A row that can begin does not wait for a block of a longer prompt.
         """
         unread = {slot: row for slot, row in rows.items() if row.unread}
-        tokens = 0
+        tokens, waiting = 0, len(unread)
         while unread:
             slot = min(unread, key=lambda slot: unread[slot].unread)
             short = unread[slot].unread <= longest_block()
-            if tokens >= longest_block() and not (short and 2 * len(unread) > len(rows)):
+            begins, many = len(unread) < waiting, 2 * len(unread) > len(rows)
+            if (begins and not short) or (tokens >= longest_block() and not (short and many)):
                 break
             if not short or self._overtaken >= OVERTAKE:
                 self._oldest, self._overtaken = not self._oldest or short, 0
