@@ -93,13 +93,17 @@ class Slots:
         """A batch of other rows: row i becomes what row rows[i] was, -1 an ended row."""
         self._regroup(np.array(rows), self._now)
 
-    def read(self, job: Job, slot: int, start: int) -> int:
+    def read(self, job: Job, slot: int, start: int, *, waited_for: bool = False) -> int:
         """Reads a block of a prompt into a row, after so many tokens; how many it read.
 
         Where longer prompts will follow, all blocks are small: a single program serves them.
+
+        Args:
+          waited_for: others wait for its end, so it is small where that costs hardly any time.
         """
         left, room = len(job.prompt_ids) - start, self._now.cache_slots - start
-        size = SMALL_BLOCK if job.room else self._block(left, room)
+        small = job.room or (waited_for and self._padding_is_free)
+        size = min(SMALL_BLOCK, room) if small else self._block(left, room)
         block = self._blocks.block(job, start, size)
         read = self._programs.read(self._now, self._params, self._state, block)
         self._state = read(self._params, self._state, np.int32(slot), block)

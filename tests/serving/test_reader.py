@@ -8,7 +8,7 @@ import pytest
 from medusa_jax.serving.jobs import Job, Row
 from medusa_jax.serving.reader import OVERTAKE, Reader
 
-BLOCK = 16
+BLOCK, SMALL = 16, 4
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def read(monkeypatch) -> list[int]:
 
 
 def reader(read: list[int]) -> Reader:
-    def block(job: Job, slot: int, start: int) -> int:
+    def block(job: Job, slot: int, start: int, *, waited_for: bool) -> int:
         read.append(slot)
-        return min(BLOCK, len(job.prompt_ids) - start)
+        return min(SMALL if waited_for else BLOCK, len(job.prompt_ids) - start)
 
     batch: Any = SimpleNamespace(read=block)
     return Reader(batch)
@@ -35,7 +35,7 @@ def test_a_short_prompt_goes_before_a_long_one(read: list[int]):
     reading, waiting = reader(read), rows(100, 10, 100)
     assert reading.read(waiting) == 1
     assert read == [1]  # which begins before the long ones are read on
-    for _ in range(20):
+    for _ in range(50):
         reading.read(waiting)
     assert all(not row.unread for row in waiting.values())
 
@@ -45,9 +45,23 @@ def test_most_of_a_batch_is_filled_before_it_steps(read: list[int]):
     assert reader([]).read(rows(*[100] * 8)) == 0  # long prompts are not: a block a call
 
 
+def test_blocks_of_long_prompts_are_small_beside_rows_that_write(read: list[int]):
+    reading, waiting = reader(read), rows(100, 10)
+    reading.read(waiting)
+    assert not waiting[1].unread and waiting[0].read == 0
+    for blocks in (1, 2):
+        reading.read(waiting)
+        assert waiting[0].read == blocks * SMALL
+    del waiting[1]
+    while waiting[0].unread:
+        before = waiting[0].read
+        reading.read(waiting)
+    assert waiting[0].read == 100 and before == 100 - BLOCK
+
+
 def test_a_long_prompt_does_not_wait_for_ever(read: list[int]):
     reading, waiting = reader(read), rows(100)
-    for number in range(1, 60):
+    for number in range(1, 80):
         waiting[number] = rows(16)[0]
         reading.read(waiting)
     assert not waiting[0].unread
