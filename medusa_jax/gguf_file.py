@@ -25,20 +25,34 @@ class GgufTensor:
     Attributes:
       shape: its dimensions, as NumPy counts them: a weight is [out, in].
       kind: the name of its type, such as "Q4_K".
-      data: its bytes in the file, one row an output.
+      path, offset: where its numbers lie.
+      row: type and shape of a row in the file, which is an output.
     """
 
     shape: tuple[int, ...]
     kind: str
-    data: np.ndarray
+    path: Path
+    offset: int
+    row: np.dtype
 
     def read(self, rows: Any = ...) -> np.ndarray:
-        """Its numbers as float32, or those of some rows."""
+        """Its numbers as float32, or those of some rows.
+
+        Raises:
+          InputError: the file has become shorter since it was opened.
+        """
         from gguf import GGMLQuantizationType, quants
 
+        # Not by the library's map of the file, whose pages would stay in this process's memory.
+        span = isinstance(rows, slice) and rows.step in (None, 1)
+        start, stop, _ = (rows if span else slice(None)).indices(self.shape[0])
+        place = {"count": max(stop - start, 0), "offset": self.offset + start * self.row.itemsize}
+        data = np.fromfile(self.path, self.row, **place)
+        if len(data) < place["count"]:
+            raise InputError(f"{self.path} has changed while it was read: it has become shorter")
         with np.errstate(all="ignore"):  # damaged blocks hold NaN, which loading looks for
-            # A copy: of floats the library gives the file's own pages, which others may overwrite.
-            return np.array(quants.dequantize(self.data[rows], GGMLQuantizationType[self.kind]))
+            numbers = quants.dequantize(data, GGMLQuantizationType[self.kind])
+        return numbers if span else numbers[rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +119,11 @@ def _open(path: Path, *state: int) -> GgufFile:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
             tensor.name: GgufTensor(
-                tuple(map(int, tensor.shape[::-1])), tensor.tensor_type.name, tensor.data
+                shape=tuple(map(int, tensor.shape[::-1])),
+                kind=tensor.tensor_type.name,
+                path=path,
+                offset=int(tensor.data_offset),
+                row=np.dtype((tensor.data.dtype, tensor.data.shape[1:])),
             )
             for tensor in reader.tensors
         }
