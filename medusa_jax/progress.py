@@ -15,6 +15,7 @@ def progress(
     done: int = 0,
     label: str | None = None,
     average: bool = False,
+    side_by_side: int = 1,
     shown: bool = True,
 ) -> Any:
     """A bar on stderr, around `items` or moved by its `update`.
@@ -24,9 +25,11 @@ def progress(
       done: how many were finished before this process started.
       average: the time left is told by the mean rate so far, not by the latest: for parts of
         unequal length.
+      side_by_side: parts that run at once; on average half of each is done, which the time left
+        counts too.
       shown: False returns a bar that draws nothing.
     """
-    return tqdm(
+    bar = tqdm(
         items,
         desc=label,
         total=total,
@@ -36,6 +39,9 @@ def progress(
         disable=not shown,
         dynamic_ncols=True,
     )
+    if shown:
+        bar.initial -= (side_by_side - 1) / 2  # the rate is of what was done since
+    return bar
 
 
 def say(message: str) -> None:

@@ -70,7 +70,13 @@ def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
     writer = Questions(options.output) if options.questions else Answers(text)
     written, failed, done = 0, None, len(inputs) - len(to_do)
     with (
-        progress(total=len(inputs), done=done, unit="inputs", average=True) as bar,
+        progress(
+            total=len(inputs),
+            done=done,
+            unit="inputs",
+            average=True,
+            side_by_side=max(min(options.batch_size, len(to_do)), 1),
+        ) as bar,
         Lines(options.output, append=True) as lines,
     ):
         for conversation in in_order(generator, until(to_do, options.minutes), writer):
