@@ -54,13 +54,14 @@ class Network:
         past: KVCache | None,
         lengths: Int[Array, " B"] | None = None,
         live: Bool[Array, "B #T"] | None = None,
+        wanted: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """`Backbone.__call__`, its hidden states whole on each device of the mesh."""
         if live is not None:
             # Elsewhere nothing is saved, nor where a single row runs: ended, it takes no step.
             saves = live.size > 1 and leaves_out_zeros(params["backbone"])
             live = jnp.broadcast_to(live, tokens.shape) if saves else None
-        inputs = tokens, positions, mask, past, lengths, live
+        inputs = tokens, positions, mask, past, lengths, live, None if live is None else wanted
         variables = {"params": params["backbone"]}
         passed: Any = self._backbone.apply(variables, *inputs)
         hidden, block = passed

@@ -178,7 +178,9 @@ def _run(
     past = dataclasses.replace(cache, length=block.start[None], row=slot)
     positions = (block.start + jnp.arange(size))[None]
     inputs = block.tokens[None], positions, causal_mask(size), past, block.length[None]
-    hidden, read = network.hidden(params, *inputs, jnp.arange(size)[None] < block.count)
+    places = jnp.arange(size)[None]
+    live, wanted = places < block.count, places == block.count - 1
+    hidden, read = network.hidden(params, *inputs, live, wanted)
     return _row(hidden[0], block.count - 1), read
 
 

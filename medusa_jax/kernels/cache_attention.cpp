@@ -33,12 +33,13 @@ struct Work {
 };
 
 // queries [B, K, G, T, C]; own keys [B, K, C, U] and values [B, K, U, C]; mask [1 or B, T, U];
-// keys [R, K, C, S] and values [R, K, S, C]; lengths [B]; first [B, T] or []; row [1] or [].
+// keys [R, K, C, S] and values [R, K, S, C]; lengths [B]; first [B, T] or []; row [1] or [];
+// live [B, T] or [].
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyBuffer own_keys,
                   ffi::AnyBuffer own_values, ffi::Buffer<ffi::PRED> mask, ffi::AnyBuffer keys,
                   ffi::AnyBuffer values, ffi::Buffer<ffi::S32> lengths,
                   ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::S32> row,
-                  ffi::Result<ffi::Buffer<ffi::F32>> out) {
+                  ffi::Buffer<ffi::PRED> live, ffi::Result<ffi::Buffer<ffi::F32>> out) {
   auto shape = queries.dimensions();
   long heads = shape[1], tokens = shape[3], width = shape[4], count = shape[2] * tokens;
   long slots = values.dimensions()[2], others = own_values.dimensions()[2];
@@ -66,9 +67,16 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyB
       piece.width = width, piece.tokens = tokens, piece.type = narrow;
       for (long begin = 0; begin < count; begin += kMostQueries) {
         piece.begin = begin, piece.end = std::min(begin + kMostQueries, count);
+        bool wanted = !live.element_count();
+        for (long i = begin; i < piece.end && !wanted; i++)
+          wanted = live.typed_data()[b * tokens + i % tokens];
+        if (!wanted) {
+          std::fill(piece.out + begin * width, piece.out + piece.end * width, 0.f);
+          continue;
+        }
         work->pieces.push_back(piece);
+        products += 2 * (piece.end - begin) * width * (length + others);
       }
-      products += 2 * count * width * (length + others);
     }
   }
   long threads = std::min<long>(pool.num_threads(), work->pieces.size());
@@ -96,4 +104,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAttention, attend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

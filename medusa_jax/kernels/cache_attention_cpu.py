@@ -6,7 +6,7 @@ of sixteen rows. Here a block of slots stays in the first cache of the processor
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.shapes import typed
 
@@ -27,16 +27,19 @@ def attention(
     lengths: Int[Array, " B"],
     first: Int[Array, "B T"] | None,
     row: Int[Array, ""] | None = None,
+    live: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B K G T C"]:
     """As `cache_attention.Past.attend` has it, in float32. A query that sees nothing gets zeros.
 
-    The numbers of a query do not depend on the other queries, not even in their last bits.
+    Queries that are not live may get zeros too, and take no time. The numbers of a query do not
+    depend on the other queries, not even in their last bits.
     """
     nothing = jnp.zeros(0, jnp.int32)
     numbers = (lengths, nothing if first is None else first, nothing if row is None else row[None])
+    live = jnp.zeros(0, bool) if live is None else live
     *block, mask = own
     block = [part.astype(keys.dtype) for part in block]
     inputs = queries.astype(jnp.float32), *block, mask, keys, values
     out = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
     call = jax.ffi.ffi_call("medusa_cache_attention", out)
-    return call(*inputs, *(number.astype(jnp.int32) for number in numbers))
+    return call(*inputs, *(number.astype(jnp.int32) for number in numbers), live)

@@ -125,13 +125,21 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Any, past: Past | None
+        self,
+        x: Array,
+        rope: tuple[Array, Array],
+        mask: Any,
+        past: Past | None,
+        wanted: Array | None = None,
     ) -> tuple[Array, Array, Array]:
+        """As `Attention`; of tokens that are not wanted [B, T], keys and values alone."""
         eps = self.config.norm_eps
         normed = RMSNorm(eps, name="attention_norm")(x)
         attention = Attention(self.config, self.attend, name="attention")
         out, keys, values = attention(normed, rope, mask, past)
         x = x + out
+        if wanted is not None:
+            x = jnp.where(wanted[..., None], x, 0)
         x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
         return x, keys, values
 
@@ -168,6 +176,7 @@ class Backbone(nn.Module):
         cache: KVCache | None = None,
         lengths: Int[Array, " B"] | None = None,
         live: Bool[Array, "B T"] | None = None,
+        wanted: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Block]:
         """Runs one block of tokens.
 
@@ -181,6 +190,8 @@ class Backbone(nn.Module):
             all tokens of a prompt by its whole length.
           live: tokens that anything comes of; hidden states of the others are of no use. Beside
             a cache, their numbers are zeros all the way, which `kernels.few_rows` leaves out.
+          wanted: live tokens whose hidden state is wanted, beside a cache. The last layer computes
+            keys and values alone of the others.
 
         Returns:
           hidden states after the final norm [B, T, D] (the `h_t` of the paper,
@@ -202,12 +213,13 @@ class Backbone(nn.Module):
         first = {w: first_within_window(positions, w) for w in windows}
         keys, values = [], []
         for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
-            past = None
+            past, only = None, wanted if i == len(self.layers) - 1 else None
+            asked = live if only is None else only
             if cache is not None:
                 slots = cache.keys[i], cache.values[i], _filled(cache, live)
-                seen = first[window], self.cache_attention, cache.row, live
+                seen = first[window], self.cache_attention, cache.row, asked
                 past = Past(*slots, *seen)
-            x, layer_keys, layer_values = layer(x, rope, masks[window], past)
+            x, layer_keys, layer_values = layer(x, rope, masks[window], past, only)
             keys.append(layer_keys)
             values.append(layer_values)
         return self.finish(x), (tuple(keys), tuple(values))

@@ -81,7 +81,7 @@ class Past:
         compute, mesh = self.attention.implementation(queries.shape[-1]), self.attention.mesh
         inputs = queries, own, self.keys, self.values, self.lengths, self.first, self.row
         if mesh is None:
-            return compute(*inputs)
+            return compute(*inputs, self.live)
         heads, cache = P(None, "tensor", "group"), P(None, "tensor")
         places = heads, (cache, cache, P()), cache, cache, P(), P(), P()
         split = jax.shard_map(compute, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
@@ -90,7 +90,7 @@ class Past:
 
 def _by_xla(
     queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None,
-    row: Array | None = None,
+    row: Array | None = None, live: Array | None = None,
 ) -> Array:  # fmt: skip
     past = by_blocks(queries, keys, values, lengths, first, row)
     return joined(masked(queries, *own), past).output()
@@ -98,16 +98,16 @@ def _by_xla(
 
 def _by_cpu(
     queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None,
-    row: Array | None = None,
+    row: Array | None = None, live: Array | None = None,
 ) -> Array:  # fmt: skip
     knows = cache_attention_cpu.knows(queries.shape[-1], keys.dtype)
     compute = cache_attention_cpu.attention if knows else _by_xla
-    return compute(queries, own, keys, values, lengths, first, row)
+    return compute(queries, own, keys, values, lengths, first, row, live)
 
 
 def _by_kernel(
     kernel: Callable[..., Array], queries: Array, own: Own, keys: Array, values: Array,
-    lengths: Array, first: Array | None, row: Array | None = None,
+    lengths: Array, first: Array | None, row: Array | None = None, live: Array | None = None,
 ) -> Array:  # fmt: skip
     if row is not None:  # a kernel reads the cache of each row
         keys, values = (jax.lax.dynamic_slice_in_dim(slots, row, 1) for slots in (keys, values))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,6 +38,22 @@ def test_tokens_that_are_not_live_are_zeros_and_change_no_other(tiny: TinyModel,
         axes = (0, 3, 1, 2) if ours.shape[3] == 6 else (0, 2, 1, 3)
         np.testing.assert_array_equal(ours.transpose(axes)[live], theirs.transpose(axes)[live])
         assert not ours.transpose(axes)[~live].any()
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler: nothing leaves out zeros")
+def test_the_last_layer_computes_keys_and_values_alone_of_tokens_that_are_not_wanted(
+    tiny: TinyModel,
+):
+    params = for_decoding(tiny.params, few_rows=True)
+    cache = dataclasses.replace(init_cache(TINY, 1, 32, jnp.float32), length=jnp.array([7]))
+    inputs = jnp.arange(6)[None], 7 + jnp.arange(6)[None], causal_mask(6), cache
+    live, wanted = jnp.arange(6)[None] < 5, jnp.arange(6)[None] == 4
+    network = Network(TINY)
+    whole, block = network.hidden(params, *inputs, live=live)
+    some, same = network.hidden(params, *inputs, live=live, wanted=wanted)
+    np.testing.assert_array_equal(some[wanted], whole[wanted])
+    assert not some[~wanted].any()
+    jax.tree.map(np.testing.assert_array_equal, same, block)
 
 
 def test_products_of_xla_are_not_told(tiny: TinyModel):

@@ -107,3 +107,15 @@ def test_instruction_sets_agree(level: str):
     given = Queries(*where[:4], 300, 290, *where[4:6], 5, 5, where[6], None, 40, 5, 0, 15, 0)
     getattr(ctypes.CDLL(str(native.library())), f"cache_attention_{level}")(ctypes.byref(given))
     np.testing.assert_allclose(out, by_xla(*case)[0, 0], atol=1e-5)
+
+
+def test_queries_that_are_not_live_change_no_other():
+    case = inputs(2, 45, 64, 300, [200, 17])
+    live = np.arange(45)[None] < np.array([[3], [45]])
+    some = compute(*case, None, jnp.asarray(live))
+    np.testing.assert_array_equal(
+        np.moveaxis(np.asarray(some), 3, 1)[live],
+        np.moveaxis(np.asarray(compute(*case)), 3, 1)[live],
+    )
+    nobody = compute(*case, None, jnp.zeros((2, 45), bool))
+    assert not nobody.any()
