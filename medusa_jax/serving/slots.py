@@ -96,10 +96,8 @@ class Slots:
     def read(self, job: Job, slot: int, start: int, *, waited_for: bool = False) -> int:
         """Reads a block of a prompt into a row, after so many tokens; how many it read.
 
-        Where longer prompts will follow, all blocks are small: a single program serves them.
-
-        Args:
-          waited_for: others wait for its end, so it is small where that costs hardly any time.
+        A block is small where longer prompts will follow, which share its program. It is small too
+        where others wait for its end, if that costs hardly any time.
         """
         left, room = len(job.prompt_ids) - start, self._now.cache_slots - start
         small = job.room or (waited_for and self._padding_is_free)
