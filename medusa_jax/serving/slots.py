@@ -42,8 +42,7 @@ class Slots:
         self._now = decoder  # with the capacity of the state
         self._state: Any = None
         self._blocks = JobBlocks(decoder, stop_ids, repetition_penalty, seed)
-        self._programs = Programs(params, decoder.drafter)
-        self._background = Background()
+        self._programs, self._background = Programs(params, decoder.drafter), Background()
         self._padding_is_free = leaves_out_zeros(params)
 
     @property
@@ -96,8 +95,8 @@ class Slots:
     def read(self, job: Job, slot: int, start: int, *, waited_for: bool = False) -> int:
         """Reads a block of a prompt into a row, after so many tokens; how many it read.
 
-        A block is small where longer prompts will follow, which share its program. It is small too
-        where others wait for its end, if that costs hardly any time.
+        It is small where longer prompts will follow, which share its program, and where others
+        wait for its end, if that costs hardly any time.
         """
         left, room = len(job.prompt_ids) - start, self._now.cache_slots - start
         small = job.room or (waited_for and self._padding_is_free)
