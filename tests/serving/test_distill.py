@@ -334,7 +334,7 @@ def test_what_is_asked_of_conversations(tmp_path):
 def test_the_model_makes_up_questions_that_it_can_be_asked(run, model, tmp_path):
     """Each once; what is cut off is left out; a second run goes on."""
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    flags = [*model, "--chat_template", "zephyr", "--max_new_tokens", 40, "--output", questions]
+    flags = [*model, "--chat_template", "zephyr", "--max_new_tokens", 20, "--output", questions]
     code, err = run(*flags, "--questions", 12)
     assert code == 0 and "questions left out" in err
     made = _records(questions)
