@@ -95,16 +95,16 @@ def next_block(left: int, room: int, most: int, *, padding_is_free: bool) -> int
 
 
 def prompt_block(
-    prompt: Sequence[int], limit: int, start: int, size: int, *settings: Any
+    prompt: Sequence[int], limit: int, start: int, most: int, size: int, *settings: Any
 ) -> PromptBlock:
-    """The tokens of a prompt from `start` on, padded to `size`.
+    """At most so many tokens of a prompt from `start` on, padded to `size`.
 
-    Of prompt (5, 6, 7), start 2, size 2: tokens (7, 0), count 1.
+    Of prompt (5, 6, 7), start 1, most 1, size 2: tokens (6, 0), count 1.
 
     Args:
       settings: stop_ids, keys, penalty and sampling of `PromptBlock`.
     """
-    tokens, new = np.zeros(size, np.int32), prompt[start : start + size]
+    tokens, new = np.zeros(size, np.int32), prompt[start : start + min(most, size)]
     tokens[: len(new)] = new
     first, count, length, end = map(np.int32, (start, len(new), len(prompt), limit))
     return PromptBlock(tokens, first, count, length, end, *settings)

@@ -42,13 +42,13 @@ class JobBlocks:
                 "possible"
             )
 
-    def block(self, job: Job, start: int, size: int) -> PromptBlock:
-        """The tokens of a job's prompt from `start` on, padded to `size`."""
+    def block(self, job: Job, start: int, most: int, size: int) -> PromptBlock:
+        """At most so many tokens of a job's prompt from `start` on, padded to `size`."""
         stops = self._stop_ids if job.stop_ids is None else job.stop_ids
         # As many for each job, so that all share their programs.
         stops = [*stops, *[-1] * (self.settings.stop_ids - len(stops))]
         keys = row_keys(self._seed if job.seed is None else job.seed, [job.stream])
         sampling = Sampling.of([job.sampling]) if self.settings.sampled else None
         how = np.array([stops], np.int32), keys, penalties(self._penalty, 1), sampling
-        block = prompt_block(job.prompt_ids, job.tokens, start, size, *how)
+        block = prompt_block(job.prompt_ids, job.tokens, start, most, size, *how)
         return everywhere(block, self._mesh)

@@ -95,16 +95,16 @@ class Slots:
     def read(self, job: Job, slot: int, start: int, *, waited_for: bool = False) -> int:
         """Reads a block of a prompt into a row, after so many tokens; how many it read.
 
-        It is small where longer prompts will follow, which share its program, and where others
-        wait for its end, if that costs hardly any time.
+        Where longer prompts will follow, all blocks are small: a single program serves them. A
+        block that others wait for has few tokens, where padding is free.
         """
         left, room = len(job.prompt_ids) - start, self._now.cache_slots - start
-        small = job.room or (waited_for and self._padding_is_free)
-        size = min(SMALL_BLOCK, room) if small else self._block(left, room)
-        block = self._blocks.block(job, start, size)
+        size = SMALL_BLOCK if job.room else self._block(left, room)
+        most = SMALL_BLOCK if waited_for and self._padding_is_free else size
+        block = self._blocks.block(job, start, most, size)
         read = self._programs.read(self._now, self._params, self._state, block)
         self._state = read(self._params, self._state, np.int32(slot), block)
-        return min(left, size)
+        return min(left, most, size)
 
     def free(self, slot: int) -> None:
         """Ends a row."""
@@ -156,7 +156,7 @@ class Slots:
         self._programs.empty(decoder, self._params, rows, self._blocks.settings)
         state = self._abstract(decoder, rows)
         size = self._block(len(job.prompt_ids), decoder.cache_slots)
-        self._programs.read(decoder, self._params, state, self._blocks.block(job, 0, size))
+        self._programs.read(decoder, self._params, state, self._blocks.block(job, 0, size, size))
         self._programs.run(dataclasses.replace(decoder, drafter=drafter), self._params, state)
 
     def _block(self, left: int, room: int) -> int:

@@ -6,6 +6,7 @@ import jax
 import pytest
 from helpers.models import TinyModel
 
+from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.acceptance import Greedy, Lossless, PerRow, Typical
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys
@@ -14,6 +15,7 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
+from medusa_jax.kernels import native
 from medusa_jax.serving import load as module
 from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
@@ -145,6 +147,30 @@ def test_a_first_token_is_not_kept_back(tiny: TinyModel):
     engine.advance()
     engine.submit(Job([6], 60))
     assert [len(progress.steps) for progress in engine.advance()] == [1, 1]
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler: padding is not free")
+@pytest.mark.parametrize("tree", TREES[1:], ids=["static", "dynamic"])
+def test_a_long_prompt_in_small_blocks_beside_others_is_the_same(
+    tiny: TinyModel, tree: Tree, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("medusa_jax.decoding.prompt_blocks.CPU_BLOCK", 16)
+    monkeypatch.setattr("medusa_jax.serving.slots.SMALL_BLOCK", 8)
+    params = for_decoding(tiny.params, few_rows=True)
+    decoder = decoder_of(tiny, tree, Greedy())
+    jobs = [Job([3, 1, 4], 60), Job([i % 37 + 1 for i in range(100)], 20), Job([5, 9], 40)]
+    engine = Engine(decoder, params, slots=3)
+    blocks = set()
+    read = engine._batch.read
+
+    def watched(*place: object, **how: object) -> int:
+        blocks.add(count := read(*place, **how))
+        return count
+
+    engine._batch.read = watched
+    for job, output in zip(jobs, run_jobs(engine, jobs), strict=True):
+        assert output == single(decoder, params, job)
+    assert 8 in blocks
 
 
 def test_a_cancelled_job_frees_its_slot(tiny: TinyModel):
