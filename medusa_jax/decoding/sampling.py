@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from medusa_jax.decoding.cutoff import least_kept
+from medusa_jax.model.largest import largest
 from medusa_jax.shapes import typed
 
 # Below the first temperature, logits count from the greatest, or rounding would be worth more than
@@ -82,7 +83,7 @@ def warp(
     """
     logits = scaled(logits, temperature)
     if 0 < top_k < logits.shape[-1]:
-        logits = _top_k(logits, top_k)
+        logits = jnp.where(logits < largest(logits, top_k)[0][..., -1:], -jnp.inf, logits)
     return _top_p(logits, top_p) if top_p < 1.0 else logits
 
 
@@ -97,7 +98,8 @@ def warp_rows(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]
     top_k, top_p = how.top_k[:, None], how.top_p[:, None]
 
     def cut(logits: Array) -> Array:
-        logits = jnp.where(top_k > 0, _top_k(logits, top_k), logits)
+        smallest = least_kept(logits, jnp.ones_like(logits), top_k)
+        logits = jnp.where((top_k > 0) & (logits < smallest), -jnp.inf, logits)
         return jnp.where(top_p < 1, _top_p(logits, top_p), logits)
 
     asked = how.drawn & ((how.top_k > 0) | (how.top_p < 1))
@@ -111,11 +113,6 @@ def scaled_rows(logits: Float[Array, "B *dims V"], temperature: Array) -> Array:
     cold = temperature < COLD
     logits = logits - jnp.where(cold, logits.max(axis=-1, keepdims=True), 0)
     return logits * (1 / jnp.maximum(temperature, COLDEST))
-
-
-def _top_k(logits: Array, top_k: Array | int) -> Array:
-    """Logits with -inf for all but the largest k."""
-    return jnp.where(logits < least_kept(logits, jnp.ones_like(logits), top_k), -jnp.inf, logits)
 
 
 def _top_p(logits: Array, top_p: Array | float) -> Array:
