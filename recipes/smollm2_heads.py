@@ -51,7 +51,7 @@ class Options:
     quantize: str = option("none", help="of the model that answers; see `medusa_jax.distill`")
     batch_size: int = option(32, least=1, help="answers written together")
     epochs: int = option(6, least=1, help="of training")
-    seed: int = 0
+    seed: int = option(0, help="of questions, samples and training")
     debug: bool = False
 
 

@@ -59,13 +59,23 @@ def placed(
     few_rows &= not narrow or (narrow == "int8" and not (pair and len(pair[1].shape) > 1))
     if few_rows and (product or (tied and table)):
         return {path: Weight(tensor, few_rows=True)}
+    if (table and narrow) or (product and _by_outputs(tensor, narrow)):
+        return {path: Weight(tensor)}
     if product:
         return {path: Weight(tensor.mT, "in_out")}
-    if table and narrow:
-        return {path: Weight(tensor)}
     if tied and table:
         return {path: tensor, "lm_head": Weight(tensor.mT, "in_out")}
     return {path: tensor}
+
+
+def _by_outputs(tensor: Any, narrow: str) -> bool:
+    """Whether products read this weight faster in the order [out, in], here and without a kernel.
+
+    A GPU's compiler does, of narrow numbers of more outputs than inputs: a plain step of a 7B
+    model takes three quarters of the time. It does not of other narrow weights.
+    """
+    outputs, inputs = tensor.shape[-2:]
+    return bool(narrow) and outputs > inputs and jax.default_backend() == "gpu"
 
 
 def joined(leaves: dict[str, Any], concatenate: Callable[[list[Any]], Any]) -> dict[str, Any]:

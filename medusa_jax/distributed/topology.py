@@ -13,6 +13,7 @@ from medusa_jax.errors import InputError
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 GPU = "h100"
 _GPU_CONFIG = Path(__file__).with_name("h100.textproto")  # as XLA describes one to its compiler
+_HOST = (2, 2, 1)  # chips of a host along each axis
 # What libtpu asks of a machine with TPUs, and complains of without. No device is opened, so
 # several processes may load it, and the type of this machine does not matter.
 COMPILER_ONLY = {
@@ -53,7 +54,8 @@ def devices(name: str) -> list[Any]:
             config = _GPU_CONFIG.read_text(encoding="utf-8")
             how = {"target_config": config, "topology": "1x1x1"}
             return list(topologies.get_topology_desc(name, "cuda", **how).devices)
-        return list(topologies.get_topology_desc(name, "tpu").devices)
+        how = {"chips_per_host_bounds": host_bounds(name)}
+        return list(topologies.get_topology_desc(name, "tpu", **how).devices)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         compiler, extra = ("CUDA plugin", "cuda") if name == GPU else ("TPU compiler", "tpu")
@@ -61,6 +63,15 @@ def devices(name: str) -> list[Any]:
             f"--compile_only {name}: {reason} (the {compiler} comes with "
             f"`pip install -e '.[{extra}]'`)"
         ) from None
+
+
+def host_bounds(name: str) -> list[int]:
+    """Chips of a host along each axis: a TPU's host has 2x2, in smaller slices no more than all.
+
+    "v5p:2x2x2" -> [2, 2, 1], "v5e:1x1" -> [1, 1, 1].
+    """
+    sizes = [int(size) for size in name.partition(":")[2].split("x")]
+    return [min(size, most) for size, most in zip([*sizes, 1], _HOST, strict=False)]
 
 
 def chip_bytes(name: str) -> int | None:

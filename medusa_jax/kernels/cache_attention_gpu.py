@@ -4,9 +4,10 @@ A Pallas kernel (Triton): scores stay on the chip. Programs share the blocks of 
 slots in turn, so that short texts keep as many of them at work as there are blocks. The first of
 them takes the block's own keys too. Their results are joined afterwards.
 
-The kernel reads the block as the projections leave it, token by token: transpositions here cancel
-those of the caller. Programs count rows and columns of a block up to powers of 2. What is beyond
-its end is read as its last token, and left out.
+The kernel reads the block as the projections leave it, token by token, and writes in that order:
+transpositions here cancel those of the caller. Programs count rows and columns of a block up to
+powers of 2. What is beyond its end is read as its last token: keys are left out, queries write
+what the last token writes.
 """
 
 import functools
@@ -62,8 +63,8 @@ def attention(
         windows = [first]
 
     spec = functools.partial(_spec, kv_heads)
-    shape = splits, batch, kv_heads, blocks * rows, width
-    sums = [jax.ShapeDtypeStruct(shape[:n], jnp.float32) for n in (5, 4, 4)]
+    shape = splits, batch, count, kv_heads, group, width
+    sums = [jax.ShapeDtypeStruct(shape[:n], jnp.float32) for n in (6, 5, 5)]
     mixed, top, total = pl.pallas_call(
         functools.partial(_kernel, splits=splits, rows=rows, columns=columns),
         grid=(batch * kv_heads, blocks, splits),
@@ -78,7 +79,7 @@ def attention(
             spec(values, 1),
             *[spec(window) for window in windows],
         ],
-        out_specs=[_of_split(kv_heads, rows, *array.shape[4:]) for array in sums],
+        out_specs=[_of_split(kv_heads, array.shape) for array in sums],
         out_shape=sums,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
@@ -86,8 +87,7 @@ def attention(
     )(lengths, begins, queries, own_keys, own_values, mask, keys, values, *windows)
     faded = jnp.exp(top - top.max(axis=0))
     mixed = (mixed * faded[..., None]).sum(axis=0) / (total * faded).sum(axis=0)[..., None]
-    mixed = mixed[:, :, : count * group].astype(queries.dtype)
-    return mixed.reshape(batch, kv_heads, count, group, width).swapaxes(2, 3)
+    return mixed.astype(queries.dtype).transpose(0, 2, 3, 1, 4)
 
 
 def _spec(kv_heads: int, array: Any, head_axis: int | None = None) -> pl.BlockSpec:
@@ -105,13 +105,14 @@ def _spec(kv_heads: int, array: Any, head_axis: int | None = None) -> pl.BlockSp
     return pl.BlockSpec(tuple(block), place)
 
 
-def _of_split(kv_heads: int, *block: int) -> pl.BlockSpec:
-    """The place of a program's sums in arrays [split, B, K, Q, ...]."""
+def _of_split(kv_heads: int, shape: tuple[int, ...]) -> pl.BlockSpec:
+    """A split's sums of a row and a key/value head, in arrays [split, B, T, K, G, ...]."""
 
     def place(program: Any, query: Any, split: Any) -> tuple[Any, ...]:
-        return split, program // kv_heads, program % kv_heads, query, *[0] * (len(block) - 1)
+        rest = [0] * (len(shape) - 4)
+        return split, program // kv_heads, 0, program % kv_heads, *rest
 
-    return pl.BlockSpec((None, None, None, *block), place)
+    return pl.BlockSpec((None, None, shape[2], None, *shape[4:]), place)
 
 
 def _block(size: int, most: int) -> int:
@@ -130,7 +131,8 @@ def _kernel(
     count, group, width = queries.shape
     row = pl.program_id(1) * rows + jnp.arange(rows)
     token = jnp.minimum(jax.lax.div(row, jnp.int32(group)), count - 1)
-    query = queries[token, jax.lax.rem(row, jnp.int32(group))]
+    member = jax.lax.rem(row, jnp.int32(group))
+    query = queries[token, member]
     length, split = lengths[...], pl.program_id(2)
     begin = begins[...] + split
 
@@ -161,4 +163,7 @@ def _kernel(
     own_turns = jnp.where(split == 0, jnp.int32(pl.cdiv(mask.shape[1], columns)), jnp.int32(0))
     turns = jnp.maximum(pl.cdiv(pl.cdiv(length, SLOT_BLOCK) - begin, splits), 0)
     sums = jax.lax.fori_loop(0, own_turns, add_own, none)
-    mixed[...], top[...], total[...] = jax.lax.fori_loop(0, turns, add_slots, sums)
+    sums = jax.lax.fori_loop(0, turns, add_slots, sums)
+    # Beyond the end, rows are those of the last token again, and write what these write.
+    for sum_of, value in zip((mixed, top, total), sums, strict=True):
+        sum_of[token, member] = value

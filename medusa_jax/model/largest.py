@@ -1,7 +1,8 @@
 """The best few of a vocabulary's scores, as fast as the device that takes them can.
 
-A GPU has a block of threads work on each row: a row of a whole vocabulary keeps a single
-processor of many at work. So rows are cut into parts, and the best of the parts compete.
+A GPU has a block of threads sort each row: a row of a whole vocabulary keeps a single processor of
+many at work. So rows are cut into groups. All processors find their maxima, and what is sorted are
+these maxima and the few groups that have the largest.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.shapes import typed
-
-PART = 1024  # scores: the shortest row for which XLA has a kernel on a GPU
 
 
 @typed
@@ -24,13 +23,13 @@ def largest(
     Among equals the first place comes first: k 2 of (1, 3, 3) -> (3, 3), places (1, 2).
     """
 
-    def in_parts(scores: Array) -> tuple[Array, Array]:
-        return by_parts(scores, k)
+    def grouped(scores: Array) -> tuple[Array, Array]:
+        return by_groups(scores, k)
 
     def whole(scores: Array) -> tuple[Array, Array]:
         return tuple(jax.lax.top_k(scores, k))
 
-    return jax.lax.platform_dependent(scores, cuda=in_parts, default=whole)
+    return jax.lax.platform_dependent(scores, cuda=grouped, default=whole)
 
 
 @typed
@@ -43,7 +42,7 @@ def largest_of_each(
     """
 
     def together(*arrays: Array) -> tuple[Array, Array]:
-        return by_parts(jnp.stack(arrays, axis=1), k)
+        return by_groups(jnp.stack(arrays, axis=1), k)
 
     def apart(*arrays: Array) -> tuple[Array, Array]:
         values, places = zip(*(jax.lax.top_k(array, k) for array in arrays), strict=True)
@@ -53,30 +52,29 @@ def largest_of_each(
 
 
 @typed
-def by_parts(
-    scores: Float[Array, "*dims V"], k: int, least: int = PART
+def by_groups(
+    scores: Float[Array, "*dims V"], k: int, size: int | None = None
 ) -> tuple[Float[Array, "*dims k"], Int[Array, "*dims k"]]:
-    """`jax.lax.top_k` in two stages: the best of each part, then the best of those.
+    """`jax.lax.top_k` in two stages: the k groups with the largest scores, then the best in those.
 
-    k 2 of (1, 3 | 3, 0) in two parts: candidates (3, 1 | 3, 0), places (1, 0 | 2, 3) ->
-    (3, 3), places (1, 2). Candidates lie in the order of their parts, and equals of a part in
-    the order of their places. So equals resolve as in one stage.
+    k 2 of (1, 3 | 3, 0 | 2, 2) in three groups: maxima (3, 3, 2), so the first two groups ->
+    (3, 3), places (1, 2). Of groups with equal maxima the first is taken, and groups stay in
+    order. So equals resolve as in one stage.
 
     Args:
-      least: scores of a part, or more; parts are equally long, and the last is filled up.
+      size: of a group; the last is filled up. By default both stages look at as many scores.
     """
     *dims, width = scores.shape
-    parts = width // least
-    if parts < 2:
+    size = size or max(1, round((width / k) ** 0.5))
+    groups = -(-width // size)
+    if groups <= k:
         return tuple(jax.lax.top_k(scores, k))
-    size = -(-width // parts)
-    # Filled up at the end, where no place that is real comes later.
     filled = jnp.pad(
-        scores.reshape(-1, width), ((0, 0), (0, parts * size - width)), constant_values=-jnp.inf
+        scores.reshape(-1, width), ((0, 0), (0, groups * size - width)), constant_values=-jnp.inf
     )
-    best, places = jax.lax.top_k(filled.reshape(-1, size), min(k, size))
-    start = size * jnp.arange(parts, dtype=places.dtype)
-    places = (places.reshape(-1, parts, best.shape[1]) + start[:, None]).reshape(len(filled), -1)
-    best, which = jax.lax.top_k(best.reshape(places.shape), k)
-    places = jnp.take_along_axis(places, which, axis=1)
+    filled = filled.reshape(-1, groups, size)
+    group = jnp.sort(jax.lax.top_k(filled.max(axis=2), k)[1], axis=1)
+    inside = jnp.take_along_axis(filled, group[:, :, None], axis=1)
+    best, which = jax.lax.top_k(inside.reshape(-1, k * size), k)
+    places = size * jnp.take_along_axis(group, which // size, axis=1) + which % size
     return best.reshape(*dims, k), places.reshape(*dims, k)

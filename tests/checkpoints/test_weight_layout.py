@@ -36,6 +36,18 @@ def test_names_stay_and_weights_are_transposed():
     np.testing.assert_array_equal(tied["lm_head"].data, tied["embed/embedding"].T)
 
 
+@pytest.mark.parametrize(("device", "turned"), [("gpu", "out_in"), ("cpu", "in_out")])
+def test_a_gpu_holds_narrow_weights_of_many_outputs_as_they_are(monkeypatch, device, turned):
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    tall, wide = np.ones((8, 5)), np.ones((5, 8))
+
+    def order(tensor: np.ndarray, quantize: str) -> str:
+        return placed("mlp/up/weight", tensor, quantize=quantize)["mlp/up/weight"].order
+
+    assert order(tall, "int8") == turned
+    assert order(wide, "int8") == order(tall, "none") == "in_out"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_backbone_gives_the_same_logits(tiny: TinyModel, tied: bool):

@@ -95,6 +95,12 @@ def test_bench_needs_a_shape_to_compile(capsys):
     assert "the following arguments are required: --model" in capsys.readouterr().err
 
 
+def test_a_host_has_no_more_chips_than_the_slice():
+    names = "v5p:2x2x2", "v5e:4x4", "v5e:1x1", "v5p:1x1x1", "v5e:1x2"
+    bounds = [2, 2, 1], [2, 2, 1], [1, 1, 1], [1, 1, 1], [1, 2, 1]
+    assert tuple(map(topology.host_bounds, names)) == bounds
+
+
 def test_several_processes_may_ask_the_compiler_of_an_absent_tpu(monkeypatch):
     """And it does not complain of a machine without one; what the machine has set stays."""
     asked: list[dict[str, str | None]] = []
@@ -102,7 +108,7 @@ def test_several_processes_may_ask_the_compiler_of_an_absent_tpu(monkeypatch):
     class Described:
         devices = ("one", "two")
 
-    def described(*_: object) -> Described:
+    def described(*_: object, **__: object) -> Described:
         asked.append({name: os.environ.get(name) for name in topology.COMPILER_ONLY})
         return Described()
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medusa_jax.model.largest import by_parts, largest, largest_of_each
+from medusa_jax.model.largest import by_groups, largest, largest_of_each
 
 
 def scores(*shape: int, levels: int = 5) -> jax.Array:
@@ -22,17 +22,17 @@ def assert_equal(got: Any, wanted: Any):
 
 
 @pytest.mark.parametrize(
-    ("width", "k", "least"),
-    [(12, 3, 4), (13, 3, 4), (15, 2, 2), (13, 9, 4), (13, 13, 4), (9, 2, 8)],
-    ids=["divides", "filled up", "many parts", "k over a part", "all", "a single part"],
+    ("width", "k", "size"),
+    [(12, 3, 3), (13, 3, 3), (15, 2, 2), (13, 9, 4), (13, 13, 4), (9, 2, 1), (700, 10, None)],
+    ids=["divides", "filled up", "many groups", "k over groups", "all", "groups of one", "default"],
 )
-def test_stages_give_what_one_stage_gives(width: int, k: int, least: int):
+def test_stages_give_what_one_stage_gives(width: int, k: int, size: int | None):
     given = scores(40, 2, width)
-    assert_equal(by_parts(given, k, least), jax.lax.top_k(given, k))
+    assert_equal(by_groups(given, k, size), jax.lax.top_k(given, k))
 
 
 def test_the_example():
-    got = by_parts(jnp.array([1.0, 3.0, 3.0, 0.0]), 2, least=2)
+    got = by_groups(jnp.array([1.0, 3.0, 3.0, 0.0, 2.0, 2.0]), 2, size=2)
     assert_equal(got, ([3.0, 3.0], [1, 2]))
 
 
