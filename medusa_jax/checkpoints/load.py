@@ -35,6 +35,7 @@ from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError, listed
+from medusa_jax.freed_memory import give_back
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.param_paths import nested
 
@@ -226,4 +227,5 @@ def _loaded(
         split = shardings(tree, mesh)
         loaded = jax.tree.map(lambda one, place: put(one.read, one.shape, place), tree, split)
     quantization.forget()
+    give_back()
     return loaded

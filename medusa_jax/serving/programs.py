@@ -13,6 +13,7 @@ from medusa_jax.decoding.compilation import compiler_options
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.prompt_blocks import RowSettings
 from medusa_jax.drafting.drafter import Drafter
+from medusa_jax.freed_memory import give_back
 
 SMALLEST_CAPACITY = 512
 # A program has some 300 maps of memory on a CPU, and Linux gives a process 65,530.
@@ -71,7 +72,9 @@ class Programs:
         if program is None:
             start = time.perf_counter()
             lowered = getattr(Decoder, name).lower(decoder, *inputs, **static)
+            give_back()
             program = lowered.compile(self._options)
+            give_back()
             self.compile_seconds += time.perf_counter() - start
         with _LOCK:  # of engines in threads of their own, and what compiles for them
             _COMPILED[key] = program
