@@ -71,8 +71,8 @@ def placed(
 def _by_outputs(tensor: Any, narrow: str) -> bool:
     """Whether products read this weight faster in the order [out, in], here and without a kernel.
 
-    A GPU's compiler does, of narrow numbers of more outputs than inputs: a plain step of a 7B
-    model takes three quarters of the time. It does not of other narrow weights.
+    A GPU's compiler does, of narrow numbers of more outputs than inputs: a product of a single row
+    takes two thirds of the time on an H100. It does not of other narrow weights.
     """
     outputs, inputs = tensor.shape[-2:]
     return bool(narrow) and outputs > inputs and jax.default_backend() == "gpu"

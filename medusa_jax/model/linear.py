@@ -124,6 +124,11 @@ class Weight:
         data, letters = self.data, _LETTERS[self.order]
         if self.few_rows and x.size // x.shape[-1] <= few_rows.MOST_ROWS:
             y = few_rows.product(x, data, self.scale)
+        elif self.scale is not None and data.ndim == 3:
+            # One by one: XLA:CPU cannot multiply a stack that it has just widened to bfloat16.
+            each = (dataclasses.replace(self, data=one, scale=scale, adapter=None)
+                    for one, scale in zip(data, self.scale, strict=True))  # fmt: skip
+            y = jnp.stack([one.dot(x[..., m, :]) for m, one in enumerate(each)], axis=-2)
         else:
             if self.scale is not None:
                 data = self._widened(x)
