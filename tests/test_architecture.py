@@ -14,11 +14,12 @@ PACKAGE = Path(medusa_jax.__file__).parent
 
 # A folder may import itself, and the folders that are named beside it; top-level modules stand
 # under their own name. docs/architecture.md draws this table.
-BASE = {"errors", "files", "gguf_file", "interrupts", "json_files", "options", "param_paths"}
-BASE |= {"progress", "reports", "shapes"}
+BASE = {"errors", "files", "freed_memory", "gguf_file", "interrupts", "json_files", "options"}
+BASE |= {"param_paths", "progress", "reports", "shapes"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "freed_memory": set(),
     "interrupts": set(),
     "gguf_file": {"errors"},
     "json_files": {"errors", "files"},

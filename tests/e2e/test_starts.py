@@ -19,7 +19,7 @@ COMMANDS = {
     "module": ["-m", "medusa_jax.decode", "--prompt", "Once", "--num_samples", "100000"],
     "train": ["train.py", "--config", "configs/stories_medusa1.py", "--workdir", "WORKDIR"],
     "tune": ["-m", "medusa_jax.tune"],
-    "bench": ["-m", "medusa_jax.bench"],
+    "bench": ["-m", "medusa_jax.bench", "--output", "WORKDIR-bench"],
 }
 
 
