@@ -78,6 +78,18 @@ def _in_tiles(product: Callable[..., Array], leading: int, x: Array, data: Array
     return jax.lax.platform_dependent(x, data, tpu=padded, default=product)
 
 
+def _of_narrow_stack(product: Callable[..., Array], letters: str, x: Array, data: Array) -> Array:
+    """The product of a stack; XLA:CPU cannot multiply it once it has widened it to bfloat16."""
+
+    def one_by_one(x: Array, data: Array) -> Array:
+        single = functools.partial(
+            jnp.einsum, f"...d,{letters}->...f", preferred_element_type=jnp.float32
+        )
+        return jnp.stack([single(x[..., m, :], one) for m, one in enumerate(data)], axis=-2)
+
+    return jax.lax.platform_dependent(x, data, cpu=one_by_one, default=product)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -124,11 +136,6 @@ class Weight:
         data, letters = self.data, _LETTERS[self.order]
         if self.few_rows and x.size // x.shape[-1] <= few_rows.MOST_ROWS:
             y = few_rows.product(x, data, self.scale)
-        elif self.scale is not None and data.ndim == 3:
-            # One by one: XLA:CPU cannot multiply a stack that it has just widened to bfloat16.
-            each = (dataclasses.replace(self, data=one, scale=scale, adapter=None)
-                    for one, scale in zip(data, self.scale, strict=True))  # fmt: skip
-            y = jnp.stack([one.dot(x[..., m, :]) for m, one in enumerate(each)], axis=-2)
         else:
             if self.scale is not None:
                 data = self._widened(x)
@@ -137,6 +144,8 @@ class Weight:
             stack = "m" if data.ndim == 3 else ""
             equation = f"...{stack}d,{stack}{letters}->...{stack}f"
             product = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+            if stack and self.scale is not None:
+                product = functools.partial(_of_narrow_stack, product, letters)
             y = _in_tiles(product, x.ndim - 1 - len(stack), x, data)
             if self.scale is not None and not self.grouped:
                 y = y * self.scale
