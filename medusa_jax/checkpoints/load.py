@@ -30,7 +30,7 @@ from medusa_jax.checkpoints.heads import (
 from medusa_jax.checkpoints.hub import resolve, shipped_heads
 from medusa_jax.checkpoints.names import backbone_places, matched
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
-from medusa_jax.checkpoints.weight_layout import joined, narrowed, placed, stacked, usable
+from medusa_jax.checkpoints.weight_layout import joined, looped, narrowed, placed, stacked, usable
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
 from medusa_jax.drafting.bigrams import NAME
 from medusa_jax.drafting.medusa_heads import NO_HEADS, HeadsConfig
@@ -218,7 +218,10 @@ def _loaded(
     for path, tensor in whole.items():
         leaves |= placed(path, tensor, **how)
     leaves = stacked(leaves, StoredTensor.stack)
-    tree = nested({path: narrowed(path, leaf, quantize, dtype) for path, leaf in leaves.items()})
+    leaves = {path: narrowed(path, leaf, quantize, dtype) for path, leaf in leaves.items()}
+    if how["few_rows"]:
+        leaves = looped(leaves, StoredTensor.stack)
+    tree = nested(leaves)
     if mesh is not None and any(leaf.dtype == "int4" for leaf in jax.tree.leaves(tree)):
         raise InputError("weights of int4 cannot be split over a mesh")
     if mesh is None:
@@ -226,6 +229,5 @@ def _loaded(
     else:
         split = shardings(tree, mesh)
         loaded = jax.tree.map(lambda one, place: put(one.read, one.shape, place), tree, split)
-    quantization.forget()
     give_back()
     return loaded

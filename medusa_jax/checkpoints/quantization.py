@@ -70,18 +70,22 @@ def quantized(array: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.A
 def stored(tensor: StoredTensor, dtype: str, axis: int) -> tuple[StoredTensor, StoredTensor]:
     """`quantized` for a tensor in a file, which is read and made narrow block by block."""
     axis, shape = len(tensor.shape) + axis, tensor.shape
+    # Scales of what was read: they are asked for after the values, and small.
+    known: dict[Any, np.ndarray] = {}
 
     def values(index: Any = ...) -> np.ndarray:
         places = _places(shape, index)
         inputs, places[axis] = places[axis], slice(0, shape[axis])
-        narrow, _ = _blocks(tensor, _bounds(places), dtype, axis)
+        bounds = _bounds(places)
+        narrow, known[bounds] = _blocks(tensor, bounds, dtype, axis)
         return narrow[tuple(inputs if i == axis else slice(None) for i in range(len(shape)))]
 
     def scale(index: Any = ...) -> np.ndarray:
         places = _places(scales, index)
         outputs = places[: len(shape) - 1]
         outputs.insert(axis, slice(0, shape[axis]))
-        return _blocks(tensor, _bounds(outputs), dtype, axis)[1]
+        bounds = _bounds(outputs)
+        return known[bounds] if bounds in known else _blocks(tensor, bounds, dtype, axis)[1]
 
     scales = tuple(size for i, size in enumerate(shape) if i != axis)
     if dtype == "int4":
@@ -89,12 +93,6 @@ def stored(tensor: StoredTensor, dtype: str, axis: int) -> tuple[StoredTensor, S
     return StoredTensor(shape, dtype, values), StoredTensor(scales, "float32", scale)
 
 
-def forget() -> None:
-    """Frees the tensor that was read last, which waits for its scale to be asked for."""
-    _blocks.cache_clear()
-
-
-@functools.lru_cache(maxsize=1)
 def _blocks(
     tensor: StoredTensor, bounds: tuple[tuple[int, int], ...], dtype: str, axis: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,14 @@
 """A tensor that is not in memory yet: it is read, whole or in part, when that is asked for."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+_ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class StoredTensor:
             rows, inner = (slice(None), ...) if index is ... else (index[0], index[1:])
             members = tensors[rows]
             first = members[0].read(inner)
-            whole = np.empty((len(members), *first.shape), first.dtype)  # never all of it twice
+            whole = _room((len(members), *first.shape), first.dtype)  # never all of it twice
             whole[0] = first
             for number, member in enumerate(members[1:], start=1):
                 whole[number] = member.read(inner)
@@ -58,7 +61,7 @@ class StoredTensor:
 
         def read(index: Any = ...) -> np.ndarray:
             first = tensors[0].read()
-            whole = np.empty((rows, *first.shape[1:]), first.dtype)  # never all of it twice
+            whole = _room((rows, *first.shape[1:]), first.dtype)  # never all of it twice
             end = len(first)
             whole[:end] = first
             for tensor in tensors[1:]:
@@ -83,6 +86,14 @@ class StoredTensor:
             return np.asarray(self.read(index), jnp.dtype(dtype), order="C")
 
         return StoredTensor(self.shape, dtype, read)
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array without numbers, at an address from which JAX makes no copy on a CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 Tensors = dict[str, StoredTensor]

@@ -1,10 +1,11 @@
 """From the layout of files to the layout of decoding: `Weight` leaves, heads' blocks stacked.
 
 Names stay: "mlp/down/weight" is a tensor [out, in] here and a `Weight` there, which is [out, in]
-for the kernel of few rows (`kernels.few_rows`) and [in, out] for XLA's products. Two things
-change theirs, since a single product is faster than several. The blocks of the heads,
-"head_0/block_0/weight" and its like, become one stack, "block_0/weight" [M, ., .]. Layers of
-one input, such as "mlp/gate" and "mlp/up", become "mlp/gate_up".
+for the kernel of few rows (`kernels.few_rows`) and [in, out] for XLA's products. Three things
+change theirs. A single product is faster than several, so the blocks of the heads,
+"head_0/block_0/weight" and its like, become one stack, "block_0/weight" [M, ., .], and layers of
+one input, such as "mlp/gate" and "mlp/up", become "mlp/gate_up". The kernel reads a stack where
+it lies, so the backbone's "layer_0/..." and on become "layers/..." [L, ...], which a loop runs.
 
 Leaves may be arrays, shapes under `jax.eval_shape`, or tensors that are still in files.
 """
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from medusa_jax.checkpoints.quantization import NONE, quantized, stored, type_for
 from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.kernels import native
+from medusa_jax.model.backbone import STACK
 from medusa_jax.model.linear import Weight, joint_name, leaves_out_zeros
 from medusa_jax.param_paths import flat, nested
 
@@ -121,6 +123,27 @@ def stacked(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[s
     return rest
 
 
+def looped(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """All leaves of a backbone by path, as they are held, with those of all layers stacked.
+
+    "layer_0/mlp_norm/scale" [D] and "layer_1/mlp_norm/scale" become "layers/mlp_norm/scale" [2, D].
+    Layers that differ, as files may quantize some of them only, stay apart.
+    """
+    layers: dict[int, dict[str, Any]] = {}
+    rest = {}
+    for path, leaf in leaves.items():
+        if match := re.fullmatch(r"layer_(\d+)/(.+)", path):
+            layers.setdefault(int(match[1]), {})[match[2]] = leaf
+        else:
+            rest[path] = leaf
+    in_order = [layers[number] for number in sorted(layers)]
+    forms = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), one) for one in in_order]
+    if not forms or any(form != forms[0] for form in forms):
+        return leaves
+    whole = jax.tree.map(lambda *single: stack(list(single)), *in_order)
+    return rest | {f"{STACK}/{path}": leaf for path, leaf in whole.items()}
+
+
 def narrowed(path: str, leaf: Any, quantize: str, dtype: str) -> Any:
     """A leaf of `placed` or `stacked` as it is held: quantized, or in `dtype`.
 
@@ -158,7 +181,8 @@ def for_decoding(
             how = {"tied": tied and part == "backbone", "few_rows": few_rows, "quantize": quantize}
             leaves |= placed(path, leaf, **how)
         leaves = stacked(leaves, jnp.stack)
-        laid_out[part] = nested(
-            {p: narrowed(p, leaf, quantize, dtype) for p, leaf in leaves.items()}
-        )
+        leaves = {path: narrowed(path, leaf, quantize, dtype) for path, leaf in leaves.items()}
+        if few_rows:
+            leaves = looped(leaves, jnp.stack)
+        laid_out[part] = nested(leaves)
     return laid_out

@@ -14,7 +14,7 @@ from medusa_jax.decoding.sampling import Sampling
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, State
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params, Verified
-from medusa_jax.model.backbone import causal_mask
+from medusa_jax.model.backbone import causal_mask, in_loop
 from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
 
 # Longer prompts run in blocks of this many tokens, which bounds the memory of attention.
@@ -107,7 +107,8 @@ def _run_prompts(
     batch, padded = tokens.shape
     size = min(padded, block)
     dtype = precision(params)
-    cache = init_cache(network.config, batch, cache_slots, dtype)
+    looped = in_loop(params["backbone"])
+    cache = init_cache(network.config, batch, cache_slots, dtype, looped)
     last_hidden = jnp.zeros((batch, network.config.hidden_size), dtype)
 
     def run(

@@ -23,8 +23,8 @@ from medusa_jax.decoding.sampling import RowSampling, Sampling
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State, map_rows
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Draft, Drafter, Params, Verified
-from medusa_jax.model.backbone import causal_mask
-from medusa_jax.model.kv_cache import Block, KVCache, init_cache
+from medusa_jax.model.backbone import causal_mask, in_loop
+from medusa_jax.model.kv_cache import Block, KVCache, Layers, init_cache
 
 # A CPU takes about as long for so many tokens as for a call of some steps.
 CPU_BLOCK = 128
@@ -225,7 +225,7 @@ def empty_rows(
         most = min(most_logprobs, network.config.vocab_size)
         logprobs = Logprobs.empty(jnp.zeros(rows, bool), most, cache_slots)
     state = State(
-        cache=init_cache(network.config, rows, cache_slots, dtype),
+        cache=init_cache(network.config, rows, cache_slots, dtype, in_loop(params["backbone"])),
         sequence=jnp.zeros((rows, cache_slots), jnp.int32),
         root=numbers,
         draft=drafter.begin(drafter.prepare(params), network.bound(params), rows, cache_slots),
@@ -254,14 +254,17 @@ def _put(whole: Array, row: Array, slot: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, row, slot, 0)
 
 
-def _fresh(values: tuple[Array, ...], slot: Array, start: Array) -> tuple[Array, ...]:
+def _fresh(values: Layers, slot: Array, start: Array) -> Layers:
     """The values, without those that an earlier prompt has left in the row of a new prompt.
 
     A slot beyond a row's length has weight 0, but 0 times NaN is NaN.
     """
 
-    def cleared(values: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(_put(one, jnp.zeros((1, *one.shape[1:]), one.dtype), slot) for one in values)
+    def cleared(values: Layers) -> Layers:
+        def row(one: Array) -> Array:
+            return _put(one, jnp.zeros((1, *one.shape[1:]), one.dtype), slot)
+
+        return jax.tree.map(row, values)
 
     return jax.lax.cond(start == 0, cleared, lambda same: same, values)
 
@@ -269,14 +272,15 @@ def _fresh(values: tuple[Array, ...], slot: Array, start: Array) -> tuple[Array,
 def _written(cache: KVCache, block: Block, slot: Array, start: Array) -> KVCache:
     """The cache with a block of row `slot`, from slot `start` of the row on."""
 
-    def write(layers: tuple[Array, ...], block: tuple[Array, ...], *place: Any) -> Any:
-        update = jax.lax.dynamic_update_slice
-        new = [part.astype(old.dtype) for old, part in zip(layers, block, strict=True)]
-        return tuple(update(old, part, place) for old, part in zip(layers, new, strict=True))
+    def write(layers: Layers, block: Layers, axis: int) -> Layers:
+        def update(old: Array, new: Array) -> Array:
+            place = [slot, *[jnp.zeros_like(slot)] * (old.ndim - 1)]
+            place[axis] = start
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
+
+        return jax.tree.map(update, layers, block)
 
     keys, values = block
     return dataclasses.replace(
-        cache,
-        keys=write(cache.keys, keys, slot, 0, 0, start),
-        values=write(cache.values, values, slot, 0, start, 0),
+        cache, keys=write(cache.keys, keys, -1), values=write(cache.values, values, -2)
     )

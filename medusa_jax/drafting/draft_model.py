@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from medusa_jax.drafting.drafter import OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.model.backbone import Backbone, causal_mask
+from medusa_jax.model.backbone import Backbone, causal_mask, in_loop
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache, commit, init_cache
 from medusa_jax.model.largest import largest
@@ -78,7 +78,8 @@ class DraftModel(OfTree):
 
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> ModelDraft:
         dtype = weight_of(params[NAME]["embed"]["embedding"]).dtype
-        cache = init_cache(self.config, rows, cache_slots + MORE_SLOTS, dtype)
+        slots = cache_slots + MORE_SLOTS
+        cache = init_cache(self.config, rows, slots, dtype, in_loop(params[NAME]))
         guesses, drawn = jnp.zeros((rows, self.size - 1), jnp.int32), None
         if self.target is not None:
             inner = len(np.unique(self.tree.parents[1:]))
@@ -141,7 +142,8 @@ def read(model: Backbone, cache: KVCache, seen: Verified) -> tuple[KVCache, Arra
         path = jnp.broadcast_to(cells + zero, places.shape)
         return commit(cache, new, path, count), root_hidden
 
-    nothing = jnp.zeros((len(rows), model.config.hidden_size), cache.keys[0].dtype)
+    dtype = jax.tree.leaves(cache.keys)[0].dtype
+    nothing = jnp.zeros((len(rows), model.config.hidden_size), dtype)
     cache, hidden = jax.lax.while_loop(behind, block, (cache, nothing))
     return dataclasses.replace(cache, length=seen.length), hidden
 

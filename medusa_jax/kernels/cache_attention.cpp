@@ -34,15 +34,19 @@ struct Work {
 
 // queries [B, K, G, T, C]; own keys [B, K, C, U] and values [B, K, U, C]; mask [1 or B, T, U];
 // keys [R, K, C, S] and values [R, K, S, C]; lengths [B]; first [B, T] or []; row [1] or [];
-// live [B, T] or [].
+// layer [1] or [], where keys and values are those of L layers, [R, L, ., ., .]; live [B, T] or [].
 ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyBuffer own_keys,
                   ffi::AnyBuffer own_values, ffi::Buffer<ffi::PRED> mask, ffi::AnyBuffer keys,
                   ffi::AnyBuffer values, ffi::Buffer<ffi::S32> lengths,
                   ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::S32> row,
-                  ffi::Buffer<ffi::PRED> live, ffi::Result<ffi::Buffer<ffi::F32>> out) {
+                  ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::PRED> live,
+                  ffi::Result<ffi::Buffer<ffi::F32>> out) {
   auto shape = queries.dimensions();
   long heads = shape[1], tokens = shape[3], width = shape[4], count = shape[2] * tokens;
-  long slots = values.dimensions()[2], others = own_values.dimensions()[2];
+  auto held = values.dimensions();
+  long slots = held[held.size() - 2], others = own_values.dimensions()[2];
+  long layers = held.size() == 5 ? held[1] : 1;
+  long number = layer.element_count() ? std::clamp<long>(layer.typed_data()[0], 0, layers - 1) : 0;
   long masked = mask.dimensions()[0] == 1 ? 0 : tokens * others;
   bool narrow = keys.element_type() == ffi::BF16;
   long size = narrow ? 2 : 4;
@@ -53,9 +57,9 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyB
   long products = 0;
   for (long b = 0; b < shape[0]; b++) {
     long length = std::clamp<long>(lengths.typed_data()[b], 0, slots);
-    long filled = row.element_count() ? std::clamp<long>(row.typed_data()[0], 0, keys.dimensions()[0] - 1) : b;
+    long filled = row.element_count() ? std::clamp<long>(row.typed_data()[0], 0, held[0] - 1) : b;
     for (long k = 0; k < heads; k++) {
-      long head = b * heads + k, cached = (filled * heads + k) * width * slots;
+      long head = b * heads + k, cached = ((filled * layers + number) * heads + k) * width * slots;
       long block = head * width * others;
       Queries piece{};
       piece.queries = queries.typed_data() + head * count * width;
@@ -101,6 +105,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CacheAttention, attend,
                                   .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -22,20 +22,25 @@ def knows(width: int, dtype: jnp.dtype) -> bool:
 def attention(
     queries: Float[Array, "B K G T C"],
     own: tuple[Array, Array, Array],
-    keys: Float[Array, "R K C S"],
-    values: Float[Array, "R K S C"],
+    keys: Float[Array, "R *L K C S"],
+    values: Float[Array, "R *L K S C"],
     lengths: Int[Array, " B"],
     first: Int[Array, "B T"] | None,
     row: Int[Array, ""] | None = None,
     live: Bool[Array, "B T"] | None = None,
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B K G T C"]:
     """As `cache_attention.Past.attend` has it, in float32. A query that sees nothing gets zeros.
 
     Queries that are not live may get zeros too, and take no time. The numbers of a query do not
     depend on the other queries, not even in their last bits.
+
+    Args:
+      layer: where the cache is that of L layers.
     """
     nothing = jnp.zeros(0, jnp.int32)
-    numbers = (lengths, nothing if first is None else first, nothing if row is None else row[None])
+    place = (nothing if one is None else one[None] for one in (row, layer))
+    numbers = (lengths, nothing if first is None else first, *place)
     live = jnp.zeros(0, bool) if live is None else live
     *block, mask = own
     block = [part.astype(keys.dtype) for part in block]

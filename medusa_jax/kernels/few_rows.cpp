@@ -101,28 +101,33 @@ void prepare(const ffi::AnyBuffer& x, long stack, Work& work, Product& p) {
   }
 }
 
+// `layer` is the number of the weight that is meant among those of L layers [1], or [].
 ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
-                    ffi::AnyBuffer scale, ffi::Result<ffi::Buffer<ffi::F32>> y) {
-  auto shape = weight.dimensions();  // [out, in], or [M, out, in]
-  long in = shape.back(), out = shape[shape.size() - 2], stack = shape.size() > 2 ? shape[0] : 1;
+                    ffi::AnyBuffer scale, ffi::Buffer<ffi::S32> layer,
+                    ffi::Result<ffi::Buffer<ffi::F32>> y) {
+  auto shape = weight.dimensions();  // [out, in], [M, out, in], or [L, out, in]
+  bool alone = shape.size() == 2 || layer.element_count();
+  long in = shape.back(), out = shape[shape.size() - 2], stack = alone ? 1 : shape[0];
+  long first = layer.element_count() ? std::clamp<long>(layer.typed_data()[0], 0, shape[0] - 1) : 0;
   int type = weight.element_type() == ffi::F32 ? 0 : weight.element_type() == ffi::BF16 ? 1 : 2;
   long size = type == 0 ? 4 : type == 1 ? 2 : 1, x_size = type == 2 ? 2 : 4;
   auto work = std::make_shared<Work>();
   Product whole{};
-  whole.weight = weight.untyped_data();
+  whole.weight = static_cast<const char*>(weight.untyped_data()) + first * out * in * size;
   whole.y = y->typed_data();
   whole.rows = x.element_count() / (stack * in);
   whole.in = in;
   whole.y_stride = stack * out;
   whole.type = type;
   prepare(x, stack, *work, whole);
+  const float* factors = scale.element_count() ? scale.reinterpret_data<float>() + first * out : nullptr;
   long step = std::max<long>(1, kChunkBytes / (in * size));
   step = (step + 23) / 24 * 24;  // whole groups
   for (long m = 0; m < stack; m++)
     for (long begin = 0; begin < out; begin += step) {
       Product chunk = whole;
       chunk.weight = static_cast<const char*>(whole.weight) + m * out * in * size;
-      chunk.scale = scale.element_count() ? scale.reinterpret_data<float>() + m * out : nullptr;
+      chunk.scale = factors ? factors + m * out : nullptr;
       chunk.x = static_cast<const char*>(whole.x) + m * in * x_size;
       chunk.x_scale = type == 2 ? work->scales.data() + m * whole.rows : nullptr;
       chunk.y = whole.y + m * out;
@@ -155,4 +160,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRows, few_rows,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -11,7 +11,7 @@ exactly. Each row has a factor of its own, a power of two.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from medusa_jax.shapes import typed
 
@@ -20,7 +20,10 @@ MOST_ROWS = 128  # from where on XLA's product is as fast
 
 @typed
 def product(
-    x: Float[Array, "*dims"], weight: Array, scale: Float[Array, "*of"] | None = None
+    x: Float[Array, "*dims"],
+    weight: Array,
+    scale: Float[Array, "*of"] | None = None,
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "*out"]:
     """W x of the last axis, accumulated and returned in float32.
 
@@ -32,12 +35,15 @@ def product(
       x: [*dims, in], or for a stack of M weights [*dims, M, in]; float32 or bfloat16.
       weight: [out, in] or [M, out, in]; float32, bfloat16 or int8.
       scale: of each output [out] or [M, out], which its sum is multiplied by.
+      layer: the weight that is meant, where weight and scale are those of L layers, [L, out, in]
+        and [L, out]. They are read where they lie.
 
     Returns:
       [*dims, out] or [*dims, M, out].
     """
-    stack, out = weight.shape[:-2], weight.shape[-2]
+    stack, out = weight.shape[:-2] if layer is None else (), weight.shape[-2]
     dims = x.shape[: -1 - len(stack)]
     factors = jnp.zeros(0) if scale is None else scale
+    number = jnp.zeros(0, jnp.int32) if layer is None else layer[None].astype(jnp.int32)
     rows = jax.ShapeDtypeStruct((*dims, *stack, out), jnp.float32)
-    return jax.ffi.ffi_call("medusa_few_rows", rows)(x, weight, factors)
+    return jax.ffi.ffi_call("medusa_few_rows", rows)(x, weight, factors, number)

@@ -6,10 +6,12 @@ itself is a mask (causal in a prompt, ancestors in a tree); what it sees of the
 past is a `KVCache`, which it only reads.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,9 +26,11 @@ from medusa_jax.model.layers import (
     rotate,
     within_window,
 )
-from medusa_jax.model.linear import Linear, parameter, projections
+from medusa_jax.model.linear import Linear, of_layer, parameter, projections
 from medusa_jax.model.rope import DynamicNTK
 from medusa_jax.shapes import typed
+
+STACK = "layers"  # the parameters of all layers [L, ...], where a loop runs them
 
 
 class Embedding(nn.Module):
@@ -145,9 +149,11 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer.
+    """Tokens to hidden states. Parameters: a nested dict, one sub-dict a layer, "layer_0" and on.
 
-    A tied model may hold "lm_head" too: a copy in the order that is fast for XLA's products.
+    Where the kernels of a CPU read weights, decoding holds the layers as a stack, "layers"
+    [L, ...], which a loop runs: a single layer is compiled. A tied model may hold "lm_head" too: a
+    copy in the order that is fast for XLA's products.
 
     Attributes:
       config: shape of the backbone.
@@ -160,7 +166,9 @@ class Backbone(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.embed = Embedding(config)
-        self.layers = [Layer(config, name=f"layer_{i}") for i in range(config.num_layers)]
+        self.looped = self.has_variable("params", STACK)
+        count = 0 if self.looped else config.num_layers
+        self.layers = [Layer(config, name=f"layer_{i}") for i in range(count)]
         self.final_norm = RMSNorm(config.norm_eps)
         self.lm_head = None
         if not config.tied or self.has_variable("params", "lm_head"):
@@ -195,8 +203,7 @@ class Backbone(nn.Module):
 
         Returns:
           hidden states after the final norm [B, T, D] (the `h_t` of the paper,
-          input of lm_head and Medusa heads alike), and the block's own keys
-          [B, K, C, T] and values [B, K, T, C], per layer.
+          input of lm_head and Medusa heads alike), and the block's own keys and values.
         """
         if lengths is not None and isinstance(self.config.rope_scaling, DynamicNTK):
             rope = rope_tables(self.config, positions, lengths[:, None])
@@ -208,21 +215,51 @@ class Backbone(nn.Module):
         x = self.embed(tokens)
         if live is not None:
             x = jnp.where(live[..., None], x, 0)
-        windows = set(self.config.windows)
-        masks = {w: mask & within_window(positions, positions, w) for w in windows}
-        first = {w: first_within_window(positions, w) for w in windows}
+        seen = Sight.of(self.config, positions, mask)
+        run = self._in_loop if self.looped else self._one_by_one
+        x, block = run(x, rope, seen, cache, live, wanted)
+        return self.finish(x), block
+
+    def _one_by_one(
+        self, x: Array, rope: tuple[Array, Array], seen: "Sight", cache: KVCache | None,
+        live: Array | None, wanted: Array | None,
+    ) -> tuple[Array, Block]:  # fmt: skip
         keys, values = [], []
-        for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
+        for i, layer in enumerate(self.layers):
             past, only = None, wanted if i == len(self.layers) - 1 else None
-            asked = live if only is None else only
+            mask, first = seen.of_layer(i)
             if cache is not None:
                 slots = cache.keys[i], cache.values[i], _filled(cache, live)
-                seen = first[window], self.cache_attention, cache.row, asked
-                past = Past(*slots, *seen)
-            x, layer_keys, layer_values = layer(x, rope, masks[window], past, only)
+                asked = live if only is None else only
+                past = Past(*slots, first, self.cache_attention, cache.row, asked)
+            x, layer_keys, layer_values = layer(x, rope, mask, past, only)
             keys.append(layer_keys)
             values.append(layer_values)
-        return self.finish(x), (tuple(keys), tuple(values))
+        return x, (tuple(keys), tuple(values))
+
+    def _in_loop(
+        self, x: Array, rope: tuple[Array, Array], seen: "Sight", cache: KVCache | None,
+        live: Array | None, wanted: Array | None,
+    ) -> tuple[Array, Block]:  # fmt: skip
+        stack, last = self.get_variable("params", STACK), self.config.num_layers - 1
+
+        def run(x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
+            past, only = None, None
+            if wanted is not None and live is not None:
+                only = jnp.where(number == last, wanted, live)
+            mask, first = seen.of_layer(number)
+            if cache is not None:
+                assert isinstance(cache.keys, Array) and isinstance(cache.values, Array)
+                seen_by = first, self.cache_attention, cache.row, live if only is None else only
+                past = Past(cache.keys, cache.values, _filled(cache, live), *seen_by, layer=number)
+            layer, params = Layer(self.config, parent=None), of_layer(stack, number)
+            passed: Any = layer.apply({"params": params}, x, rope, mask, past, only)
+            x, keys, values = passed
+            return x, (keys, values)
+
+        x, block = jax.lax.scan(run, x, jnp.arange(self.config.num_layers))
+        keys, values = (jnp.swapaxes(layers, 0, 1) for layers in block)
+        return x, (keys, values)
 
     def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states from the last layer's output [B, T, D]."""
@@ -234,6 +271,45 @@ class Backbone(nn.Module):
         """Next-token logits, float32 [*dims, V]; with `rows`, of these tokens only [*dims, W]."""
         weight = self.embed.table if self.lm_head is None else self.lm_head
         return (weight if rows is None else weight.rows(rows)).dot(hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What the tokens of a block see, by the sliding window of a layer.
+
+    Attributes:
+      which: number of each layer's window among the W that the layers have, L numbers.
+      masks: whether a token sees another of its block, for each window [B, T, T].
+      first: the first position that each token sees, for each window [B, T]; None for no window.
+    """
+
+    which: tuple[int, ...]
+    masks: list[Array]
+    first: list[Array | None]
+
+    @classmethod
+    def of(cls, config: ModelConfig, positions: Array, mask: Array) -> "Sight":
+        """Windows on top of a mask."""
+        windows = list(dict.fromkeys(config.windows))
+        masks = [mask & within_window(positions, positions, window) for window in windows]
+        first = [first_within_window(positions, window) for window in windows]
+        return cls(tuple(windows.index(window) for window in config.windows), masks, first)
+
+    def of_layer(self, number: int | Array) -> tuple[Array, Array | None]:
+        """Of a layer whose number may be known to the program alone."""
+        if len(self.masks) == 1:
+            return self.masks[0], self.first[0]
+        if isinstance(number, int):
+            return self.masks[self.which[number]], self.first[self.which[number]]
+        which = jnp.array(self.which)[number]
+        first = [jnp.zeros(()) if one is None else one for one in self.first]
+        first = jnp.stack(jnp.broadcast_arrays(*first)).astype(jnp.int32)
+        return jnp.stack(self.masks)[which], first[which]
+
+
+def in_loop(params: dict[str, Any]) -> bool:
+    """Whether these parameters of a backbone hold the layers as a stack, which a loop runs."""
+    return STACK in params
 
 
 def _filled(cache: KVCache, live: Array | None) -> Array:

@@ -57,12 +57,14 @@ class Past:
     """What the queries of a layer see of the cache.
 
     Attributes:
-      keys, values: of the layer [R, K, C, S] and [R, K, S, C]; R is B without `row`.
+      keys, values: of the layer [R, K, C, S] and [R, K, S, C], or of L layers, [R, L, K, C, S]
+        and [R, L, K, S, C]; R is B without `row`.
       lengths: filled slots of each row [B].
       first: the first slot that each query's window reaches [B, T]; None without a window.
       attention: what computes it.
       row: of the cache, where the queries are of this row alone []; else None.
       live: which queries anything comes of [B, T]; the others get zeros. None: all of them.
+      layer: the layer that is meant, of keys and values of L layers []; else None.
     """
 
     keys: Array
@@ -72,6 +74,7 @@ class Past:
     attention: CacheAttention
     row: Array | None = None
     live: Array | None = None
+    layer: Array | None = None
 
     def attend(self, queries: Float[Array, "B K G T C"], own: Own) -> Array:
         """Softmax attention to the block's own keys and to the cache [B, K, G, T, C].
@@ -81,7 +84,7 @@ class Past:
         compute, mesh = self.attention.implementation(queries.shape[-1]), self.attention.mesh
         inputs = queries, own, self.keys, self.values, self.lengths, self.first, self.row
         if mesh is None:
-            return compute(*inputs, self.live)
+            return compute(*inputs, self.live, self.layer)
         heads, cache = P(None, "tensor", "group"), P(None, "tensor")
         places = heads, (cache, cache, P()), cache, cache, P(), P(), P()
         split = jax.shard_map(compute, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
@@ -90,24 +93,25 @@ class Past:
 
 def _by_xla(
     queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None,
-    row: Array | None = None, live: Array | None = None,
+    row: Array | None = None, live: Array | None = None, layer: Array | None = None,
 ) -> Array:  # fmt: skip
-    past = by_blocks(queries, keys, values, lengths, first, row)
+    past = by_blocks(queries, keys, values, lengths, first, row, layer)
     return joined(masked(queries, *own), past).output()
 
 
 def _by_cpu(
     queries: Array, own: Own, keys: Array, values: Array, lengths: Array, first: Array | None,
-    row: Array | None = None, live: Array | None = None,
+    row: Array | None = None, live: Array | None = None, layer: Array | None = None,
 ) -> Array:  # fmt: skip
     knows = cache_attention_cpu.knows(queries.shape[-1], keys.dtype)
     compute = cache_attention_cpu.attention if knows else _by_xla
-    return compute(queries, own, keys, values, lengths, first, row, live)
+    return compute(queries, own, keys, values, lengths, first, row, live, layer)
 
 
 def _by_kernel(
     kernel: Callable[..., Array], queries: Array, own: Own, keys: Array, values: Array,
     lengths: Array, first: Array | None, row: Array | None = None, live: Array | None = None,
+    layer: None = None,
 ) -> Array:  # fmt: skip
     if row is not None:  # a kernel reads the cache of each row
         keys, values = (jax.lax.dynamic_slice_in_dim(slots, row, 1) for slots in (keys, values))
@@ -135,17 +139,19 @@ def _by_matrices(
 @typed
 def by_blocks(
     queries: Float[Array, "B K G T C"],
-    keys: Float[Array, "R K C S"],
-    values: Float[Array, "R K S C"],
+    keys: Float[Array, "R *L K C S"],
+    values: Float[Array, "R *L K S C"],
     lengths: Int[Array, " B"],
     first: Int[Array, "B T"] | None,
     row: Int[Array, ""] | None = None,
+    layer: Int[Array, ""] | None = None,
 ) -> Softmax:
     """Over the slots that each query sees, in a loop over the blocks that some row sees.
 
-    A block is cut out of its `row` here: whoever cuts out the row first copies all of its slots.
+    A block is cut out of its row and layer here: whoever cuts these out first copies all of
+    their slots.
     """
-    capacity = keys.shape[3]
+    capacity = keys.shape[-1]
     size = min(SLOT_BLOCK, capacity)
 
     def block(number: Array) -> Softmax:
@@ -156,13 +162,16 @@ def by_blocks(
         seen = ((slots >= begin) & (slots < lengths[:, None]))[:, None]
         if first is not None:
             seen &= slots >= first[:, :, None]
-        return masked(queries, cut(keys, 3, start), cut(values, 2, start), seen)
+        return masked(queries, cut(keys, -1, start), cut(values, -2, start), seen)
 
     def cut(slots: Array, axis: int, start: Array) -> Array:
-        begin, shape = [0 if row is None else row, 0, 0, 0], list(slots.shape)
+        begin, shape = [0 if row is None else row, *[0] * (slots.ndim - 1)], list(slots.shape)
         begin[axis], shape[axis] = start, size
         shape[0] = len(queries)
-        return jax.lax.dynamic_slice(slots, begin, shape)
+        if layer is not None:
+            begin[1], shape[1] = layer, 1
+        block = jax.lax.dynamic_slice(slots, begin, shape)
+        return block if layer is None else block[:, 0]
 
     number = jnp.zeros((), jnp.int32)
     if size == capacity:

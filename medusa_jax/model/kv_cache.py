@@ -16,8 +16,11 @@ from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.layers import rope_tables
 from medusa_jax.shapes import typed
 
-# Keys and values of one block of tokens, layer by layer: [B, K, C, T] each and [B, K, T, C] each.
-Block = tuple[tuple[Array, ...], tuple[Array, ...]]
+# An array of each layer; or a single array of L layers, where they run in a loop.
+Layers = tuple[Array, ...] | Array
+# Keys and values of one block of tokens: [B, K, C, T] and [B, K, T, C] of a layer, or
+# [B, L, K, C, T] and [B, L, K, T, C].
+Block = tuple[Layers, Layers]
 
 
 @jax.tree_util.register_dataclass
@@ -25,23 +28,24 @@ Block = tuple[tuple[Array, ...], tuple[Array, ...]]
 class KVCache:
     """Keys and values of the tokens each row has accepted.
 
-    Layers are separate arrays, not one stacked array: slicing a layer out of a
-    stack copies it. Each head's keys and values are one contiguous matrix, laid out
-    as the product that reads it wants: q K with K [C, S], then p V with V [S, C].
-    Were keys [S, C], a CPU would gather them column by column from cold memory,
-    which took up to four times as long.
+    Layers are separate arrays: slicing a layer out of a stack copies it. Only where layers run
+    in a loop, as a CPU's kernels let them, is there a stack.
+
+    Each head's keys and values are one contiguous matrix, laid out as the product that reads
+    it wants: q K with K [C, S], then p V with V [S, C]. Were keys [S, C], a CPU would gather
+    them column by column from cold memory, which took up to four times as long.
 
     Attributes:
-      keys: per layer [B, K, C, S], rotated.
-      values: per layer [B, K, S, C].
+      keys: per layer [B, K, C, S], or [B, L, K, C, S]; rotated.
+      values: per layer [B, K, S, C], or [B, L, K, S, C].
       length: valid slots of each row [B] int32.
       rope: `layers.rope_tables` of every slot, [S, C / 2] each: looked up by a step, whose
         every layer XLA would have compute them anew on a CPU, for queries and for keys.
       row: the row that a block of a single row belongs to []; None where rows meet their own.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: Layers
+    values: Layers
     length: Array
     rope: tuple[Array, Array]
     row: Array | None = None
@@ -49,16 +53,27 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """S, the number of slots a row has."""
-        return self.keys[0].shape[3]
+        return jax.tree.leaves(self.keys)[0].shape[-1]
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache of `capacity` slots a row. Zeros, so that unread slots stay finite."""
-    heads, width = (batch, config.num_kv_heads), config.head_dim
-    layers = range(config.num_layers)
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, in_loop: bool = False
+) -> KVCache:
+    """An empty cache of `capacity` slots a row. Zeros, so that unread slots stay finite.
+
+    Args:
+      in_loop: for layers that run in a loop (`backbone.in_loop`).
+    """
+    heads, width, count = config.num_kv_heads, config.head_dim, config.num_layers
+
+    def zeros(*matrix: int) -> Layers:
+        if in_loop:
+            return jnp.zeros((batch, count, heads, *matrix), dtype)
+        return tuple(jnp.zeros((batch, heads, *matrix), dtype) for _ in range(count))
+
     return KVCache(
-        keys=tuple(jnp.zeros((*heads, width, capacity), dtype) for _ in layers),
-        values=tuple(jnp.zeros((*heads, capacity, width), dtype) for _ in layers),
+        keys=zeros(width, capacity),
+        values=zeros(capacity, width),
         length=jnp.zeros(batch, jnp.int32),
         rope=rope_tables(config, jnp.arange(capacity)),
     )
@@ -71,15 +86,16 @@ def write_block(cache: KVCache, block: Block, start: int | Array) -> KVCache:
     there, which the caller's lengths keep out of sight.
     """
 
-    def write(layers: tuple[Array, ...], block: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis)
-            for slots, new in zip(layers, block, strict=True)
-        )
+    def write(layers: Layers, block: Layers, axis: int) -> Layers:
+        def update(slots: Array, new: Array) -> Array:
+            new = new.astype(slots.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, start, slots.ndim + axis)
+
+        return jax.tree.map(update, layers, block)
 
     keys, values = block
     return dataclasses.replace(
-        cache, keys=write(cache.keys, keys, 3), values=write(cache.values, values, 2)
+        cache, keys=write(cache.keys, keys, -1), values=write(cache.values, values, -2)
     )
 
 
@@ -98,27 +114,25 @@ def commit(
 
     Args:
       cache: every row needs E free slots past its length.
-      block: keys [B, K, C, N] and values [B, K, N, C] of the N nodes, per layer.
+      block: keys and values of the N nodes.
       path: node in each cell of the accepted path [B, E].
       count: nodes kept of it, 0 to E [B].
     """
 
-    def append(layers: tuple[Array, ...], nodes: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+    def append(layers: Layers, nodes: Layers, axis: int) -> Layers:
         def row(slots: Array, new: Array, cells: Array, start: Array) -> Array:
             taken = jnp.take(new, cells, axis).astype(slots.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(slots, taken, start, axis)
+            return jax.lax.dynamic_update_slice_in_dim(slots, taken, start, slots.ndim + axis)
 
         # A GPU would take two kernels for the scatter that vmap makes of a single row.
         rows = jax.vmap(row) if len(count) > 1 else _alone(row)
-        return tuple(
-            rows(old, new, path, cache.length) for old, new in zip(layers, nodes, strict=True)
-        )
+        return jax.tree.map(lambda old, new: rows(old, new, path, cache.length), layers, nodes)
 
     keys, values = block
     return dataclasses.replace(
         cache,
-        keys=append(cache.keys, keys, 2),
-        values=append(cache.values, values, 1),
+        keys=append(cache.keys, keys, -1),
+        values=append(cache.values, values, -2),
         length=cache.length + count,
     )
 

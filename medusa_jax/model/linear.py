@@ -106,6 +106,8 @@ class Weight:
         gradient and wants the order "out_in".
       scale: of a quantized weight, float32: of each output [out], or of each output's G groups
         of inputs [out, G]; of a stack [M, out] or [M, out, G]. None where data are the numbers.
+      layer: the weight that is meant, where data and scale are those of L layers, [L, ., .] and
+        [L, out] (`backbone.in_loop`); None where they are its own.
       lookup_dtype: type of the rows that `lookup` gives of a quantized table.
     """
 
@@ -115,6 +117,7 @@ class Weight:
     few_rows: bool = dataclasses.field(default=False, metadata={"static": True})
     scale: Any = None
     lookup_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+    layer: Array | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -133,10 +136,12 @@ class Weight:
         x [*dims, in] -> [*dims, out]. Of a stack, each of M vectors meets its own weight:
         x [*dims, M, in] -> [*dims, M, out].
         """
-        data, letters = self.data, _LETTERS[self.order]
         if self.few_rows and x.size // x.shape[-1] <= few_rows.MOST_ROWS:
-            y = few_rows.product(x, data, self.scale)
+            y = few_rows.product(x, self.data, self.scale, self.layer)
+        elif self.layer is not None:
+            return self._cut_out().dot(x)
         else:
+            data, letters = self.data, _LETTERS[self.order]
             if self.scale is not None:
                 data = self._widened(x)
             if data.ndim == 3 and data.shape[0] == 1:
@@ -150,6 +155,12 @@ class Weight:
             if self.scale is not None and not self.grouped:
                 y = y * self.scale
         return y if self.adapter is None else y + self.adapter.dot(x)
+
+    def _cut_out(self) -> "Weight":
+        """The weight of its layer alone: a copy, which is little beside a product of many rows."""
+        parts = self.data, self.scale
+        data, scale = jax.tree.map(lambda part: part[self.layer], parts)
+        return dataclasses.replace(self, data=data, scale=scale, layer=None)
 
     def rows(self, ids: Array) -> "Weight":
         """The weight of some outputs only, such as the logits of W tokens."""
@@ -204,6 +215,16 @@ def _converted_at_use(data: Array, x: Array) -> Array:
 def weight_of(leaf: Any) -> Weight:
     """A parameter as a `Weight`: a plain array is in the order [out, in]."""
     return leaf if isinstance(leaf, Weight) else Weight(leaf)
+
+
+def of_layer(params: Any, number: Array) -> Any:
+    """The parameters of a layer, from those of L layers [L, ...]; weights stay where they lie."""
+
+    def own(leaf: Any) -> Any:
+        whole = isinstance(leaf, Weight)
+        return dataclasses.replace(leaf, layer=number) if whole else leaf[number]
+
+    return jax.tree.map(own, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
 def leaves_out_zeros(params: Any) -> bool:

@@ -93,7 +93,6 @@ def test_a_stored_tensor_is_quantized_in_blocks_and_parts(monkeypatch, name: str
     outputs_part = part[1] if axis == -1 else part[2]
     asked = (part[0], outputs_part, slice(None))[: scale.read().ndim]
     np.testing.assert_array_equal(scale.read(asked), whole[1][asked])
-    quantization.forget()
 
 
 @pytest.mark.parametrize(("name", "kernels"), [("int8", True), ("fp8", True), ("int4", False)])

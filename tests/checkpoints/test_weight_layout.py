@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.head_files import stored
+from helpers.head_files import one_by_one, stored
 from helpers.models import TINY, TinyModel, apart
 
-from medusa_jax.checkpoints.weight_layout import for_decoding, joined, placed, stacked
+from medusa_jax.checkpoints.weight_layout import for_decoding, joined, looped, placed, stacked
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, MedusaHeads, first_heads
-from medusa_jax.model.backbone import Backbone, causal_mask
+from medusa_jax.kernels import native
+from medusa_jax.model.backbone import Backbone, causal_mask, in_loop
 from medusa_jax.model.linear import Weight
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5]])
@@ -104,3 +105,20 @@ def test_blocks_of_heads_are_stacked_in_order():
     assert stacked(leaves, sum) == {"head_2/vocab": 7, "block_1/bias": 12}
     weights = {f"head_{i}/block_1/weight": Weight(i, "in_out") for i in (10, 2, 0)}
     assert stacked(weights, tuple)["block_1/weight"] == Weight((0, 2, 10), "in_out")
+
+
+def test_layers_are_stacked_where_a_kernel_reads_them(tiny: TinyModel):
+    """A stack of layers means what they mean one by one; layers that differ stay apart."""
+    leaves = {"layer_1/mlp_norm/scale": np.ones(2), "layer_0/mlp_norm/scale": np.zeros(2)}
+    stack = looped(leaves | {"lm_head": np.ones(3)}, np.stack)
+    assert stack.keys() == {"lm_head", "layers/mlp_norm/scale"}
+    np.testing.assert_array_equal(stack["layers/mlp_norm/scale"], [[0, 0], [1, 1]])
+    other = leaves | {"layer_0/mlp_norm/scale": np.zeros(2, np.int8)}
+    assert looped(other, np.stack) is other
+    params = {"backbone": tiny.params["backbone"]}
+    for quantize in ("none", "int8"):
+        how = {"few_rows": native.available(), "quantize": quantize}
+        together = for_decoding(params, **how)["backbone"]
+        assert in_loop(together) == native.available()
+        found, expected = logits(TINY, together), logits(TINY, one_by_one(together))
+        np.testing.assert_array_equal(found, expected)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -117,7 +118,7 @@ def stored(params: dict[str, Any]) -> dict[str, Any]:
         array = np.asarray(leaf.data if isinstance(leaf, Weight) else leaf)
         return array.mT if turned else array
 
-    leaves = {path: plain(leaf) for path, leaf in flat(params).items()}
+    leaves = {path: plain(leaf) for path, leaf in flat(one_by_one(params)).items()}
     for path in list(leaves):
         if "gate_up" in path:
             split(leaves, path, ("gate", "up"), [leaves[path].shape[0] // 2])
@@ -127,6 +128,16 @@ def stored(params: dict[str, Any]) -> dict[str, Any]:
             keys = (leaves[path].shape[0] - queries) // 2
             split(leaves, path, ("query", "key", "value"), [queries, queries + keys])
     return apart(nested(leaves))
+
+
+def one_by_one(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters whose layers are no stack: "layers/..." becomes "layer_0/..." and on."""
+    if "layers" not in params:
+        return params
+    rest = {name: inner for name, inner in params.items() if name != "layers"}
+    count = len(jax.tree.leaves(params["layers"])[0])
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)]
+    return rest | {f"layer_{i}": layer for i, layer in enumerate(layers)}
 
 
 def split(leaves: dict[str, np.ndarray], path: str, names: Any, places: list[int]) -> None:
