@@ -31,7 +31,7 @@ FIRST = (0.0, 0.12, 0.27, 0.33, 0.44, 0.52, 0.6, 0.63, 0.65, 0.68, 0.72, 0.75, 0
 LATER = (0.0, 0.45, 0.45, 0.48, 0.6, 0.66, 0.72, 0.75, 0.76, 0.78, 0.82, 0.83, 0.84, 0.84, 0.85,
          0.88, 0.95)  # fmt: skip
 LONGEST = len(FIRST) - 1
-REACH = 10  # guesses of a chain, where the tree has room for them
+REACH = 16  # guesses of a chain, where the tree has room for them
 NEVER = -1e9  # log-probability of a path that is none; finite
 
 
