@@ -14,14 +14,17 @@ from medusa_jax.checkpoints.weight_layout import for_decoding, joined, looped, p
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, MedusaHeads, first_heads
 from medusa_jax.kernels import native
 from medusa_jax.model.backbone import Backbone, causal_mask, in_loop
+from medusa_jax.model.cache_attention import CacheAttention
+from medusa_jax.model.kv_cache import init_cache
 from medusa_jax.model.linear import Weight
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5]])
 
 
-def logits(config, params):
-    module, positions = Backbone(config), jnp.arange(5)[None]
-    hidden, _ = module.apply({"params": params}, TOKENS, positions, causal_mask(5))
+def logits(config, params, tokens=TOKENS):
+    module, size = Backbone(config), tokens.shape[1]
+    positions = jnp.arange(size)[None]
+    hidden, _ = module.apply({"params": params}, tokens, positions, causal_mask(size))
     return module.apply({"params": params}, hidden, method="unembed")
 
 
@@ -120,5 +123,38 @@ def test_layers_are_stacked_where_a_kernel_reads_them(tiny: TinyModel):
         how = {"few_rows": native.available(), "quantize": quantize}
         together = for_decoding(params, **how)["backbone"]
         assert in_loop(together) == native.available()
-        found, expected = logits(TINY, together), logits(TINY, one_by_one(together))
-        np.testing.assert_array_equal(found, expected)
+        for tokens in (TOKENS, jnp.tile(TOKENS, (1, 30))):  # products of few rows, and XLA's
+            found, expected = (logits(TINY, p, tokens) for p in (together, one_by_one(together)))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler: layers are no stack")
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("windows", [(), (3, 3), (None, 3), (4, None)])
+def test_a_loop_reads_each_layer_of_the_cache(tiny: TinyModel, windows: tuple, kernels: bool):
+    """Of two rows of different lengths, and of a single row of the cache; by window."""
+    config = dataclasses.replace(TINY, windows=windows)
+    stack = for_decoding({"backbone": tiny.params["backbone"]}, few_rows=True)["backbone"]
+    module = Backbone(config, CacheAttention(kernels))
+    empty = init_cache(config, 2, 160, jnp.float32, in_loop=True)
+    shapes = [(key, one.shape) for key, one in zip((0, 1), (empty.keys, empty.values), strict=True)]
+    keys, values = (jax.random.normal(jax.random.key(key), shape) for key, shape in shapes)
+    cache = dataclasses.replace(empty, keys=keys, values=values, length=jnp.array([7, 150]))
+    layers = range(config.num_layers)
+    apart = {
+        "keys": tuple(keys[:, i] for i in layers),
+        "values": tuple(values[:, i] for i in layers),
+    }
+    for row in (None, 1):
+        rows = slice(None) if row is None else slice(row, row + 1)
+        past = dataclasses.replace(
+            cache, length=cache.length[rows], row=None if row is None else jnp.int32(row)
+        )
+        tokens = jnp.tile(TOKENS, (len(past.length), 1))
+        inputs = tokens, past.length[:, None] + jnp.arange(5), causal_mask(5)
+        got, block = module.apply({"params": stack}, *inputs, past)
+        separate = dataclasses.replace(past, **apart)
+        want, blocks = module.apply({"params": one_by_one(stack)}, *inputs, separate)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        for whole, parts in zip(block, blocks, strict=True):
+            np.testing.assert_allclose(whole, jnp.stack(parts, axis=1), atol=1e-5)
