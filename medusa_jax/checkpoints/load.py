@@ -113,7 +113,8 @@ def load_model(
         check_fit(stored, config)
         heads_config = stored.config
         tensors = watched(_with_projection(stored, backbone, config), ruined)
-        params["heads"] = _loaded(tensors, dtype, digest, **how)
+        narrow = _bfloat16_if(stored)
+        params["heads"] = _loaded(tensors, dtype, digest, **how, kernel_dtype=narrow)
         if file := bigram_file.beside(source):
             table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
@@ -186,6 +187,15 @@ def _with_projection(stored: StoredHeads, backbone: Tensors, config: ModelConfig
     return tensors | {"vocab": whole.rows(tensors["token_map"].read())}
 
 
+def _bfloat16_if(stored: StoredHeads) -> str:
+    """The type of heads that are stored in bfloat16, which loses nothing; "" of other heads.
+
+    The rows that they read of the backbone's projection then are as narrow as their own.
+    """
+    own = {one.dtype for path, one in stored.tensors.items() if path.endswith(("weight", "vocab"))}
+    return "bfloat16" if own == {"bfloat16"} else ""
+
+
 def _precision(backbone: Tensors, dtype: str, quantize: str) -> str:
     """How the backbone is held: as it is stored if that is quantized, as asked, or in `dtype`."""
     pairs = (tensor.quantized for tensor in backbone.values() if tensor.quantized)
@@ -202,6 +212,7 @@ def _loaded(
     kernels: bool,
     quantize: str,
     tied: bool = False,
+    kernel_dtype: str = "",
 ) -> dict[str, Any]:
     """Nested parameters in the layout of decoding, read one tensor at a time.
 
@@ -218,7 +229,8 @@ def _loaded(
     for path, tensor in whole.items():
         leaves |= placed(path, tensor, **how)
     leaves = stacked(leaves, StoredTensor.stack)
-    leaves = {path: narrowed(path, leaf, quantize, dtype) for path, leaf in leaves.items()}
+    types = dtype, kernel_dtype
+    leaves = {path: narrowed(path, leaf, quantize, *types) for path, leaf in leaves.items()}
     if how["few_rows"]:
         leaves = looped(leaves, StoredTensor.stack)
     tree = nested(leaves)

@@ -144,10 +144,13 @@ def looped(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[st
     return rest | {f"{STACK}/{path}": leaf for path, leaf in whole.items()}
 
 
-def narrowed(path: str, leaf: Any, quantize: str, dtype: str) -> Any:
+def narrowed(path: str, leaf: Any, quantize: str, dtype: str, kernel_dtype: str = "") -> Any:
     """A leaf of `placed` or `stacked` as it is held: quantized, or in `dtype`.
 
     A weight that is quantized in its file stays as it is there.
+
+    Args:
+      kernel_dtype: of weights for `kernels.few_rows`, which widens them; default `dtype`.
     """
     is_weight, tensor = isinstance(leaf, Weight), leaf.data if isinstance(leaf, Weight) else leaf
     in_file = isinstance(tensor, StoredTensor)
@@ -157,6 +160,8 @@ def narrowed(path: str, leaf: Any, quantize: str, dtype: str) -> Any:
         axis = -1 if leaf.order == "out_in" else -2
         data, scale = (stored if in_file else quantized)(tensor, narrow, axis)
     else:
+        if is_weight and leaf.few_rows:
+            dtype = kernel_dtype or dtype
         dtype = "int32" if path == "token_map" else dtype
         wide = tensor.cast(dtype) if in_file else tensor.astype(dtype)
         return dataclasses.replace(leaf, data=wide) if is_weight else wide

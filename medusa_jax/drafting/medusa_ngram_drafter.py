@@ -166,11 +166,16 @@ def with_chain(
     batch, number, width, _ = scores.shape
     below = jnp.full((batch, ranks.shape[1] - number, width, width), NEVER)
     scores = jnp.concatenate((scores, below), axis=1)
-    to_chain = jnp.arange(width) == ranks[:, :, None]
-    from_root = jnp.ones_like(to_chain[:, :1])
-    from_chain = jnp.concatenate((from_root, to_chain[:, :-1]), axis=1)
+    before = jnp.pad(ranks[:, :-1], ((0, 0), (1, 0)))  # of the chain's token that a level follows
+    own = jnp.take_along_axis(scores, before[:, :, None, None], axis=2)
+    own = jnp.take_along_axis(own, ranks[:, :, None, None], axis=3)
     wrong = jnp.log1p(-right)[:, :, None, None]
-    likely = jnp.log1p(-jnp.exp(wrong) * (1 - jnp.exp(jnp.minimum(scores, 0))))
-    after = jnp.where(to_chain[:, :, None], likely, scores + wrong)
+    likely = jnp.log1p(-jnp.exp(wrong) * (1 - jnp.exp(jnp.minimum(own, 0))))
+    after = jnp.where(_at(ranks, width)[:, :, None], likely, scores + wrong)
     exists = (right > 0)[:, :, None, None]
+    from_chain = _at(before, width).at[:, 0].set(True)  # the first level is after the root
     return jnp.where(from_chain[..., None] & exists, after, scores)
+
+
+def _at(ranks: Int[Array, "B D"], width: int) -> Bool[Array, "B D r"]:
+    return jnp.arange(width) == ranks[:, :, None]

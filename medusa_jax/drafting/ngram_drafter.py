@@ -74,11 +74,16 @@ def longest_match(
       last: place of the last token.
       longest: agreement beyond so many tokens does not count.
     """
-    places = jnp.arange(text.shape[1])
+    places, slots = jnp.arange(text.shape[1]), text.shape[1]
     agrees, length = places < last[:, None], jnp.zeros(text.shape, jnp.int32)
+    # Slices of a padded text: XLA fuses them, where it would write out each `jnp.roll`. Before the
+    # text is -1, which is no token.
+    padded = jnp.pad(text, ((0, 0), (longest - 1, 0)), constant_values=-1)
+    ending = last[:, None] + longest - 1 - jnp.arange(longest)
+    ending = jnp.take_along_axis(padded, ending, axis=1)  # the latest token first
     for back in range(longest):
-        token = jnp.take_along_axis(text, jnp.maximum(last - back, 0)[:, None], axis=1)
-        agrees &= (jnp.roll(text, back, axis=1) == token) & (places >= back)
+        start = longest - 1 - back
+        agrees &= padded[:, start : start + slots] == ending[:, back, None]
         length += agrees
     best = jnp.where(length > 0, length * text.shape[1] + places, -1)
     most = length.max(axis=1)

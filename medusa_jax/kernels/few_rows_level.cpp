@@ -116,13 +116,15 @@ inline void add_up(const V* v, Take take) {
 }
 #endif
 
-constexpr int kGroup = 24;        // outputs; each number of outputs of a tile divides it
-constexpr int kAhead = 32 << 10;  // bytes to fetch ahead: far enough for memory, near enough for L2
+constexpr int kGroup = 24;         // outputs; each number of outputs of a tile divides it
+constexpr long kAhead = 12 << 10;  // bytes to fetch ahead: far enough for memory, near enough for L1
 
-// Adds the products of R rows and O outputs, whose sums stay in registers meanwhile.
+// Adds the products of R rows and O outputs, whose sums stay in registers meanwhile. What it fetches
+// ahead are the same numbers of outputs further on, which the next tiles read.
 template <class W, int R, int O, class X, class Total>
 void tile(const W* w, long w_stride, const X* x, long x_stride, long count, Total (*totals)[kGroup]) {
   typedef typename Kind<W>::Sum Sum;
+  const long ahead = (kAhead / (count * long(sizeof(W))) + 1) * w_stride;
   Sum sums[R][O];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -133,7 +135,7 @@ void tile(const W* w, long w_stride, const X* x, long x_stride, long count, Tota
 #pragma GCC unroll 8
     for (int o = 0; o < O; o++) {
       weights[o] = numbers(w + o * w_stride + i);
-      __builtin_prefetch((const char*)(w + o * w_stride + i) + kAhead, 0, 2);
+      __builtin_prefetch(w + o * w_stride + i + ahead);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {

@@ -30,6 +30,10 @@ from helpers.head_files import (
 from safetensors.numpy import load_file
 
 from medusa_jax.checkpoints.load import Model, load_model
+from medusa_jax.drafting.medusa_heads import MedusaHeads
+from medusa_jax.kernels import native
+from medusa_jax.model.linear import Weight
+from medusa_jax.param_paths import flat
 
 # Backbones
 
@@ -108,6 +112,21 @@ def test_bfloat16_casts_every_leaf_to_the_nearest(saved: Path):
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow.params)} == {jnp.dtype("bfloat16")}
     nearest = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide.params)
     chex.assert_trees_all_equal(narrow.params, nearest)
+
+
+@pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
+def test_heads_of_bfloat16_files_stay_narrow_and_lose_nothing(saved: Path, tmp_path: Path):
+    tensors = {name: one.astype(ml_dtypes.bfloat16) for name, one in random_heads(2).items()}
+    hidden, logits = jax.random.normal(jax.random.key(0), (3, WIDTH)), []
+    for dtype in (ml_dtypes.bfloat16, np.float32):
+        (place := tmp_path / np.dtype(dtype).name).mkdir()
+        file = heads_file(place, {name: one.astype(dtype) for name, one in tensors.items()})
+        model = load_model(saved, file)
+        held = flat(model.params["heads"]).values()
+        assert {one.data.dtype for one in held if isinstance(one, Weight)} == {np.dtype(dtype)}
+        heads = MedusaHeads(model.heads)
+        logits.append(heads.apply({"params": model.params["heads"]}, hidden, None))
+    chex.assert_trees_all_equal(*logits)
 
 
 def test_stop_and_suppressed_ids(copy: Path):
