@@ -16,6 +16,7 @@ from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask, in_loop
 from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
+from medusa_jax.model.linear import leaves_out_zeros
 
 # Longer prompts run in blocks of this many tokens, which bounds the memory of attention.
 PREFILL_BLOCK = 512
@@ -108,7 +109,10 @@ def _run_prompts(
     size = min(padded, block)
     dtype = precision(params)
     looped = in_loop(params["backbone"])
-    cache = init_cache(network.config, batch, cache_slots, dtype, looped)
+    # As zeros that XLA knows to be zeros, each layer of the loop would make a cache of its own.
+    cache = jax.lax.optimization_barrier(
+        init_cache(network.config, batch, cache_slots, dtype, looped)
+    )
     last_hidden = jnp.zeros((batch, network.config.hidden_size), dtype)
 
     def run(
@@ -117,7 +121,8 @@ def _run_prompts(
         block_tokens = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
         inputs = block_tokens, positions, causal_mask(size), past, lengths
-        hidden, block = network.hidden(params, *inputs)
+        live, wanted = positions < lengths[:, None], positions == lengths[:, None] - 1
+        hidden, block = network.hidden(params, *inputs, live, wanted)
         # The block that holds a row's last token sets that row's hidden state.
         index = lengths - 1 - start
         inside = (index >= 0) & (index < size)
@@ -128,7 +133,10 @@ def _run_prompts(
         cache = write_block(cache, block, start + zero)
         return cache, jnp.where(inside[:, None], last, last_hidden)
 
-    cache, last_hidden = run(cache, last_hidden, 0, None)
+    # Padding is left out beside a cache alone (`Backbone`), be it an empty cache.
+    empty = dataclasses.replace(cache, length=jnp.zeros_like(lengths))
+    before = empty if leaves_out_zeros(params["backbone"]) else None
+    cache, last_hidden = run(cache, last_hidden, 0, before)
     if padded == size:
         return cache, last_hidden
 
