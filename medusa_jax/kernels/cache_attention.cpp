@@ -19,6 +19,7 @@ ALL_LEVELS(void, cache_attention, const Queries&)
 
 namespace {
 constexpr long kWorthwhile = 1 << 19;  // products that are worth waking a thread
+constexpr long kFewQueries = 8;        // of a piece that is read for them alone
 
 struct Work {
   std::vector<Queries> pieces;
@@ -54,7 +55,8 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyB
     return static_cast<const char*>(numbers.untyped_data()) + index * size;
   };
   auto work = std::make_shared<Work>();
-  long products = 0;
+  long products = 0, most = kMostQueries, pieces = shape[0] * heads * ((count + most - 1) / most);
+  if (pieces % pool.num_threads() && pieces < 4 * pool.num_threads()) most = kFewQueries;
   for (long b = 0; b < shape[0]; b++) {
     long length = std::clamp<long>(lengths.typed_data()[b], 0, slots);
     long filled = row.element_count() ? std::clamp<long>(row.typed_data()[0], 0, held[0] - 1) : b;
@@ -69,8 +71,8 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyB
       piece.mask = mask.typed_data() + b * masked;
       piece.first = first.element_count() ? first.typed_data() + b * tokens : nullptr;
       piece.width = width, piece.tokens = tokens, piece.type = narrow;
-      for (long begin = 0; begin < count; begin += kMostQueries) {
-        piece.begin = begin, piece.end = std::min(begin + kMostQueries, count);
+      for (long begin = 0; begin < count; begin += most) {
+        piece.begin = begin, piece.end = std::min(begin + most, count);
         bool wanted = !live.element_count();
         for (long i = begin; i < piece.end && !wanted; i++)
           wanted = live.typed_data()[b * tokens + i % tokens];

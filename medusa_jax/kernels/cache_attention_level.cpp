@@ -8,12 +8,12 @@
 #include "vectors.h"
 
 namespace {
-constexpr int kLanes = kBytes / 4, kSlots = 128;  // of a block of scores
+constexpr int kLanes = kBytes / 4, kSlots = 128, kColumns = 2 * kSlots;  // of a block of scores
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 struct Block {
-  alignas(64) float scores[kMostQueries][kSlots];  // then their weights
+  alignas(64) float scores[kMostQueries][kColumns];  // then their weights
   alignas(64) float mixed[kMostQueries][kMostWidth + kLanes];
   float top[kMostQueries], total[kMostQueries];
 };
@@ -29,6 +29,23 @@ inline Vector exponential(Vector x) {
   Ints power = ((Ints)shifted - 0x4b400000 + 127) << 23;
   Ints far = x < -87.f;
   return (Vector)((Ints)(y * (Vector)power) & ~far);
+}
+
+inline float largest(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
+  float top = x[0];
+  for (int lane = 1; lane < kLanes; lane++) top = std::max(top, x[lane]);
+  return top;
+}
+inline float total(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; lane++) sum += x[lane];
+  return sum;
 }
 
 // sums[r][o] += x[r][i] w[i][o], o being a vector of numbers, over `count` rows of w.
@@ -57,74 +74,115 @@ inline void tile(const float* x, long x_stride, const W* w, long stride, long co
     for (int o = 0; o < O; o++) memcpy(sums + r * sums_stride + o * kLanes, &total[r][o], kBytes);
 }
 
-// The same for `outputs` columns of w, of which the last vector may be cut short.
+// The same for `outputs` columns of w. `rest` holds those that do not fill a vector, then zeros.
 template <class W, int R>
 void columns(const float* x, long x_stride, const W* w, long stride, long count, long outputs,
-             float* sums, long sums_stride) {
+             const W* rest, float* sums, long sums_stride) {
   constexpr int kFit = (kRegisters - 1) / (R + 1), O = kFit >= 8 ? 8 : kFit >= 4 ? 4 : 2;
   long o = 0;
   for (; o + O * kLanes <= outputs; o += O * kLanes)
     tile<W, R, O>(x, x_stride, w + o, stride, count, sums + o, sums_stride);
   for (; o + kLanes <= outputs; o += kLanes)
     tile<W, R, 1>(x, x_stride, w + o, stride, count, sums + o, sums_stride);
-  if (o == outputs) return;
-  W rest[kMostWidth][kLanes];
-  for (long i = 0; i < count; i++) {
-    memset(rest[i], 0, sizeof rest[i]);
-    memcpy(rest[i], w + i * stride + o, (outputs - o) * sizeof(W));
-  }
-  tile<W, R, 1>(x, x_stride, rest[0], kLanes, count, sums + o, sums_stride);
+  if (o < outputs) tile<W, R, 1>(x, x_stride, rest, kLanes, count, sums + o, sums_stride);
 }
 
 template <class W, int R = kMostRows>
+void rows_of(long rows, const float* x, long x_stride, const W* w, long stride, long count,
+             long outputs, const W* rest, float* sums, long sums_stride) {
+  for (; rows >= R; rows -= R, x += R * x_stride, sums += R * sums_stride)
+    columns<W, R>(x, x_stride, w, stride, count, outputs, rest, sums, sums_stride);
+  if constexpr (R > 1)
+    if (rows)
+      rows_of<W, R - 1>(rows, x, x_stride, w, stride, count, outputs, rest, sums, sums_stride);
+}
+
+template <class W>
 void product(long rows, const float* x, long x_stride, const W* w, long stride, long count,
              long outputs, float* sums, long sums_stride) {
-  for (; rows >= R; rows -= R, x += R * x_stride, sums += R * sums_stride)
-    columns<W, R>(x, x_stride, w, stride, count, outputs, sums, sums_stride);
-  if constexpr (R > 1)
-    if (rows) product<W, R - 1>(rows, x, x_stride, w, stride, count, outputs, sums, sums_stride);
+  W rest[kMostWidth][kLanes];
+  if (long last = outputs % kLanes)
+    for (long i = 0; i < count; i++)
+      for (long o = 0; o < kLanes; o++)
+        rest[i][o] = o < last ? w[i * stride + outputs - last + o] : W();
+  rows_of<W>(rows, x, x_stride, w, stride, count, outputs, rest[0], sums, sums_stride);
 }
 
 // Scores to weights e^(score - top); what was mixed before is scaled to the new top.
 void weigh(Block& block, int query, long count, long width) {
   float* scores = block.scores[query];
-  for (long i = count; i % kLanes; i++) scores[i] = kNothing;
   Vector most = Vector{} + kLowest;
   for (long i = 0; i < count; i += kLanes) {
     Vector score = load<Vector>(scores + i);
     most = score > most ? score : most;
   }
-  float top = block.top[query];
-  for (int lane = 0; lane < kLanes; lane++) top = std::max(top, most[lane]);
+  float top = std::max(block.top[query], largest(most));
   Vector sums = {};
   for (long i = 0; i < count; i += kLanes) {
     Vector weight = exponential(load<Vector>(scores + i) - top);
     memcpy(scores + i, &weight, kBytes);
     sums += weight;
   }
-  float factor = exponential(Vector{} + (block.top[query] - top))[0], total = 0;
-  for (int lane = 0; lane < kLanes; lane++) total += sums[lane];
-  block.total[query] = block.total[query] * factor + total;
+  float factor = exponential(Vector{} + (block.top[query] - top))[0];
+  block.total[query] = block.total[query] * factor + total(sums);
   block.top[query] = top;
   if (factor != 1)
     for (long c = 0; c < width; c++) block.mixed[query][c] *= factor;
 }
 
-// Adds slots [start, start + count) of what some queries may see.
-template <class W, class Hide>
-void add_slots(Block& block, const Queries& q, const Seen& seen, long start, long count, Hide hide) {
-  long rows = q.end - q.begin;
-  memset(block.scores, 0, rows * sizeof block.scores[0]);
-  auto* keys = static_cast<const W*>(seen.keys) + start;
-  auto* values = static_cast<const W*>(seen.values) + start * q.width;
-  product<W>(rows, q.queries + q.begin * q.width, q.width, keys, seen.stride, q.width, count,
-             block.scores[0], kSlots);
+// Some slots of the cache, or some tokens of the block itself.
+struct Span {
+  long start, count;
+  long whole() const { return (count + kLanes - 1) / kLanes * kLanes; }  // in whole vectors
+};
+
+// Asks memory for all at once, which the strides of rows would hide from the processor.
+inline void fetch(const void* row, long bytes) {
+  for (long i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+}
+
+// Scores of some queries, in the columns of the block from `column` on.
+template <class W>
+void score(Block& block, const Queries& q, const Seen& seen, Span span, long column) {
+  auto* keys = static_cast<const W*>(seen.keys) + span.start;
+  auto* values = static_cast<const W*>(seen.values) + span.start * q.width;
+  for (long c = 0; c < q.width; c++) fetch(keys + c * seen.stride, span.count * sizeof(W));
+  fetch(values, span.count * q.width * sizeof(W));
+  // Where a row of keys goes on, in whole vectors: the scores of what is behind will be hidden.
+  long count = std::min(span.whole(), seen.stride - span.start);
+  product<W>(q.end - q.begin, q.queries + q.begin * q.width, q.width, keys, seen.stride, q.width,
+             count, block.scores[0] + column, kColumns);
+}
+
+// Adds to what is mixed the values of some slots, by the weights in those columns.
+template <class W>
+void mix(Block& block, const Queries& q, const Seen& seen, Span span, long column) {
+  auto* values = static_cast<const W*>(seen.values) + span.start * q.width;
+  product<W>(q.end - q.begin, block.scores[0] + column, kColumns, values, q.width, span.count,
+             q.width, block.mixed[0], kMostWidth + kLanes);
+}
+
+// Adds some slots of the cache and some tokens of the block that queries may see.
+template <class W>
+void add(Block& block, const Queries& q, Span cached, Span own) {
+  long rows = q.end - q.begin, behind = cached.whole(), all = behind + own.whole();
+  for (long i = 0; i < rows; i++) memset(block.scores[i], 0, all * sizeof(float));
+  score<W>(block, q, q.cache, cached, 0);
+  score<W>(block, q, q.own, own, behind);
   for (long i = 0; i < rows; i++) {
-    hide((q.begin + i) % q.tokens, block.scores[i]);
-    weigh(block, i, count, q.width);
+    long token = (q.begin + i) % q.tokens;
+    float *scores = block.scores[i], *others = scores + behind;
+    if (q.first)
+      std::fill_n(scores, std::clamp(q.first[token] - cached.start, 0L, cached.count), kNothing);
+    std::fill(scores + cached.count, others, kNothing);
+    const bool* mask = q.mask + token * q.own.count + own.start;
+    for (long o = 0; o < own.count; o++)
+      if (!mask[o]) others[o] = kNothing;
+    std::fill(others + own.count, scores + all, kNothing);
+    weigh(block, i, all, q.width);
   }
-  product<W>(rows, block.scores[0], kSlots, values, q.width, count, q.width, block.mixed[0],
-             kMostWidth + kLanes);
+  mix<W>(block, q, q.cache, cached, 0);
+  mix<W>(block, q, q.own, own, behind);
 }
 
 template <class W>
@@ -137,19 +195,11 @@ void attend(const Queries& q) {
     if (q.first) from = std::min<long>(from, q.first[(q.begin + i) % q.tokens]);
   }
   // Blocks begin at the same slots whatever the queries: so the sums are the same to the last bit.
-  for (long start = std::max(0L, from) / kSlots * kSlots; start < q.cache.count; start += kSlots) {
-    long count = std::min<long>(kSlots, q.cache.count - start);
-    add_slots<W>(block, q, q.cache, start, count, [&](long token, float* scores) {
-      if (q.first) std::fill_n(scores, std::clamp(q.first[token] - start, 0L, count), kNothing);
-    });
-  }
-  for (long start = 0; start < q.own.count; start += kSlots) {
-    long count = std::min<long>(kSlots, q.own.count - start);
-    add_slots<W>(block, q, q.own, start, count, [&](long token, float* scores) {
-      const bool* mask = q.mask + token * q.own.count + start;
-      for (long i = 0; i < count; i++)
-        if (!mask[i]) scores[i] = kNothing;
-    });
+  long start = std::max(0L, from) / kSlots * kSlots, seen = 0;
+  for (; start + kSlots < q.cache.count; start += kSlots) add<W>(block, q, {start, kSlots}, {0, 0});
+  for (; seen == 0 || seen < q.own.count; seen += kSlots) {  // the last slots with the first tokens
+    Span cached{start, seen ? 0 : std::max(0L, q.cache.count - start)};
+    add<W>(block, q, cached, {seen, std::min<long>(kSlots, q.own.count - seen)});
   }
   for (long i = 0; i < rows; i++) {
     float* out = q.out + (q.begin + i) * q.width;
