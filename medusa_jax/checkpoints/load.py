@@ -113,8 +113,7 @@ def load_model(
         check_fit(stored, config)
         heads_config = stored.config
         tensors = watched(_with_projection(stored, backbone, config), ruined)
-        narrow = _bfloat16_if(stored)
-        params["heads"] = _loaded(tensors, dtype, digest, **how, kernel_dtype=narrow)
+        params["heads"] = _loaded(tensors, dtype, digest, **how, narrow=_all_narrow(stored))
         if file := bigram_file.beside(source):
             table = bigram_file.load(file, config.vocab_size)
             digest.update(table["scores"].tobytes())
@@ -187,13 +186,10 @@ def _with_projection(stored: StoredHeads, backbone: Tensors, config: ModelConfig
     return tensors | {"vocab": whole.rows(tensors["token_map"].read())}
 
 
-def _bfloat16_if(stored: StoredHeads) -> str:
-    """The type of heads that are stored in bfloat16, which loses nothing; "" of other heads.
-
-    The rows that they read of the backbone's projection then are as narrow as their own.
-    """
+def _all_narrow(stored: StoredHeads) -> bool:
+    """Whether heads are stored in bfloat16, and so lose nothing in it."""
     own = {one.dtype for path, one in stored.tensors.items() if path.endswith(("weight", "vocab"))}
-    return "bfloat16" if own == {"bfloat16"} else ""
+    return own == {"bfloat16"}
 
 
 def _precision(backbone: Tensors, dtype: str, quantize: str) -> str:
@@ -212,9 +208,11 @@ def _loaded(
     kernels: bool,
     quantize: str,
     tied: bool = False,
-    kernel_dtype: str = "",
+    narrow: bool = False,
 ) -> dict[str, Any]:
     """Nested parameters in the layout of decoding, read one tensor at a time.
+
+    If `narrow`, weights that the kernel of few rows reads are in bfloat16, however stored.
 
     Of each tensor, the digest gets the name, the shape and the first numbers.
     """
@@ -229,7 +227,7 @@ def _loaded(
     for path, tensor in whole.items():
         leaves |= placed(path, tensor, **how)
     leaves = stacked(leaves, StoredTensor.stack)
-    types = dtype, kernel_dtype
+    types = dtype, "bfloat16" if narrow else dtype
     leaves = {path: narrowed(path, leaf, quantize, *types) for path, leaf in leaves.items()}
     if how["few_rows"]:
         leaves = looped(leaves, StoredTensor.stack)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from medusa_jax.checkpoints.quantization import NONE, quantized, stored, type_for
 from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.kernels import native
-from medusa_jax.model.backbone import STACK
+from medusa_jax.model.layer_stack import place
 from medusa_jax.model.linear import Weight, joint_name, leaves_out_zeros
 from medusa_jax.param_paths import flat, nested
 
@@ -132,16 +132,14 @@ def looped(leaves: dict[str, Any], stack: Callable[[list[Any]], Any]) -> dict[st
     layers: dict[int, dict[str, Any]] = {}
     rest = {}
     for path, leaf in leaves.items():
-        if match := re.fullmatch(r"layer_(\d+)/(.+)", path):
-            layers.setdefault(int(match[1]), {})[match[2]] = leaf
-        else:
-            rest[path] = leaf
+        name, layer = place(path)
+        of = rest if layer is None else layers.setdefault(layer, {})
+        of[name] = leaf
     in_order = [layers[number] for number in sorted(layers)]
     forms = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), one) for one in in_order]
     if not forms or any(form != forms[0] for form in forms):
         return leaves
-    whole = jax.tree.map(lambda *single: stack(list(single)), *in_order)
-    return rest | {f"{STACK}/{path}": leaf for path, leaf in whole.items()}
+    return rest | jax.tree.map(lambda *single: stack(list(single)), *in_order)
 
 
 def narrowed(path: str, leaf: Any, quantize: str, dtype: str, kernel_dtype: str = "") -> Any:

@@ -70,8 +70,8 @@ def _unwound(main: Callable[[argparse.Namespace], None], namespace: argparse.Nam
 
 
 def _message(error: Exception) -> str:
-    if lost := "jax" in sys.modules and _partners().lost(error):
-        return lost
+    if "jax" in sys.modules:
+        _partners().end_if_lost(error)
     own = type(error).__module__.startswith("medusa_jax.")  # its message says all there is to say
     return str(error) if own else f"{type(error).__name__}: {error}"
 

@@ -14,8 +14,9 @@ from medusa_jax.decoding.sampling import Sampling
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, State
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params, Verified
-from medusa_jax.model.backbone import causal_mask, in_loop
+from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
+from medusa_jax.model.layer_stack import in_loop
 from medusa_jax.model.linear import leaves_out_zeros
 
 # Longer prompts run in blocks of this many tokens, which bounds the memory of attention.

@@ -23,8 +23,9 @@ from medusa_jax.decoding.sampling import RowSampling, Sampling
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State, map_rows
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Draft, Drafter, Params, Verified
-from medusa_jax.model.backbone import causal_mask, in_loop
+from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import Block, KVCache, Layers, init_cache
+from medusa_jax.model.layer_stack import in_loop
 
 # A CPU takes about as long for so many tokens as for a call of some steps.
 CPU_BLOCK = 128

@@ -34,11 +34,13 @@ class _Run:
       handler: for C, which holds its address only; None where this process is alone.
       advice: what the message says of saved work.
       code: with which this process leaves.
+      lock: of the last words.
     """
 
     handler: Any = None
     advice: Callable[[], str] = str
     code: int | None = None
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
 
 
 _run = _Run()
@@ -67,12 +69,10 @@ def advise(advice: Callable[[], str]) -> None:
     _run.advice = advice
 
 
-def lost(error: Exception) -> str | None:
-    """The message where an error means that another process has died, else None."""
-    if _run.handler is None or not _LOST.search(str(error)):
-        return None
-    _run.code = 1
-    return _message()
+def end_if_lost(error: Exception) -> None:
+    """Ends this process with a message where an error means that another process has died."""
+    if _run.handler is not None and _LOST.search(str(error)):
+        _end()
 
 
 @contextlib.contextmanager
@@ -81,8 +81,7 @@ def ending_if_lost() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if message := lost(error):
-            _end(message)
+        end_if_lost(error)
         raise
 
 
@@ -98,17 +97,16 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _message() -> str:
-    return "; ".join(filter(None, ["another process is gone", _run.advice(), "start all again"]))
-
-
 def _gone(*_: object) -> None:
     """Called by the thread of C++ that heard of it."""
     if _run.code is not None:  # this process is on its way out
         os._exit(_run.code)
-    _end(_message())
+    _end()
 
 
-def _end(message: str) -> None:
-    os.write(2, f"\nerror: {message}\n".encode())
-    os._exit(1)
+def _end() -> None:
+    """Says what has happened, and ends at once, before C++ can say it in words of its own."""
+    with _run.lock:  # whoever comes second has nothing to add
+        parts = "another process is gone", _run.advice(), "start all again"
+        os.write(2, f"\nerror: {'; '.join(filter(None, parts))}\n".encode())
+        os._exit(1)

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 from medusa_jax.drafting.drafter import OfTree, Params, Proposal, Verified
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
-from medusa_jax.model.backbone import Backbone, causal_mask, in_loop
+from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache, commit, init_cache
 from medusa_jax.model.largest import largest
+from medusa_jax.model.layer_stack import in_loop
 from medusa_jax.model.linear import weight_of
 from medusa_jax.param_paths import device_bytes
 from medusa_jax.shapes import typed

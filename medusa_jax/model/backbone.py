@@ -6,7 +6,6 @@ itself is a mask (causal in a prompt, ancestors in a tree); what it sees of the
 past is a `KVCache`, which it only reads.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,18 +18,12 @@ from medusa_jax.model.attention import attend
 from medusa_jax.model.cache_attention import CacheAttention, Past
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache
-from medusa_jax.model.layers import (
-    first_within_window,
-    rms_norm,
-    rope_tables,
-    rotate,
-    within_window,
-)
+from medusa_jax.model.layer_stack import STACK
+from medusa_jax.model.layers import rms_norm, rope_tables, rotate
 from medusa_jax.model.linear import Linear, of_layer, parameter, projections
 from medusa_jax.model.rope import DynamicNTK
+from medusa_jax.model.sight import Sight
 from medusa_jax.shapes import typed
-
-STACK = "layers"  # the parameters of all layers [L, ...], where a loop runs them
 
 
 class Embedding(nn.Module):
@@ -221,7 +214,7 @@ class Backbone(nn.Module):
         return self.finish(x), block
 
     def _one_by_one(
-        self, x: Array, rope: tuple[Array, Array], seen: "Sight", cache: KVCache | None,
+        self, x: Array, rope: tuple[Array, Array], seen: Sight, cache: KVCache | None,
         live: Array | None, wanted: Array | None,
     ) -> tuple[Array, Block]:  # fmt: skip
         keys, values = [], []
@@ -238,7 +231,7 @@ class Backbone(nn.Module):
         return x, (tuple(keys), tuple(values))
 
     def _in_loop(
-        self, x: Array, rope: tuple[Array, Array], seen: "Sight", cache: KVCache | None,
+        self, x: Array, rope: tuple[Array, Array], seen: Sight, cache: KVCache | None,
         live: Array | None, wanted: Array | None,
     ) -> tuple[Array, Block]:  # fmt: skip
         stack, last = self.get_variable("params", STACK), self.config.num_layers - 1
@@ -271,45 +264,6 @@ class Backbone(nn.Module):
         """Next-token logits, float32 [*dims, V]; with `rows`, of these tokens only [*dims, W]."""
         weight = self.embed.table if self.lm_head is None else self.lm_head
         return (weight if rows is None else weight.rows(rows)).dot(hidden)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """What the tokens of a block see, by the sliding window of a layer.
-
-    Attributes:
-      which: number of each layer's window among the W that the layers have, L numbers.
-      masks: whether a token sees another of its block, for each window [B, T, T].
-      first: the first position that each token sees, for each window [B, T]; None for no window.
-    """
-
-    which: tuple[int, ...]
-    masks: list[Array]
-    first: list[Array | None]
-
-    @classmethod
-    def of(cls, config: ModelConfig, positions: Array, mask: Array) -> "Sight":
-        """Windows on top of a mask."""
-        windows = list(dict.fromkeys(config.windows))
-        masks = [mask & within_window(positions, positions, window) for window in windows]
-        first = [first_within_window(positions, window) for window in windows]
-        return cls(tuple(windows.index(window) for window in config.windows), masks, first)
-
-    def of_layer(self, number: int | Array) -> tuple[Array, Array | None]:
-        """Of a layer whose number may be known to the program alone."""
-        if len(self.masks) == 1:
-            return self.masks[0], self.first[0]
-        if isinstance(number, int):
-            return self.masks[self.which[number]], self.first[self.which[number]]
-        which = jnp.array(self.which)[number]
-        first = [jnp.zeros(()) if one is None else one for one in self.first]
-        first = jnp.stack(jnp.broadcast_arrays(*first)).astype(jnp.int32)
-        return jnp.stack(self.masks)[which], first[which]
-
-
-def in_loop(params: dict[str, Any]) -> bool:
-    """Whether these parameters of a backbone hold the layers as a stack, which a loop runs."""
-    return STACK in params
 
 
 def _filled(cache: KVCache, live: Array | None) -> Array:

@@ -62,7 +62,7 @@ def init_cache(
     """An empty cache of `capacity` slots a row. Zeros, so that unread slots stay finite.
 
     Args:
-      in_loop: for layers that run in a loop (`backbone.in_loop`).
+      in_loop: for layers that run in a loop (`layer_stack.py`).
     """
     heads, width, count = config.num_kv_heads, config.head_dim, config.num_layers
 

@@ -107,7 +107,7 @@ class Weight:
       scale: of a quantized weight, float32: of each output [out], or of each output's G groups
         of inputs [out, G]; of a stack [M, out] or [M, out, G]. None where data are the numbers.
       layer: the weight that is meant, where data and scale are those of L layers, [L, ., .] and
-        [L, out] (`backbone.in_loop`); None where they are its own.
+        [L, out] (`layer_stack.py`); None where they are its own.
       lookup_dtype: type of the rows that `lookup` gives of a quantized table.
     """
 

@@ -32,10 +32,11 @@ from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
 from medusa_jax.files import writing
 from medusa_jax.gguf_file import is_gguf
+from medusa_jax.model import layer_stack
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.linear import Weight
 from medusa_jax.param_paths import flat, joined
-from medusa_jax.training import lora, scanned_backbone
+from medusa_jax.training import lora
 from medusa_jax.training.settings import Config
 from medusa_jax.training.weights import Weights
 
@@ -145,7 +146,7 @@ def _backbone_tensors(model: ModelConfig, params: dict[str, Any], dtype: str) ->
     places = backbone_places(dataclasses.replace(model, tied="backbone/lm_head" not in params))
     tensors = {}
     for name, place in places.items():
-        path, layer = scanned_backbone.place("/".join(place.path))
+        path, layer = layer_stack.place("/".join(place.path))
         leaf = params[f"backbone/{path}"]
         tensors[name] = _given(place.shape, dtype, functools.partial(_single, leaf, layer))
     return tensors

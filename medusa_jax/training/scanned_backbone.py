@@ -1,14 +1,12 @@
 """The backbone for training: one compiled layer in a loop over the stacked weights of all layers.
 
-Decoding keeps layers apart, since slicing a stack copies weights in each step. In training that
-cost is small beside the arithmetic. One layer compiles in minutes where sixty would take hours;
-its weights are gathered, and its activations recomputed, one layer at a time.
+On most devices decoding keeps layers apart, since slicing a stack copies weights in each step. In
+training that cost is small beside the arithmetic. One layer compiles in minutes where sixty would
+take hours; its weights are gathered, and its activations recomputed, one layer at a time.
 
-Parameters: as the backbone's, with `layers/...` [L, ...] in place of
-`layer_0/...`, `layer_1/...`.
+Parameters: as the backbone's, those of the layers as a stack (`layer_stack.py`).
 """
 
-import re
 from typing import Any
 
 import jax
@@ -18,19 +16,9 @@ from jax.sharding import NamedSharding
 
 from medusa_jax.model.backbone import Backbone, Layer
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.layer_stack import place
 from medusa_jax.model.layers import rope_tables
 from medusa_jax.training import packed_attention
-
-_LAYER = re.compile(r"layer_(\d+)/")
-
-
-def place(path: str) -> tuple[str, int | None]:
-    """The stack that holds a parameter of a single layer, and its index there.
-
-    "layer_3/mlp/up/weight" -> ("layers/mlp/up/weight", 3); "lm_head" -> ("lm_head", None).
-    """
-    match = _LAYER.match(path)
-    return (path, None) if match is None else ("layers/" + path[match.end() :], int(match[1]))
 
 
 def shapes(single: dict[str, tuple[int, ...]], layers: int) -> dict[str, tuple[int, ...]]:
@@ -40,13 +28,6 @@ def shapes(single: dict[str, tuple[int, ...]], layers: int) -> dict[str, tuple[i
         name, layer = place(path)
         stacked[name] = shape if layer is None else (layers, *shape)
     return stacked
-
-
-def members(path: str, layers: int) -> list[str]:
-    """The layers' parameters in a stack, in order; for a parameter that is no stack, itself."""
-    if not path.startswith("layers/"):
-        return [path]
-    return [f"layer_{i}/{path.removeprefix('layers/')}" for i in range(layers)]
 
 
 def hidden_states(

@@ -20,6 +20,7 @@ from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.distributed.rules import put, spec
 from medusa_jax.drafting.medusa_heads import HYDRA, NO_HEADS, HeadsConfig
 from medusa_jax.errors import InputError
+from medusa_jax.model import layer_stack
 from medusa_jax.model.config import ModelConfig, from_hf
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.param_paths import nested
@@ -248,7 +249,7 @@ def _open_files(
         stored = backbone_tensors(config.model.path)
         for path in paths:
             if path.startswith("backbone/layers/"):
-                names = scanned_backbone.members(path.removeprefix("backbone/"), model.num_layers)
+                names = layer_stack.members(path.removeprefix("backbone/"), model.num_layers)
                 tensors[path] = StoredTensor.stack([stored[name] for name in names])
             elif path.startswith("backbone/"):
                 tensors[path] = stored[path.removeprefix("backbone/")]

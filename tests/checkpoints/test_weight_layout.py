@@ -13,9 +13,10 @@ from helpers.models import TINY, TinyModel, apart
 from medusa_jax.checkpoints.weight_layout import for_decoding, joined, looped, placed, stacked
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, MedusaHeads, first_heads
 from medusa_jax.kernels import native
-from medusa_jax.model.backbone import Backbone, causal_mask, in_loop
+from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.cache_attention import CacheAttention
 from medusa_jax.model.kv_cache import init_cache
+from medusa_jax.model.layer_stack import in_loop
 from medusa_jax.model.linear import Weight
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5]])

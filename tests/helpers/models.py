@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from medusa_jax.drafting.medusa_heads import HeadsConfig, MedusaHeads
+from medusa_jax.model import layer_stack
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.param_paths import flat, nested
@@ -58,7 +59,7 @@ def stacked(params: dict[str, Any], layers: int) -> dict[str, Any]:
     leaves = {
         path: single[path]
         if path in single
-        else jnp.stack([single[name] for name in scanned_backbone.members(path, layers)])
+        else jnp.stack([single[name] for name in layer_stack.members(path, layers)])
         for path in shapes
     }
     return params | {"backbone": nested(leaves), "heads": apart(params["heads"])}

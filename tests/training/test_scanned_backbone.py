@@ -59,13 +59,3 @@ def test_documents_of_one_row_do_not_see_each_other():
     for part in (slice(0, 7), slice(7, 12)):
         alone = run({key: array[:, part] for key, array in packed.items()})
         np.testing.assert_allclose(together[:, part], alone, atol=1e-5)
-
-
-def test_places_of_layers_in_the_stack():
-    assert scanned_backbone.place("layer_3/mlp/up/weight") == ("layers/mlp/up/weight", 3)
-    assert scanned_backbone.place("lm_head") == ("lm_head", None)
-    assert scanned_backbone.members("layers/mlp/up/weight", 2) == [
-        "layer_0/mlp/up/weight",
-        "layer_1/mlp/up/weight",
-    ]
-    assert scanned_backbone.members("embed/embedding", 2) == ["embed/embedding"]
