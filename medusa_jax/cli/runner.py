@@ -52,8 +52,11 @@ def run(main: Callable[[argparse.Namespace], None], namespace: argparse.Namespac
         sys.stdout.flush()
         interrupts.end(message)
     if failure is not None:
+        with_jax = "jax" in sys.modules
+        if with_jax and code == 1:
+            _partners().end_if_lost(failure)
         print(f"error: {message}", file=sys.stderr, flush=True)
-        if "jax" in sys.modules:
+        if with_jax:
             _partners().leave(code)
     sys.exit(code)
 
@@ -70,8 +73,6 @@ def _unwound(main: Callable[[argparse.Namespace], None], namespace: argparse.Nam
 
 
 def _message(error: Exception) -> str:
-    if "jax" in sys.modules:
-        _partners().end_if_lost(error)
     own = type(error).__module__.startswith("medusa_jax.")  # its message says all there is to say
     return str(error) if own else f"{type(error).__name__}: {error}"
 

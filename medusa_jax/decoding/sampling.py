@@ -137,7 +137,7 @@ def argmax(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
     As plain reductions, which XLA vectorizes on a CPU; its own argmax takes 5 (V = 4096) to 40
     times (V = 49152) as long there.
     """
-    if logits.shape[-1] < 16 * PART:
+    if logits.shape[-1] < 16 * PART:  # parts would gain nothing there
         return _first_of_the_largest(logits)
     return jax.lax.platform_dependent(logits, cpu=_by_parts, default=_first_of_the_largest)
 
