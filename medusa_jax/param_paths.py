@@ -45,8 +45,10 @@ def map_with_path(
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of the parts of a pytree's arrays that a single device holds."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Bytes of the parts of a pytree's arrays, or abstract arrays, that a single device holds."""
+
+    def size(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        return math.prod(shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
+
+    return sum(map(size, jax.tree.leaves(tree)))

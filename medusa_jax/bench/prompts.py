@@ -219,9 +219,9 @@ def generators(options: PromptsOptions, schemes: dict[str, Acceptance]) -> Gener
     backbone: Any = None
     for name in drafter_names(options) or [options.drafter]:
         for scheme, one in with_drafter(options, schemes, name).items():
-            backbone = backbone or one.model.params["backbone"]  # all drafters share a single copy
-            params = one.model.params | {"backbone": backbone}
-            model = dataclasses.replace(one.model, params=params)
+            parameters = one.model.parameters  # all drafters share a single copy of the backbone
+            backbone = backbone or parameters.part("backbone")
+            model = dataclasses.replace(one.model, parameters=parameters.having(backbone=backbone))
             rest = one.text, one.tree, one.acceptance, one.options, one.at_most
             asked[scheme][name or MEDUSA] = Generator(model, *rest)
     return asked

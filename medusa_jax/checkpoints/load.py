@@ -5,6 +5,7 @@ Backbones are Llama-family directories, alone or merged with heads. `heads.py` o
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from medusa_jax import json_files
@@ -29,6 +31,7 @@ from medusa_jax.checkpoints.heads import (
 )
 from medusa_jax.checkpoints.hub import resolve, shipped_heads
 from medusa_jax.checkpoints.names import backbone_places, matched
+from medusa_jax.checkpoints.parameters import Parameters, Part
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.checkpoints.weight_layout import joined, looped, narrowed, placed, stacked, usable
 from medusa_jax.distributed.rules import decode_mesh, everywhere, put, shardings
@@ -50,7 +53,7 @@ class Model:
 
     Attributes:
       config, heads: shapes; `NO_HEADS` where there are none.
-      params: {"backbone": ..., "heads": ...} in the layout of decoding (`weight_layout.py`);
+      parameters: {"backbone": ..., "heads": ...} in the layout of decoding (`weight_layout.py`);
         also {"bigrams": ...} where a table of them is stored beside the heads.
       stop_ids, suppress, repetition_penalty: its `GenerationConfig`.
       precision: of the weights: "float32" or "bfloat16", or how they are quantized.
@@ -63,7 +66,7 @@ class Model:
 
     config: ModelConfig
     heads: HeadsConfig
-    params: dict[str, Any]
+    parameters: Parameters
     stop_ids: tuple[int, ...]
     suppress: tuple[int, ...]
     directory: Path
@@ -74,6 +77,11 @@ class Model:
     mesh: Mesh | None = None
     draft: ModelConfig | None = None
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """The numbers of its parameters, which the first call reads."""
+        return self.parameters.arrays
+
 
 def load_model(
     model: str | Path,
@@ -82,6 +90,7 @@ def load_model(
     mesh: str | None = None,
     kernels: bool = True,
     quantize: str = quantization.NONE,
+    read: bool = True,
 ) -> Model:
     """Loads a backbone and, where there are any, its Medusa heads.
 
@@ -94,6 +103,7 @@ def load_model(
         reads its own part (`rules.decode_mesh`); one device by default.
       kernels: lays the weights out for `kernels.few_rows` where that can be used.
       quantize: "int8", "fp8", "int4" or "none"; weights of fewer bits in files stay as they are.
+      read: reads the numbers at once; otherwise `Model.params` does, when they are first asked for.
 
     Raises:
       InputError: something is missing, unreadable, unsupported, of another shape, or not
@@ -107,25 +117,19 @@ def load_model(
     devices = decode_mesh(mesh, config) if mesh else None
     stored, source = _open_heads(directory, heads, files.heads)
     backbone = matched(backbone_places(config), watched(files.tensors, ruined), directory)
-    digest, heads_config, params = hashlib.sha256(repr(config).encode()), NO_HEADS, {}
+    digest, parts = hashlib.sha256(repr(config).encode()), dict[str, Part]()
     how = {"mesh": devices, "kernels": kernels, "quantize": quantize}
-    if stored:  # before the backbone, which takes long to read
+    if stored:
         check_fit(stored, config)
-        heads_config = stored.config
         tensors = watched(_with_projection(stored, backbone, config), ruined)
-        params["heads"] = _loaded(tensors, dtype, digest, **how, narrow=_all_narrow(stored))
-        if file := bigram_file.beside(source):
-            table = bigram_file.load(file, config.vocab_size)
-            digest.update(table["scores"].tobytes())
-            params |= {NAME: everywhere(table, devices)}
-    params["backbone"] = _loaded(backbone, dtype, digest, **how, tied=config.tied)
-    if ruined:
-        which = len(ruined), listed(sorted(ruined))
-        log.warning("%s: %d tensors hold NaN or infinity: %s", directory, *which)
-    return Model(
+        parts["heads"] = _opened(tensors, dtype, digest, **how, narrow=_all_narrow(stored))
+        parts |= _bigrams(source, config, digest, devices)
+    rest = _opened(backbone, dtype, digest, **how, tied=config.tied)
+    parts["backbone"] = Part(rest.shapes, functools.partial(_checked, rest, ruined, directory))
+    loaded = Model(
         config=config,
-        heads=heads_config,
-        params=params,
+        heads=stored.config if stored else NO_HEADS,
+        parameters=Parameters(parts),
         stop_ids=generation.stop_ids,
         suppress=generation.suppress,
         repetition_penalty=generation.repetition_penalty,
@@ -135,6 +139,9 @@ def load_model(
         fingerprint=digest.hexdigest()[:16],
         mesh=devices,
     )
+    if read:
+        _ = loaded.params
+    return loaded
 
 
 def backbone_tensors(model: str | Path) -> Tensors:
@@ -186,6 +193,16 @@ def _with_projection(stored: StoredHeads, backbone: Tensors, config: ModelConfig
     return tensors | {"vocab": whole.rows(tensors["token_map"].read())}
 
 
+def _bigrams(source: Path, config: ModelConfig, digest: Any, mesh: Mesh | None) -> dict[str, Part]:
+    """The table of bigrams beside the heads, where there is a table; the digest gets its scores."""
+    file = bigram_file.beside(source)
+    if file is None:
+        return {}
+    table = bigram_file.load(file, config.vocab_size)
+    digest.update(table["scores"].tobytes())
+    return {NAME: Part(everywhere(table, mesh))}
+
+
 def _all_narrow(stored: StoredHeads) -> bool:
     """Whether heads are stored in bfloat16, and so lose nothing in it."""
     own = {one.dtype for path, one in stored.tensors.items() if path.endswith(("weight", "vocab"))}
@@ -199,7 +216,7 @@ def _precision(backbone: Tensors, dtype: str, quantize: str) -> str:
     return in_files or (dtype if quantize == quantization.NONE else quantize)
 
 
-def _loaded(
+def _opened(
     tensors: Tensors,
     dtype: str,
     digest: Any,
@@ -209,8 +226,8 @@ def _loaded(
     quantize: str,
     tied: bool = False,
     narrow: bool = False,
-) -> dict[str, Any]:
-    """Nested parameters in the layout of decoding, read one tensor at a time.
+) -> Part:
+    """Nested parameters in the layout of decoding, which are read one tensor at a time.
 
     If `narrow`, weights that the kernel of few rows reads are in bfloat16, however stored.
 
@@ -234,10 +251,27 @@ def _loaded(
     tree = nested(leaves)
     if mesh is not None and any(leaf.dtype == "int4" for leaf in jax.tree.leaves(tree)):
         raise InputError("weights of int4 cannot be split over a mesh")
-    if mesh is None:
-        loaded = jax.tree.map(lambda tensor: put(tensor.read, tensor.shape, None), tree)
-    else:
-        split = shardings(tree, mesh)
-        loaded = jax.tree.map(lambda one, place: put(one.read, one.shape, place), tree, split)
-    give_back()
-    return loaded
+    places = shardings(tree, mesh) if mesh else jax.tree.map(lambda _: None, tree)
+    leaves_of, structure = jax.tree.flatten(tree)
+    split = structure.flatten_up_to(places)
+    shapes = [
+        jax.ShapeDtypeStruct(one.shape, jnp.dtype(one.dtype), sharding=place)
+        for one, place in zip(leaves_of, split, strict=True)
+    ]
+
+    def read() -> Any:
+        pairs = zip(leaves_of, split, strict=True)
+        loaded = [put(one.read, one.shape, place) for one, place in pairs]
+        give_back()
+        return structure.unflatten(loaded)
+
+    return Part(structure.unflatten(shapes), read)
+
+
+def _checked(backbone: Part, ruined: set[str], directory: Path) -> Any:
+    """The backbone's numbers; says which tensors, those of heads among them, are not finite."""
+    arrays = backbone.arrays
+    if ruined:
+        which = len(ruined), listed(sorted(ruined))
+        log.warning("%s: %d tensors hold NaN or infinity: %s", directory, *which)
+    return arrays

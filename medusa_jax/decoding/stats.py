@@ -27,7 +27,7 @@ class Stats:
       passes: forward passes, each over all rows of a batch.
       prompts: prompts that were prefilled.
       seconds: wall time of prefill, passes and all between; decode_seconds: of the passes alone.
-      compile_seconds: ahead-of-time compilation, not part of `seconds`.
+      compile_seconds: ahead-of-time compilation and reading parameters, not part of `seconds`.
       bytes: bytes that the passes had to read.
     """
 

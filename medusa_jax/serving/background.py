@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.prompt_blocks import RowSettings
 from medusa_jax.drafting.drafter import Drafter
 from medusa_jax.serving.programs import Programs
 
@@ -25,24 +26,26 @@ class Background:
 
     def compile_runs(
         self,
+        programs: Programs,
         decoder: Decoder,
-        params: Any,
         choices: Sequence[tuple[int, Drafter]],
-        state: Callable[[int], Any],
+        settings: RowSettings,
     ) -> None:
         """Compiles `Decoder.run` for batches of some rows, by some drafters, one after another.
 
         What was wanted before and has not begun is forgotten.
 
         Args:
+          programs: of the engine.
           decoder: whose drafts are in the states.
           choices: the most useful first.
-          state: abstract state of so many rows.
+          settings: that rows have.
         """
-        programs = Programs(params, decoder.drafter)  # whose time is not the engine's
+        own = Programs(programs.parameters, decoder.drafter)  # whose time is not the engine's
 
         def compiled(rows: int, drafter: Drafter) -> Any:
-            return programs.run(dataclasses.replace(decoder, drafter=drafter), params, state(rows))
+            state = own.abstract_state(decoder, rows, settings)
+            return own.run(dataclasses.replace(decoder, drafter=drafter), state)
 
         self._wanted = [functools.partial(compiled, *choice) for choice in choices]
         busy = self._thread is not None and self._thread.is_alive()

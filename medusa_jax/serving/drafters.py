@@ -112,8 +112,8 @@ def heads_directory(name: str | None) -> str | None:
 
 def with_draft(model: Model, draft: Model) -> Model:
     """The model with a smaller model that guesses for it."""
-    params = model.params | {DRAFT: draft.params["backbone"]}
-    return dataclasses.replace(model, params=params, draft=draft.config)
+    parameters = model.parameters.having(**{DRAFT: draft.parameters.part("backbone")})
+    return dataclasses.replace(model, parameters=parameters, draft=draft.config)
 
 
 def check_vocabulary(text: ChatTokenizer, directory: Path) -> None:

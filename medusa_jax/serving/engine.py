@@ -11,11 +11,13 @@ insert, generate, free) with a queue in front; here prompts are read into their 
 """
 
 import collections
+import functools
 import time
 from collections.abc import Sequence
 
 import jax
 
+from medusa_jax.checkpoints.parameters import Parameters
 from medusa_jax.decoding.decoder import Decoder, row_bytes
 from medusa_jax.decoding.state import Output
 from medusa_jax.decoding.stats import Stats, step_bytes
@@ -43,7 +45,7 @@ class Engine:
     def __init__(
         self,
         decoder: Decoder,
-        params: Params,
+        params: Params | Parameters,
         *,
         slots: int = 1,
         stop_ids: Sequence[int] = (),
@@ -52,15 +54,16 @@ class Engine:
         ladder: Ladder | None = None,
     ) -> None:
         self.decoder, self.slots, self.stats = decoder, slots, Stats()
-        self._batch = Slots(decoder, params, tuple(stop_ids), repetition_penalty, seed)
+        parameters = Parameters.of(params)
+        self._batch = Slots(decoder, parameters, tuple(stop_ids), repetition_penalty, seed)
         self._waiting: collections.deque[Job] = collections.deque()
         self._rows: dict[int, Row] = {}
         if ladder is None or jax.process_count() > 1:  # whose clocks would choose differently
             ladder = Ladder((), (decoder.drafter,), (1.0,))
         self._reader, self._load = Reader(self._batch), Load(ladder, self._batch, slots)
-        self._most_waiting = min(slots, most_rows(decoder, params) + 1)
-        self._step_bytes, with_token = (step_bytes(decoder, params, n) for n in (0.0, 1.0))
-        self._token_bytes = with_token - self._step_bytes
+        self._most_waiting = min(slots, most_rows(decoder, parameters.shapes) + 1)
+        bytes_of = functools.partial(step_bytes, decoder, parameters.shapes)
+        self._step_bytes, self._token_bytes = bytes_of(0.0), bytes_of(1.0) - bytes_of(0.0)
 
     @property
     def idle(self) -> bool:
@@ -103,7 +106,7 @@ class Engine:
         self._batch.clear()
 
     def warm_up(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Compiles what jobs of this shape need, before they arrive."""
+        """Compiles what jobs of this shape need, before they arrive, and reads the parameters."""
         self._load.warm_up(Job([0] * prompt_tokens, max_new_tokens))
 
     def close(self) -> None:
@@ -117,7 +120,7 @@ class Engine:
           more: other jobs may come. Without them, an idle engine begins with no more rows than
             jobs, rounded up to a power of two so that few programs are compiled.
         """
-        begun = time.perf_counter() - self._batch.compile_seconds
+        begun = time.perf_counter() - self._batch.programs.compile_seconds
         self._fill(more)
         if not self._rows:
             return []
@@ -125,9 +128,9 @@ class Engine:
         begins = any(row.begins for row in self._rows.values())
         passes, seconds = self._load.run(writing, begins=begins) if writing else (0, 0.0)
         done = self._batch.outputs() if writing else []
-        self.stats.compile_seconds = self._batch.compile_seconds
+        self.stats.compile_seconds = self._batch.programs.compile_seconds
         self.stats.add_passes(passes, seconds)
-        self.stats.seconds += time.perf_counter() - self._batch.compile_seconds - begun
+        self.stats.seconds += time.perf_counter() - self._batch.programs.compile_seconds - begun
         report = self._report(passes, done)
         self._load.saw([made for progress in report for made in progress.steps])
         return report
@@ -136,8 +139,7 @@ class Engine:
         """Gives free slots to waiting jobs."""
         needed = min(len(self._rows) + len(self._waiting), self.slots)
         if not self._rows and self._waiting:
-            self._batch.fit(max(max(job.tokens, job.room) for job in [*self._waiting][:needed]))
-            self._batch.begin(self._load.size(needed, more))
+            self._load.begin([*self._waiting][:needed], more)
         elif self._rows:
             self._regroup(self._load.size(needed, more))
         while self._waiting and len(self._rows) < self._batch.rows:

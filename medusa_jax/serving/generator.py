@@ -15,10 +15,11 @@ from typing import Any
 from medusa_jax import kernels
 from medusa_jax.checkpoints.hub import shipped
 from medusa_jax.checkpoints.load import Model, load_model
+from medusa_jax.checkpoints.parameters import Parameters
 from medusa_jax.data.prompts import Request
 from medusa_jax.data.tokenizer import ChatTokenizer, Message
 from medusa_jax.decoding.acceptance import Acceptance
-from medusa_jax.decoding.compilation import in_fast_order
+from medusa_jax.decoding.compilation import in_fast_order, on_tpu
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.stats import Stats
 from medusa_jax.drafting.dynamic_tree import DynamicTree
@@ -143,7 +144,7 @@ class Generator:
         ladder = None
         if self.options.by_load:
             ladder = ladder_of(decoder.drafter, slots, tuned_lengths(self))
-        return Engine(decoder, self.model.params, slots=slots, seed=seed, ladder=ladder, **how)
+        return Engine(decoder, self.model.parameters, slots=slots, seed=seed, ladder=ladder, **how)
 
     @property
     def stats(self) -> Stats:
@@ -233,10 +234,10 @@ def load_generator(
     check_ends(options)
     products = "products" in kernels.used(options.no_kernels)
     where = options.precision, options.mesh, products, options.quantize
-    model = load_model(options.model or shipped(), options.heads, *where)
+    model = load_model(options.model or shipped(), options.heads, *where, read=False)
     text = ChatTokenizer(model.directory, raw=options.raw, template=options.chat_template)
     if (directory := draft_directory(options.drafter)) is not None:
-        draft = load_model(directory, None, *where)
+        draft = load_model(directory, None, *where, read=False)
         check_vocabulary(text, draft.directory)
         model = with_draft(model, draft)
     tree: Tree | DynamicTree = Tree()
@@ -245,10 +246,11 @@ def load_generator(
     elif not options.autoregressive:
         log.warning("no Medusa heads were found with %s: plain decoding", model.directory)
     generator = Generator(model, text, tree, acceptance, options, at_most)
-    # For the tree, whose steps are most; plain decoding shares the weights and their order.
-    params = in_fast_order(decoder_of(generator), model.params, options.batch_size)
-    model = dataclasses.replace(model, params=params)
-    return Generator(model, text, tree, acceptance, options, at_most)
+    if on_tpu(model.parameters.shapes):
+        # For the tree, whose steps are most; plain decoding shares the weights and their order.
+        params = in_fast_order(decoder_of(generator), model.params, options.batch_size)
+        generator.model = dataclasses.replace(model, parameters=Parameters.of(params))
+    return generator
 
 
 class Chat:

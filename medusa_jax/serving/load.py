@@ -28,9 +28,30 @@ class Load:
 
     def warm_up(self, job: Job) -> None:
         """Compiles a tree for a single row, and plain decoding in all slots."""
-        if self._ladder.rows:
-            self._batch.warm_up(job, 1, self._ladder.drafters[-1])
-        self._batch.warm_up(job, self._slots, self._ladder.drafters[0])
+        for rows in (1, self._slots) if self._ladder.rows else (self._slots,):
+            self._batch.warm_up(job, job.tokens, rows, self._ladder.drafters[self._first(rows)])
+        self._batch.programs.read_parameters()
+
+    def begin(self, jobs: Sequence[Job], more: bool) -> None:
+        """A batch for these jobs.
+
+        Parameters that are still in files are read after the first programs are compiled, which
+        takes much memory for a time.
+
+        Args:
+          more: others may come.
+        """
+        tokens = max(max(job.tokens, job.room) for job in jobs)
+        self._batch.fit(tokens)
+        rows = self.size(len(jobs), more)
+        if self._batch.programs.parameters.unread:
+            self._batch.warm_up(jobs[0], tokens, rows, self._ladder.drafters[self._first(rows)])
+            self._batch.programs.read_parameters()
+        self._batch.begin(rows)
+
+    def _first(self, rows: int) -> int:
+        """What decodes first: of several rows plain steps, which no batch is too large for."""
+        return 0 if rows > 1 else len(self._ladder.drafters) - 1
 
     def size(self, needed: int, more: bool) -> int:
         """Rows of a batch for so many jobs. Without a ladder, a batch that runs stays as it is.
@@ -57,16 +78,16 @@ class Load:
         """
         drafters, rows = self._ladder.drafters, self._batch.rows
         ready = [i for i, each in enumerate(drafters) if self._batch.can_run(rows, each)]
-        number = self._chooser.step(rows, ready or [0 if rows > 1 else len(drafters) - 1])
+        number = self._chooser.step(rows, ready or [self._first(rows)])
         self._batch.wait()  # for prompts that are still being read
-        start = time.perf_counter() - self._batch.compile_seconds
+        start = time.perf_counter() - self._batch.programs.compile_seconds
         steps = self._steps
         if jax.process_count() == 1 and not self._chooser.timed(rows, number):
             steps = min(steps, FIRST_STEPS)  # a trial, which may be slow
         if jax.process_count() == 1 and begins:
             steps = 1
         passes = self._batch.run(steps, least, drafters[number])
-        seconds = time.perf_counter() - self._batch.compile_seconds - start
+        seconds = time.perf_counter() - self._batch.programs.compile_seconds - start
         self._steps = next_steps(self._steps, passes, seconds)
         wanted = self._chooser.wanted(rows)
         self._batch.prepare([(size, drafters[each]) for size, each in wanted])

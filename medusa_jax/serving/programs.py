@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from medusa_jax.checkpoints.parameters import Parameters
 from medusa_jax.decoding.compilation import compiler_options
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.prompt_blocks import RowSettings
@@ -42,21 +43,30 @@ class Programs:
     """Compiled methods of decoders that differ in their capacity.
 
     Attributes:
-      compile_seconds: spent on compilation so far.
+      parameters: that they are compiled for.
+      compile_seconds: spent on compilation so far, and on reading the parameters.
     """
 
-    def __init__(self, params: Any, drafter: Drafter) -> None:
+    def __init__(self, parameters: Parameters, drafter: Drafter) -> None:
         """Of programs for parameters of these shapes, types, places and orders in memory.
 
         Args:
           drafter: whose drafts are in states; it may be another that runs.
         """
-        leaves, structure = jax.tree.flatten(params)
+        self.parameters, self._shapes = parameters, parameters.shapes
+        leaves, structure = jax.tree.flatten(self._shapes)
         places = tuple((leaf.shape, leaf.dtype, leaf.format) for leaf in leaves)
         with _LOCK:
             self._model = _NUMBERS.setdefault((structure, places, drafter), len(_NUMBERS))
         self.compile_seconds = 0.0
-        self._options = compiler_options(params)
+        self._options = compiler_options(self._shapes)
+
+    def read_parameters(self) -> None:
+        """Reads the parameters, where they are still in files."""
+        start = time.perf_counter()
+        if self.parameters.unread:
+            _ = self.parameters.arrays
+            self.compile_seconds += time.perf_counter() - start
 
     def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any, **static: Any) -> Any:
         """The compiled method `name` of a decoder.
@@ -83,19 +93,19 @@ class Programs:
                 _COMPILED.popitem(last=False)
         return program
 
-    def empty(self, decoder: Decoder, params: Any, rows: int, settings: RowSettings) -> Any:
+    def empty(self, decoder: Decoder, rows: int, settings: RowSettings) -> Any:
         """`Decoder.empty` for so many rows."""
-        return self.get("empty", decoder, (), params, rows=rows, settings=settings)
+        return self.get("empty", decoder, (), self._shapes, rows=rows, settings=settings)
 
-    def read(self, decoder: Decoder, params: Any, state: Any, block: Any) -> Any:
+    def read(self, decoder: Decoder, state: Any, block: Any) -> Any:
         """`Decoder.read` of blocks of this shape into states of this shape."""
         shape = _shape(state) + block.tokens.shape
-        return self.get("read", decoder, shape, params, state, np.int32(0), block)
+        return self.get("read", decoder, shape, self._shapes, state, np.int32(0), block)
 
-    def run(self, decoder: Decoder, params: Any, state: Any) -> Any:
+    def run(self, decoder: Decoder, state: Any) -> Any:
         """`Decoder.run` for states of this shape."""
         limits = np.int32(1), np.int32(1)
-        return self.get("run", decoder, _shape(state), params, state, *limits)
+        return self.get("run", decoder, _shape(state), self._shapes, state, *limits)
 
     def can_run(self, decoder: Decoder, slots: int, rows: int, settings: RowSettings) -> bool:
         """Whether `run` has its program for so many rows of so many cache slots already."""
@@ -107,9 +117,15 @@ class Programs:
         """`Decoder.free` for states of this shape."""
         return self.get("free", decoder, _shape(state), state, np.int32(0))
 
-    def regroup(self, decoder: Decoder, params: Any, state: Any, rows: Any) -> Any:
+    def regroup(self, decoder: Decoder, state: Any, rows: Any) -> Any:
         """`Decoder.regroup` to so many rows, with this decoder's capacity."""
-        return self.get("regroup", decoder, _shape(state) + rows.shape, params, state, rows)
+        shape = _shape(state) + rows.shape
+        return self.get("regroup", decoder, shape, self._shapes, state, rows)
+
+    def abstract_state(self, decoder: Decoder, rows: int, settings: RowSettings) -> Any:
+        """The abstract state of so many rows."""
+        shapes = decoder.empty.eval_shape(decoder, self._shapes, rows, settings)
+        return decoder.network.abstract(shapes)
 
 
 def _shape(state: Any) -> tuple[int, ...]:

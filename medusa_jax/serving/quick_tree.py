@@ -98,7 +98,7 @@ def step_seconds(
         drafter = drafter_of_heads(model.heads, tree)
         decoder = fitting(Decoder(model.config, drafter, acceptance), ROUNDS * STEPS * TOKENS)
         state = empty_state(decoder, model.params, batch_size)
-        run = Programs(model.params, drafter).run(decoder, model.params, state)
+        run = Programs(model.parameters, drafter).run(decoder, state)
         state, _ = run(model.params, state, np.int32(1), np.int32(1))
         batches.append((run, state))
     times: list[list[float]] = [[] for _ in trees]

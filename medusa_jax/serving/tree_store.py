@@ -53,7 +53,7 @@ def conditions(model: Model, dtype: str) -> dict[str, Any]:
     """
     return {
         "device": device(),
-        "products": products(model.params),
+        "products": products(model.parameters.shapes),
         "dtype": dtype,
         "devices": model.mesh.size if model.mesh else 1,
     }

@@ -56,9 +56,10 @@ class Stopwatch:
 
     def _run(self, tree: Tree | DynamicTree, steps: int) -> float:
         """Seconds of each of so many steps, after a step that is not timed."""
-        decoder, params = self._decoder(tree), self._generator.model.params
+        decoder, model = self._decoder(tree), self._generator.model
+        params = model.params
         state = empty_state(decoder, params, self._generator.options.batch_size, self._tokens)
-        run = Programs(params, decoder.drafter).run(decoder, params, state)
+        run = Programs(model.parameters, decoder.drafter).run(decoder, state)
         state, _ = run(params, state, np.int32(1), np.int32(1))
         state.root.block_until_ready()
         start = time.perf_counter()

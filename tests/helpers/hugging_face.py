@@ -7,6 +7,7 @@ from typing import Any
 
 from helpers.models import random_model
 from medusa_jax.checkpoints.load import Model, load_model
+from medusa_jax.checkpoints.parameters import Parameters
 
 STORIES = [
     "Once upon a time",
@@ -83,4 +84,4 @@ def with_heads(directory: Path) -> Model:
     model = load_model(directory)
     random = random_model(model.config, num_heads=3)
     params = model.params | {"heads": random.params["heads"]}
-    return dataclasses.replace(model, heads=random.heads, params=params)
+    return dataclasses.replace(model, heads=random.heads, parameters=Parameters.of(params))

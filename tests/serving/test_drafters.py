@@ -8,6 +8,7 @@ from helpers.models import TINY, TinyModel
 from serving.test_engine import JOBS, single
 
 from medusa_jax.checkpoints.load import Model
+from medusa_jax.checkpoints.parameters import Parameters
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.decoding.acceptance import Greedy, Lossless
 from medusa_jax.decoding.decoder import Decoder
@@ -62,7 +63,7 @@ def test_text_is_that_of_plain_decoding(params, plain, drafter: Drafter, monkeyp
     engine = Engine(Decoder(TINY, drafter), params, slots=3, stop_ids=(2,), ladder=ladder)
     for rows in ladder.rows:
         for each in ladder.drafters:
-            engine._batch.warm_up(JOBS[0], rows, each)
+            engine._batch.warm_up(JOBS[0], JOBS[0].tokens, rows, each)
     done = run_jobs(engine, JOBS[:6])
     assert [output.token_ids for output in done] == plain
     assert max(step for output in done for step in output.tokens_per_step) > 1
@@ -85,7 +86,7 @@ def test_drawn_text_is_that_of_a_single_row(params):
 
 def test_drafters_have_names(tiny: TinyModel, monkeypatch):
     ids_and_places = (), (), Path(), Path()
-    model = Model(TINY, tiny.heads, tiny.params, *ids_and_places, draft=SMALLER)
+    model = Model(TINY, tiny.heads, Parameters.of(tiny.params), *ids_and_places, draft=SMALLER)
     recipe = Recipe(model, TREE, Greedy())
     drawn = dataclasses.replace(recipe, acceptance=Lossless(0.7))
     assert drafter_of("draft:DIR", recipe) == DraftModel(SMALLER, TREE)

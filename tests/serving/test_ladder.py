@@ -114,7 +114,7 @@ def test_texts_do_not_depend_on_batch_sizes_and_trees(tiny: TinyModel, monkeypat
     engine = Engine(decoder, tiny.params, slots=4, stop_ids=(2,), seed=5, ladder=ladder)
     for rows in ladder.rows:
         for drafter in ladder.drafters:
-            engine._batch.warm_up(JOBS[0], rows, drafter)
+            engine._batch.warm_up(JOBS[0], JOBS[0].tokens, rows, drafter)
     sizes, done = set(), {}
     coming = list(JOBS)
     while coming or not engine.idle:

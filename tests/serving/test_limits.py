@@ -10,6 +10,7 @@ import pytest
 from helpers.models import TINY, TinyModel, random_model
 
 from medusa_jax import Generator
+from medusa_jax.checkpoints.parameters import Parameters
 from medusa_jax.data.prompts import Request
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.state import outputs
@@ -130,7 +131,7 @@ def broken(generator: Generator) -> Generator:
     params = jax.tree.map(lambda leaf: leaf, generator.model.params)
     embed = params["backbone"]["embed"]
     embed["embedding"] = jax.tree.map(lambda e: e.at[token].set(np.nan), embed["embedding"])
-    model = dataclasses.replace(generator.model, params=params)
+    model = dataclasses.replace(generator.model, parameters=Parameters.of(params))
     options = dataclasses.replace(generator.options, batch_size=2)
     return Generator(model, generator.text, Tree(), generator.acceptance, options)
 
