@@ -95,6 +95,7 @@ def imports(tree: ast.Module) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_imports_point_to_the_left():
     wrong = []
     for place, path, tree in modules():

@@ -34,6 +34,7 @@ def test_halves_of_surrogate_pairs_become_the_replacement_character():
     assert json_files.whole_text("a\ud83d\ude00\udcff") == "a😀�"
 
 
+@pytest.mark.slow
 def test_files_that_are_none(tmp_path):
     for file, reason in ((tmp_path, "is no file"), (tmp_path / "x", "does not exist")):
         with pytest.raises(InputError, match=reason):

@@ -34,6 +34,7 @@ def typed(tensors: NPZ, kind: Any) -> NPZ:
     return {name: tensor.astype(kind) for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "kind"), [(1, np.float32), (2, ml_dtypes.bfloat16), (1, np.float16)]
 )

@@ -105,6 +105,7 @@ def test_the_model_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert hub.resolve("smollm2") == path
 
 
+@pytest.mark.slow
 def test_a_file_becomes_a_directory(tmp_path: Path):
     path = gguf_models.write(tmp_path / "model.gguf")
     conversion.convert(str(path), "hf", tmp_path / "hf", save_tokenizer=save_tokenizer)

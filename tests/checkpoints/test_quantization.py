@@ -47,6 +47,7 @@ def tensor(array: np.ndarray, sizes: list[int] | None = None) -> StoredTensor:
     return StoredTensor(array.shape, str(array.dtype), read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize(
     ("shape", "order"), [((40, 64), "out_in"), ((40, 64), "in_out"), ((3, 40, 64), "in_out")]

@@ -68,6 +68,7 @@ def test_backbone_gives_the_same_logits(tiny: TinyModel, tied: bool):
     chex.assert_trees_all_equal(back, jax.tree.map(np.asarray, params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_heads_give_the_same_logits(shared: bool):
     """Of each head alone, of the stack, and of the stack that decoding holds."""
@@ -111,6 +112,7 @@ def test_blocks_of_heads_are_stacked_in_order():
     assert stacked(weights, tuple)["block_1/weight"] == Weight((0, 2, 10), "in_out")
 
 
+@pytest.mark.slow
 def test_layers_are_stacked_where_a_kernel_reads_them(tiny: TinyModel):
     """A stack of layers means what they mean one by one; layers that differ stay apart."""
     leaves = {"layer_1/mlp_norm/scale": np.ones(2), "layer_0/mlp_norm/scale": np.zeros(2)}
@@ -129,6 +131,7 @@ def test_layers_are_stacked_where_a_kernel_reads_them(tiny: TinyModel):
             np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler: layers are no stack")
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("windows", [(), (3, 3), (None, 3), (4, None)])

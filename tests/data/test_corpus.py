@@ -176,6 +176,7 @@ def test_a_null_key_gives_way_to_the_next(write):
     assert _texts(Corpus([write("a.jsonl", [record])])) == ["a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_what_other_records_hold_changes_nothing(write, name):
     """Twelve megabytes of one schema, then others: no value is cast, no text becomes a date."""

@@ -94,6 +94,7 @@ def test_walk_docstring_example():
 CROSS = Tree(((0,), (1,), (0, 0), (0, 1), (1, 0)))  # slots: 1, 2 | 3, 4 under 1 | 5 under 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choices, last, root",
     [
@@ -221,6 +222,7 @@ def test_typical_equals_the_original(tree: Tree, scheme: Typical, spread: float)
         assert tree.depths[last].min() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme", slow_except([Lossless(), Lossless(0.8, 10, 0.9)], Lossless()), ids=str
 )

@@ -15,6 +15,7 @@ from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import init_cache
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler: nothing leaves out zeros")
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_tokens_that_are_not_live_are_zeros_and_change_no_other(tiny: TinyModel, quantize: str):
@@ -41,6 +42,7 @@ def test_tokens_that_are_not_live_are_zeros_and_change_no_other(tiny: TinyModel,
         assert not ours[~live].any()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler: nothing leaves out zeros")
 def test_the_last_layer_computes_keys_and_values_alone_of_tokens_that_are_not_wanted(
     tiny: TinyModel,
@@ -58,6 +60,7 @@ def test_the_last_layer_computes_keys_and_values_alone_of_tokens_that_are_not_wa
     jax.tree.map(np.testing.assert_array_equal, same, block)
 
 
+@pytest.mark.slow
 def test_products_of_xla_are_not_told(tiny: TinyModel):
     """They take no less time for zeros, so their numbers stay as they were."""
     params = for_decoding(tiny.params)

@@ -40,6 +40,7 @@ def test_docstring_examples():
     assert penalties((1.0, 1), 2) is None
 
 
+@pytest.mark.slow
 def test_each_node_sees_the_prompt_and_its_own_path():
     """Random logits, some -inf; tokens repeat in the prompt, on the path and beside it."""
     rng = np.random.default_rng(0)

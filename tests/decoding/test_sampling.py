@@ -47,6 +47,7 @@ def hf_warp(logits: np.ndarray, temperature: float, top_k: int, top_p: float) ->
     return scores.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_warp_equals_hugging_face(temperature: float):
     logits = np.random.default_rng(0).normal(0, 2, (40, 50)).astype(np.float32)

@@ -167,6 +167,7 @@ def test_wrong_flags_exit_with_2_and_one_message(
     assert not (tmp_path / "medusa" / "bigrams.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_shipped_table_is_one_of_its_model():
     stored = load_file(shipped_file("medusa/bigrams.safetensors"))
     assert stored["scores"].shape == (len(stored["tokens"]),) * 2

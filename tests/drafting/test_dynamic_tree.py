@@ -42,6 +42,7 @@ def alone(scores: Array) -> Array:
     return jnp.broadcast_to(scores[:, :, None, :], (*scores.shape, scores.shape[-1]))
 
 
+@pytest.mark.slow
 def test_worked_example():
     cells, tables = grow(alone(jnp.log(jnp.array([[[0.6, 0.3], [0.9, 0.1]]]))), 4)
     np.testing.assert_array_equal(tables.parents, [[-1, 0, 1, 0]])

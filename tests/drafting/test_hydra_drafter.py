@@ -169,6 +169,7 @@ def test_a_grown_tree_holds_the_likeliest_paths(tiny: TinyModel):
         assert set(found) == set(best)
 
 
+@pytest.mark.slow
 def test_ranks_of_the_tokens_that_came(tiny: TinyModel):
     """As the tuning replays them: each head after the right tokens before."""
     model = with_hydra(tiny, **SHAPES["shared and truncated"])

@@ -25,6 +25,7 @@ from medusa_jax.drafting.of_heads import drafter_of_heads
 PROMPTS = [[3, 1, 4, 1, 5], [2, 7], [9, 9, 8]]
 
 
+@pytest.mark.slow
 def test_docstring_examples():
     guesses, chain, yes = jnp.array([[[4, 5, 6]]]), jnp.array([[5, 7]]), jnp.array([True])
     levels, ranks = among(guesses, chain, yes)
@@ -44,6 +45,7 @@ def test_without_a_match_nothing_changes():
     np.testing.assert_array_equal(with_chain(scores, ranks, jnp.zeros((1, 2))), scores)
 
 
+@pytest.mark.slow
 def test_only_the_chain_leads_to_what_no_head_has_guessed():
     scores = jnp.log(jnp.full((1, 2, 3, 3), 0.2)).at[..., 2].set(NEVER)
     got = with_chain(scores, jnp.array([[0, 2, 2]]), jnp.array([[0.5, 0.75, 0.8]]))
@@ -66,6 +68,7 @@ def proposal(followed: list[int], matched: int, size: int = 6) -> tuple[list[int
     return tokens[0].tolist(), np.asarray(tree.parents)[0].tolist()
 
 
+@pytest.mark.slow
 def test_a_long_match_takes_the_tree_and_a_short_match_a_branch():
     assert proposal([31, 32, 33, 34], 12) == ([1, 31, 32, 33, 34, 11], [-1, 0, 1, 2, 3, 0])
     tokens, parents = proposal([31, 32, 33, 34], 1)
@@ -113,6 +116,7 @@ def test_drawn_texts_do_not_depend_on_n_grams(tiny: TinyModel):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_a_weak_match_does_not_take_the_place_of_a_sure_guess():
     """Where the tree has room for a single guess."""
     heads = HeadsConfig(num_heads=1, num_layers=1, hidden_size=8, vocab_size=50)

@@ -18,6 +18,7 @@ def matched(text: list[int], longest: int = 4) -> int:
     return end
 
 
+@pytest.mark.slow
 def test_the_latest_of_the_longest_matches_is_taken():
     text = [5, 6, 7, 8, 6, 7, 9, 7, 6, 7]  # the example of the docstring
     assert matched(text) == 5

@@ -71,6 +71,7 @@ def test_worked_examples():
     np.testing.assert_allclose(found, [[0.3, 0.3], [0.4, 0.2]], rtol=1e-5)  # (0 0): its own
 
 
+@pytest.mark.slow
 def test_path_scores_are_the_formula(tiny: TinyModel):
     """Head by head and guess by guess, in NumPy."""
     model, batch, ranks = with_selector(tiny), 2, 4

@@ -202,6 +202,7 @@ def test_cut_needs_a_size(size: int):
         Tree.chain(3).cut(size)
 
 
+@pytest.mark.slow
 def test_trees_are_bounded_before_their_tables(tmp_path: pathlib.Path):
     """The mask of 100,000 nodes would take 10 GB."""
     nodes = [[i] for i in range(400)] + [[i, j] for i in range(400) for j in range(250)]

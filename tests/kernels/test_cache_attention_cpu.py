@@ -46,6 +46,7 @@ def inputs(
     window=st.none() | st.integers(1, 300), dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
     seed=st.integers(0, 99),
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_numbers_of_xla(width, nodes, slots, lengths, window, dtype, seed):
     lengths = np.minimum(lengths, slots)
     case = inputs(2, nodes, width, slots, lengths, window=window, dtype=dtype, seed=seed)

@@ -51,6 +51,7 @@ IN = st.sampled_from([1, 15, 16, 17, 576, 1537, 6145]) | st.integers(1, 3000)
     rows=st.integers(1, 40), stack=st.integers(0, 3), out=OUT, inner=IN,
     dtype=st.sampled_from(TYPES), x_dtype=st.sampled_from(TYPES[:2]), seed=st.integers(0, 99),
 )  # fmt: skip
+@pytest.mark.slow
 def test_products_of_any_shape_and_type(rows, stack, out, inner, dtype, x_dtype, seed):
     rng = np.random.default_rng(seed)
     weight = drawn(rng, (*([stack] if stack else []), out, inner), dtype)
@@ -178,6 +179,7 @@ def test_without_a_compiler_it_says_so_and_is_not_available(monkeypatch, tmp_pat
     assert not list(tmp_path.glob("kernels/*"))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("MEDUSA_JAX_CACHE", str(tmp_path))

@@ -240,6 +240,7 @@ def slots_of(cache: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(keys[:, 0, :, 0]), np.asarray(values[:, 0, :, 0])
 
 
+@pytest.mark.slow
 def test_commit_example():
     """A row of length 7 takes nodes 0, 2, 5 with count 2; another of length 2 takes 0, 1, 3."""
     cache = init_cache(ONE_LAYER, 2, 12, jnp.float32)
@@ -258,6 +259,7 @@ def test_commit_example():
     np.testing.assert_array_equal(values, np.where(keys < 0, -1, keys + 100))
 
 
+@pytest.mark.slow
 def test_a_single_row_takes_what_it_takes_in_a_batch():
     """By a plain update of slots, which reads no old slot, and not by a scatter."""
     cache = init_cache(ONE_LAYER, 2, 8, jnp.float32)

@@ -73,6 +73,7 @@ def test_one_linear_layer_reads_plain_arrays_weights_and_stacks():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(), (1, 1), (2, 3), (2, 4)])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_few_rows_fill_a_tile_on_a_tpu(monkeypatch, rows: tuple[int, ...], count: int):

@@ -149,6 +149,7 @@ def test_a_first_token_is_not_kept_back(tiny: TinyModel):
     assert [len(progress.steps) for progress in engine.advance()] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler: padding is not free")
 @pytest.mark.parametrize("tree", TREES[1:], ids=["static", "dynamic"])
 def test_a_long_prompt_in_small_blocks_beside_others_is_the_same(
@@ -173,6 +174,7 @@ def test_a_long_prompt_in_small_blocks_beside_others_is_the_same(
     assert 8 in blocks
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_frees_its_slot(tiny: TinyModel):
     engine = Engine(Decoder(tiny.config), tiny.params, slots=1)
     first, waiting, last = Job([1], 100), Job([2], 100), Job([3], 5)

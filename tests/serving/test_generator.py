@@ -13,6 +13,7 @@ def generator() -> Generator:
     return Generator.load(batch_size=2, max_new_tokens=24)
 
 
+@pytest.mark.slow
 def test_two_lines_write_a_story(generator: Generator):
     (completion,) = generator.generate(["Once upon a time"])
     assert completion.text.startswith("Once upon a time, there was")

@@ -163,6 +163,7 @@ def test_a_failed_row_leaves_nothing_in_its_slot(broken: Generator):
     assert after.token_ids == beside.token_ids[:6]
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_stop_those_beside_it(tiny: TinyModel, monkeypatch):
     """A block at a time, however idle the engine is; a short prompt overtakes it."""
     monkeypatch.setattr("medusa_jax.decoding.prompt_blocks.CPU_BLOCK", 16)
@@ -179,6 +180,7 @@ def test_a_long_prompt_does_not_stop_those_beside_it(tiny: TinyModel, monkeypatc
     assert ended[1].output == outputs(engine.decoder.generate(tiny.params, state))[0]
 
 
+@pytest.mark.slow
 def test_a_job_too_large_for_the_batch_waits_for_its_rows(tiny: TinyModel, monkeypatch):
     """And a job that never fits is refused when it comes, not when it begins."""
     engine = Engine(Decoder(tiny.config, capacity=100), tiny.params, slots=2)

@@ -65,6 +65,7 @@ def test_pieces_of_any_size_end_at_the_same_place(stop: tuple[str, ...]):
             assert stopped == any(one in text for one in stop)
 
 
+@pytest.mark.slow
 def test_a_growing_text_holds_back_what_may_become_a_stop_string(shipped: Generator):
     (whole,) = shipped.generate([PROMPT])
     stop = f"{whole.text[:12]}#", f"{whole.text[-4:]}#"

@@ -51,6 +51,7 @@ def flip(file: Path, place: float) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["bit 0.2", "bit 0.5", "bit 0.8", "half", "gone", "checksum"])
 def test_a_damaged_checkpoint_is_refused_and_an_older_one_is_offered(tmp_path: Path, harm: str):
     written(tmp_path, {3: None, 6: None}).close()
@@ -82,6 +83,7 @@ def test_a_damaged_checkpoint_is_refused_and_an_older_one_is_offered(tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_the_only_checkpoint_is_damaged(tmp_path: Path):
     written(tmp_path, {4: 1.0}).close()
     (tmp_path / "checkpoints/4/default/manifest.ocdbt").write_bytes(b"")

@@ -33,6 +33,7 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(0, 2, (2, 5, 9)), rng.normal(0, 2, (2, 5, 9))
 
 
+@pytest.mark.slow
 def test_worked_examples():
     p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
     assert float(total_variation(p, q)) == pytest.approx(0.4)

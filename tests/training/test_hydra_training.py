@@ -33,6 +33,7 @@ def batch_of(tokens: np.ndarray, **more: Any) -> dict[str, jax.Array]:
     } | more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ce", "teacher"])
 def test_the_loss_is_that_of_each_head_position_by_position(tiny: TinyModel, kind: str):
     """Of shared heads: the embeddings are of the tokens between, the target is t + k + 1."""

@@ -59,6 +59,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_except(LAYOUTS, "packed and padded"))
 @pytest.mark.parametrize("chunk", slow_except([0, 16, 37], 16))
 def test_losses_equal_the_reference(
@@ -77,6 +78,7 @@ def test_losses_equal_the_reference(
         assert found[f"head_top{k}"] == pytest.approx([one[place] for one in accuracies], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", slow_except([0, 16, 37], 16))
 def test_kl_equals_the_reference(
     stories: Model, params: dict[str, Any], reference: dict[str, Any], chunk: int

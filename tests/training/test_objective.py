@@ -275,6 +275,7 @@ def test_the_norm_of_all_groups_together_is_clipped():
     assert optax.tree.norm(means) == pytest.approx(0.1, rel=1e-5)  # (1 - beta1) x clip
 
 
+@pytest.mark.slow
 def test_only_matrices_decay():
     optim = Optim(weight_decay=0.1, learning_rate=0.01, heads_multiplier=4.0, warmup_steps=0)
     rule = optimizer(config_of("medusa2", lora=Lora(rank=0), optim=optim), 10)

@@ -46,6 +46,7 @@ def values_and_gradients(function: Callable[..., jax.Array], arrays: list, seen:
     return [out, *grads]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [12, 300])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_blocks_equal_one_mask(length: int, layer: int):
