@@ -2,6 +2,7 @@
 
 A prompt record is one of
     {"prompt": text}                                    one user turn
+    {"question": text}                                  the same (GSM8K); its answer is left alone
     {"turns": [text, ...]}                              each answered in turn (MT-bench)
     {"messages": [{"role", "content"}, ...]}            the last user turn is answered
     {"conversations": [{"from", "value"}, ...]}         the same, as `messages` reads it
@@ -101,9 +102,7 @@ def _parse(line: str, origin: str) -> Request:
         ids = json_files.Fields(record, origin).integers("prompt_ids")
         return dataclasses.replace(request, prompt_ids=ids)
     if "prompt" in record:
-        if not isinstance(record["prompt"], str):
-            raise InputError(f"{origin}: 'prompt' must be a string")
-        return dataclasses.replace(request, turns=(record["prompt"],))
+        return dataclasses.replace(request, turns=(_text_of(record, "prompt", origin),))
     if "turns" in record:
         return dataclasses.replace(request, turns=tuple(_list_of(record, "turns", str, origin)))
     if key := conversation_key(record):
@@ -115,10 +114,18 @@ def _parse(line: str, origin: str) -> Request:
         return dataclasses.replace(
             request, turns=(messages[-1]["content"],), history=tuple(messages[:-1])
         )
+    if "question" in record:
+        return dataclasses.replace(request, turns=(_text_of(record, "question", origin),))
     raise InputError(
-        f"{origin}: expected one of the keys prompt, turns, messages, conversations, prompt_ids; "
-        f"got {', '.join(record) or 'none'}"
+        f"{origin}: expected one of the keys prompt, question, turns, messages, conversations, "
+        f"prompt_ids; got {', '.join(record) or 'none'}"
     )
+
+
+def _text_of(record: dict[str, Any], key: str, origin: str) -> str:
+    if not isinstance(record[key], str):
+        raise InputError(f"{origin}: {key!r} must be a string")
+    return record[key]
 
 
 def _list_of(record: dict[str, Any], key: str, kind: type, origin: str) -> list[Any]:

@@ -54,11 +54,20 @@ def test_compressed_files(tmp_path):
     assert next(read_requests(file)).turns == ("月",)
 
 
-@pytest.mark.parametrize("name", ["mt_bench/question.jsonl", "spec_bench/question.jsonl"])
-def test_published_prompt_sets(shared, name):
+@pytest.mark.parametrize(
+    ("name", "count", "named"),
+    [
+        ("mt_bench/question.jsonl", 80, True),
+        ("spec_bench/question.jsonl", 480, True),
+        ("gsm8k/test.jsonl", 1319, False),
+        ("humaneval/HumanEval.jsonl.gz", 164, False),
+    ],
+)
+def test_published_prompt_sets(shared, name, count, named):
     requests = list(read_requests(shared / "prompts" / name))
-    assert len(requests) == {"m": 80, "s": 480}[name[0]]
-    assert all(request.turns and request.id for request in requests)
+    assert len(requests) == count
+    assert all(request.turns and request.turns[0] for request in requests)
+    assert all((request.id is not None) == named for request in requests)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,7 @@ def test_published_prompt_sets(shared, name):
         ('{"text": "a"}', "expected one of the keys prompt, .*got text"),
         ("{}", "got none"),
         ('{"prompt": 3}', "'prompt' must be a string"),
+        ('{"question": []}', "'question' must be a string"),
         ('{"turns": []}', "'turns' must be a non-empty list of str"),
         ('{"prompt_ids": [1, true]}', "'prompt_ids' must be a non-empty list of int"),
         ('{"prompt_ids": [-1]}', "'prompt_ids' must be an integer from 0"),
