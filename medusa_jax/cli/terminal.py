@@ -110,6 +110,7 @@ def _compare(generator: Generator, asked: list[tuple[Request, int, int]]) -> Non
 def chat(generator: Generator) -> None:
     """Answers lines from stdin until it ends; /reset starts over."""
     talk = generator.chat()
+    talk.prepare()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end a chat
     while True:

@@ -105,9 +105,9 @@ class Engine:
         self._rows.clear()
         self._batch.clear()
 
-    def warm_up(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Compiles what jobs of this shape need, before they arrive, and reads the parameters."""
-        self._load.warm_up(Job([0] * prompt_tokens, max_new_tokens))
+    def warm_up(self, prompt_tokens: int, max_new_tokens: int, room: int = 0) -> None:
+        """Compiles what jobs like this need, before they arrive, and reads the parameters."""
+        self._load.warm_up(Job([0] * prompt_tokens, max_new_tokens, room=room))
 
     def close(self) -> None:
         """Compiles no further program in the background."""

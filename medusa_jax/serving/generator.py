@@ -27,7 +27,14 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.options import check
 from medusa_jax.serving import tree_store
-from medusa_jax.serving.conversations import Completion, Conversation, Prompt, Update, converse
+from medusa_jax.serving.conversations import (
+    ROOM,
+    Completion,
+    Conversation,
+    Prompt,
+    Update,
+    converse,
+)
 from medusa_jax.serving.drafters import (
     Recipe,
     check_vocabulary,
@@ -265,6 +272,10 @@ class Chat:
         self.history: list[Message] = []
         self.completion: Completion | None = None
         self._generator = generator
+
+    def prepare(self) -> None:
+        """Compiles what the turns need, and reads the model, while nobody waits for an answer."""
+        self._generator.engine.warm_up(1, self._generator.new_tokens(1), ROOM)
 
     def say(self, turn: str) -> Iterator[str]:
         """Yields the answer to a turn as it is accepted; both join the history.

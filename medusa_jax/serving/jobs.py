@@ -38,6 +38,11 @@ class Job:
         """Most tokens of prompt and text together."""
         return len(self.prompt_ids) + self.max_new_tokens
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that its row shall hold, those of later turns included."""
+        return max(self.tokens, self.room)
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:

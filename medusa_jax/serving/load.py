@@ -29,7 +29,7 @@ class Load:
     def warm_up(self, job: Job) -> None:
         """Compiles a tree for a single row, and plain decoding in all slots."""
         for rows in (1, self._slots) if self._ladder.rows else (self._slots,):
-            self._batch.warm_up(job, job.tokens, rows, self._ladder.drafters[self._first(rows)])
+            self._batch.warm_up(job, job.capacity, rows, self._ladder.drafters[self._first(rows)])
         self._batch.programs.read_parameters()
 
     def begin(self, jobs: Sequence[Job], more: bool) -> None:
@@ -41,7 +41,7 @@ class Load:
         Args:
           more: others may come.
         """
-        tokens = max(max(job.tokens, job.room) for job in jobs)
+        tokens = max(job.capacity for job in jobs)
         self._batch.fit(tokens)
         rows = self.size(len(jobs), more)
         if self._batch.programs.parameters.unread:

@@ -48,6 +48,8 @@ def names(compiled: dict) -> list[str]:
 @pytest.mark.slow
 def test_eight_turns_of_a_chat_share_their_programs(generator: Generator, compiled: dict):
     chat = generator.with_tree(Tree()).chat()
+    chat.prepare()
+    assert names(compiled) == ["empty", "read", "run"]
     for turn in range(8):
         list(chat.say("And then? " * (1 + 2 * (turn % 3))))
     assert len(chat.completion.prompt_ids) > 100
