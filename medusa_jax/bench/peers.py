@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_jax.errors import InputError
+from medusa_jax.gguf_file import is_gguf
 
 # What each peer adds to a plain `generate`.
 PEERS: dict[str, dict[str, int]] = {"hf": {}, "hf_lookup": {"prompt_lookup_num_tokens": 10}}
@@ -65,9 +66,12 @@ class HuggingFace:
         self.threads = os.cpu_count() or 1
         torch.set_num_threads(self.threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        how: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+        if is_gguf(directory):
+            how["gguf_file"] = directory.name
         try:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(directory), dtype=getattr(torch, dtype), trust_remote_code=False
+                str(directory.parent if "gguf_file" in how else directory), **how
             ).to(self.device)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

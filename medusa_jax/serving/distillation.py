@@ -91,6 +91,7 @@ def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
                 except InputError as error:
                     early.add(error)
             bar.set_postfix_str(f"{generator.stats.tokens_per_second:.0f} tokens/s", False)
+            bar.start_t = time.time() - generator.stats.seconds  # compilation will not come again
             bar.update()
     print(f"{written} records added to {options.output}; skipped: {skipped}", file=sys.stderr)
     if early.count:

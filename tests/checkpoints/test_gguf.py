@@ -13,10 +13,13 @@ import torch
 import transformers
 from helpers import gguf_models, mutations
 
+from medusa_jax.bench.peers import HuggingFace
 from medusa_jax.checkpoints import conversion, gguf_backbone, hub
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.data.gguf_tokenizer import save_tokenizer
 from medusa_jax.data.tokenizer import ChatTokenizer
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.state import outputs
 from medusa_jax.errors import InputError
 from medusa_jax.gguf_file import open_gguf
 from medusa_jax.model.backbone import Backbone, causal_mask
@@ -65,6 +68,18 @@ def test_logits_and_ids_are_those_of_transformers(tmp_path: Path, architecture: 
         expected = model(torch.tensor([ids])).logits[0].numpy()
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(logits(path, ids), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_hugging_face_is_measured_on_the_same_file(tmp_path: Path):
+    path = gguf_models.write(tmp_path / "model.gguf", "llama", tied=True)
+    ids = ChatTokenizer(path).tokenizer.encode(TEXTS[0], add_special_tokens=False)
+    peer = HuggingFace(path, "float32", (), ())
+    theirs = peer.generate(ids, 6, sampling={}, extra={}, seed=0).token_ids
+    model = load_model(path)
+    state = (decoder := Decoder(model.config)).prefill(model.params, [ids], max_new_tokens=6)
+    (ours,) = outputs(decoder.generate(model.params, state))
+    assert ours.token_ids == list(theirs)
 
 
 def test_rows_of_a_head_return_to_their_halves():
