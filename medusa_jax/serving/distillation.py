@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,13 @@ def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
         ) as bar,
         Lines(options.output, append=True) as lines,
     ):
-        for conversation in in_order(generator, until(to_do, options.minutes), writer):
+
+        def ended() -> None:
+            bar.set_postfix_str(f"{generator.stats.tokens_per_second:.0f} tokens/s", False)
+            bar.start_t = time.time() - generator.stats.seconds  # compilation will not come again
+            bar.update()
+
+        for conversation in in_order(generator, until(to_do, options.minutes), writer, ended):
             if isinstance(conversation.problem, FloatingPointError):
                 failed = conversation.problem
             if conversation.problem is not None:
@@ -90,9 +96,6 @@ def _distill(options: DistillOptions, shard: tuple[int, int]) -> None:
                     written += 1
                 except InputError as error:
                     early.add(error)
-            bar.set_postfix_str(f"{generator.stats.tokens_per_second:.0f} tokens/s", False)
-            bar.start_t = time.time() - generator.stats.seconds  # compilation will not come again
-            bar.update()
     print(f"{written} records added to {options.output}; skipped: {skipped}", file=sys.stderr)
     if early.count:
         print(f"{writer.lost}: {early}", file=sys.stderr)
@@ -119,9 +122,16 @@ def until(
 
 
 def in_order(
-    generator: Generator, inputs: Iterable[tuple[int, Request]], writer: "Answers | Questions"
+    generator: Generator,
+    inputs: Iterable[tuple[int, Request]],
+    writer: "Answers | Questions",
+    ended: Callable[[], None] = lambda: None,
 ) -> Iterator[Conversation]:
-    """Conversations that have ended, in the order of the inputs; slots never wait for the order."""
+    """Conversations that have ended, in the order of the inputs; slots never wait for the order.
+
+    Args:
+      ended: called as each ends, which may be long before its turn comes.
+    """
     pending: collections.deque[Conversation] = collections.deque()
 
     def conversations() -> Iterator[Conversation]:
@@ -130,10 +140,13 @@ def in_order(
             pending.append(conversation)
             if problem := writer.refuses(request):
                 conversation.ended, conversation.problem = True, problem
+                ended()
             else:
                 yield conversation
 
-    for _ in generator.converse(conversations()):
+    for update in generator.converse(conversations()):
+        if update.conversation.ended:
+            ended()
         while pending and pending[0].ended:
             yield pending.popleft()
     yield from pending
