@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from medusa_jax import json_files
-from medusa_jax.checkpoints import compressed_tensors, gguf_backbone
+from medusa_jax.checkpoints import compressed_tensors, gguf_backbone, packed_weights
 from medusa_jax.checkpoints.heads import divide
 from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
 from medusa_jax.checkpoints.tensors import open_model
@@ -73,10 +73,12 @@ def open_backbone(directory: Path, settings: dict[str, Any] | None = None) -> St
     if is_gguf(directory):
         tensors = gguf_backbone.tensors(open_gguf(directory))
         return StoredBackbone(directory, settings, config, tensors, {})
-    quantized = bool(settings.get(compressed_tensors.KEY))
-    tensors = open_model(directory, quantized=quantized)
+    quantized = settings.get(compressed_tensors.KEY)
+    tensors = open_model(directory, quantized=bool(quantized))
     if quantized:
-        tensors = compressed_tensors.joined(tensors, settings, origin)
+        packed = quantized["quant_method"] in packed_weights.METHODS
+        reader = packed_weights if packed else compressed_tensors
+        tensors = reader.joined(tensors, settings, origin)
         # What is read, and perhaps written again, is their products.
         settings = {key: settings[key] for key in settings if key != compressed_tensors.KEY}
     heads, tensors = divide(tensors)

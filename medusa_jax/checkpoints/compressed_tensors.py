@@ -60,7 +60,7 @@ def joined(tensors: Tensors, settings: Mapping[str, Any], origin: str) -> Tensor
             values = _unpacked(packed, tuple(map(int, shape.read())), f"{origin}: {whole}")
         if values is None:
             raise InputError(f"{origin}: {name} has no {whole} beside it")
-        weights[whole] = _weight(values, scale, f"{origin}: {whole}")
+        weights[whole] = scaled(values, scale, f"{origin}: {whole}")
     if strange := [name for name in rest if re.search(r"\.weight_(?!scale)\w+$", name)]:
         raise InputError(
             f"{origin}: zero points and orders of inputs are not supported: {listed(strange)}"
@@ -70,7 +70,7 @@ def joined(tensors: Tensors, settings: Mapping[str, Any], origin: str) -> Tensor
     return rest | weights
 
 
-def _weight(values: StoredTensor, scale: StoredTensor, origin: str) -> StoredTensor:
+def scaled(values: StoredTensor, scale: StoredTensor, origin: str) -> StoredTensor:
     """The product of numbers and scale, float32, which keeps both."""
     if values.dtype == float8.NAME:
         values = StoredTensor(values.shape, "float8_e4m3fn", values.read)

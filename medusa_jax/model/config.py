@@ -13,6 +13,7 @@ from medusa_jax.json_files import Fields, short
 from medusa_jax.model.rope import RopeScaling, read_rope, stretched_context
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+QUANTIZED = ("compressed-tensors", "gptq", "awq")  # methods whose directories are read
 MOST_LAYERS = 10_000  # no model has as many; more would take long to count
 _KINDS = ("full_attention", "sliding_attention")
 
@@ -122,10 +123,10 @@ def _family(fields: Fields) -> str:
         )
     if (quantization := fields.inner("quantization_config")).content:
         method = quantization.text("quant_method", "unknown")
-        if method != "compressed-tensors":
+        if method not in QUANTIZED:
             raise InputError(
                 f"{fields.origin}: quantized weights ({method}) are not supported; expected the "
-                "full weights, which --quantize makes narrow, or compressed-tensors"
+                f"full weights, which --quantize makes narrow, or {', '.join(QUANTIZED)}"
             )
     if (activation := fields.text("hidden_act", "silu")) != "silu":
         raise InputError(

@@ -50,7 +50,10 @@ ERRORS = {
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         ["partial_rotary_factor"],
     ),
-    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, ["quantized", "gptq"]),
+    "quantized": (
+        {"quantization_config": {"quant_method": "hqq"}},
+        ["quantized", "hqq", "gptq, awq"],
+    ),
     "quantized somehow": ({"quantization_config": {"bits": 4}}, ["quantized"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
     "groups": ({"num_key_value_heads": 4}, ["num_key_value_heads", "6 query heads", "4 key"]),
