@@ -131,7 +131,7 @@ def _shape(
         inner = packed.shape[0] * (1 if packing.awq else packing.per_word)
         words = -(-out // packing.per_word)
         fits = packed.shape[1] == (words if packing.awq else out)
-        fits &= zeros.shape == (groups, words) and groups > 0 and inner % max(groups, 1) == 0
+        fits &= zeros.shape == (groups, words) and 0 < groups <= inner and inner % groups == 0
         if fits and (order is None or order.shape == (inner,)):
             return out, inner
     shapes = ", ".join(f"{one.dtype} {list(one.shape)}" for one in parts)

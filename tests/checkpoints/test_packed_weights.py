@@ -132,6 +132,8 @@ GOOD = {
         ({"qzeros": None}, {}, "a.qweight has no a.qzeros beside it"),
         ({"qzeros": np.zeros((1, 2), np.int32)}, {}, r"shapes that do not fit: .*int32 \[1, 2\]"),
         ({"scales": np.ones((3, 8))}, {}, "shapes that do not fit"),
+        ({"qweight": np.zeros((0, 8), np.int32)}, {}, "shapes that do not fit"),
+        ({"scales": np.ones((0, 8)), "qzeros": np.zeros((0, 1), np.int32)}, {}, "do not fit"),
         ({"qweight": np.zeros((1, 8))}, {}, "shapes that do not fit"),
         ({"g_idx": np.zeros(7, np.int32)}, {}, "shapes that do not fit"),
         ({"g_idx": np.full(8, 9, np.int32)}, {}, r"g_idx names groups beyond 0\.\.0"),
