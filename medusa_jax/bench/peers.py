@@ -71,7 +71,7 @@ class HuggingFace:
             how["gguf_file"] = directory.name
         try:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(directory.parent if "gguf_file" in how else directory), **how
+                str(directory.parent if is_gguf(directory) else directory), **how
             ).to(self.device)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -76,8 +76,8 @@ def open_backbone(directory: Path, settings: dict[str, Any] | None = None) -> St
     quantized = settings.get(compressed_tensors.KEY)
     tensors = open_model(directory, quantized=bool(quantized))
     if quantized:
-        packed = quantized["quant_method"] in packed_weights.METHODS
-        reader = packed_weights if packed else compressed_tensors
+        known = quantized["quant_method"] == compressed_tensors.METHOD
+        reader = compressed_tensors if known else packed_weights
         tensors = reader.joined(tensors, settings, origin)
         # What is read, and perhaps written again, is their products.
         settings = {key: settings[key] for key in settings if key != compressed_tensors.KEY}

@@ -16,12 +16,12 @@ import numpy as np
 
 from medusa_jax import json_files
 from medusa_jax.checkpoints import float8
-from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors, by_rows
 from medusa_jax.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
-KEY = "quantization_config"  # of config.json
+KEY, METHOD = "quantization_config", "compressed-tensors"  # of config.json
 _FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "dense",
             "mixed-precision")  # fmt: skip
 # Scales of activations and of the cache, which stay floats here.
@@ -88,15 +88,14 @@ def scaled(values: StoredTensor, scale: StoredTensor, origin: str) -> StoredTens
         whole = np.broadcast_to(scale.read().astype(np.float32).reshape(-1, groups), (out, groups))
         return np.array((whole if groups > 1 else whole[:, 0])[index])
 
-    def read(index: Any = ...) -> np.ndarray:
-        rows, *columns = (slice(None),) if index is ... else index
+    def read(rows: slice) -> np.ndarray:
         wide = values.read((rows, slice(None))).astype(np.float32)
         parts = wide.reshape(len(wide), groups, -1) * factors((rows,)).reshape(-1, groups, 1)
-        return parts.reshape(wide.shape)[(slice(None), *columns)]
+        return parts.reshape(wide.shape)
 
     shape = (out, groups) if groups > 1 else (out,)
     pair = values, StoredTensor(shape, "float32", factors)
-    return StoredTensor(values.shape, "float32", read, pair)
+    return StoredTensor(values.shape, "float32", by_rows(read), pair)
 
 
 def _unpacked(packed: StoredTensor, shape: tuple[int, ...], origin: str) -> StoredTensor:
@@ -109,14 +108,21 @@ def _unpacked(packed: StoredTensor, shape: tuple[int, ...], origin: str) -> Stor
             "is not supported; expected 4 or 8 bits in int32"
         )
 
-    def read(index: Any = ...) -> np.ndarray:
-        rows, *columns = (slice(None),) if index is ... else index
-        words = np.ascontiguousarray(packed.read((rows, slice(None))).astype("<i4"))
-        numbers = words.view(np.uint8)
-        if bits == 4:
-            numbers = np.stack((numbers & 15, numbers >> 4), -1).reshape(len(words), -1)
+    def read(rows: slice) -> np.ndarray:
+        words = packed.read((rows, slice(None)))
+        numbers = numbers_in(words, bits).reshape(len(words), -1)
         narrow = np.int8 if bits == 8 else ml_dtypes.int4
-        centered = numbers[:, : shape[1]].astype(np.int16) - 2 ** (bits - 1)
-        return centered.astype(narrow)[(slice(None), *columns)]
+        return (numbers[:, : shape[1]].astype(np.int16) - 2 ** (bits - 1)).astype(narrow)
 
-    return StoredTensor(shape, f"int{bits}", read)
+    return StoredTensor(shape, f"int{bits}", by_rows(read))
+
+
+def numbers_in(words: np.ndarray, bits: int) -> np.ndarray:
+    """The numbers of 4 or 8 bits in each int32, uint8 [..., 32 / bits], the lowest bits first.
+
+    0x76543210 holds 0, 1, 2, ..., 7 of 4 bits.
+    """
+    numbers = np.ascontiguousarray(words.astype("<i4")).view(np.uint8).reshape(*words.shape, 4)
+    if bits == 4:
+        numbers = np.stack((numbers & 15, numbers >> 4), -1).reshape(*words.shape, 8)
+    return numbers

@@ -251,16 +251,15 @@ def _opened(
     tree = nested(leaves)
     if mesh is not None and any(leaf.dtype == "int4" for leaf in jax.tree.leaves(tree)):
         raise InputError("weights of int4 cannot be split over a mesh")
-    places = shardings(tree, mesh) if mesh else jax.tree.map(lambda _: None, tree)
-    leaves_of, structure = jax.tree.flatten(tree)
-    split = structure.flatten_up_to(places)
+    unread, structure = jax.tree.flatten(tree)
+    split = structure.flatten_up_to(shardings(tree, mesh)) if mesh else [None] * len(unread)
     shapes = [
         jax.ShapeDtypeStruct(one.shape, jnp.dtype(one.dtype), sharding=place)
-        for one, place in zip(leaves_of, split, strict=True)
+        for one, place in zip(unread, split, strict=True)
     ]
 
     def read() -> Any:
-        pairs = zip(leaves_of, split, strict=True)
+        pairs = zip(unread, split, strict=True)
         loaded = [put(one.read, one.shape, place) for one, place in pairs]
         give_back()
         return structure.unflatten(loaded)

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from medusa_jax import json_files
-from medusa_jax.checkpoints.compressed_tensors import KEY, scaled
-from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors
+from medusa_jax.checkpoints.compressed_tensors import KEY, numbers_in, scaled
+from medusa_jax.checkpoints.stored_tensor import StoredTensor, Tensors, by_rows
 from medusa_jax.errors import InputError, listed
 
-METHODS = ("gptq", "awq")
 _WEIGHT, _ZEROS, _SCALES, _GROUPS = ".qweight", ".qzeros", ".scales", ".g_idx"
 # Of each output of eight, its place in an int32 of AWQ; the library packs the inverse of this.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -94,25 +93,19 @@ def _weight(packing: _Packing, parts: dict[str, Any], origin: str) -> StoredTens
     if group_of.min() < 0 or group_of.max() >= groups:
         raise InputError(f"{origin}: g_idx names groups beyond 0..{groups - 1}")
 
-    def centered(index: Any = ...) -> np.ndarray:
-        rows, *columns = (slice(None),) if index is ... else index
+    def centered(rows: slice) -> np.ndarray:
         numbers = _outputs(packing, packed, rows, shape[0], packed_along=packing.awq)
         zero = _outputs(packing, zeros, rows, shape[0], packed_along=True) + packing.offset
-        return (numbers - zero[:, group_of])[(slice(None), *columns)]
+        return numbers - zero[:, group_of]
 
-    def factors(index: Any = ...) -> np.ndarray:
-        rows, *columns = (slice(None),) if index is ... else index
-        return scales.read((slice(None), rows)).astype(np.float32).T[(slice(None), *columns)]
-
-    def read(index: Any = ...) -> np.ndarray:
-        rows, *columns = (slice(None),) if index is ... else index
-        wide = centered((rows,)) * factors((rows,))[:, group_of]
-        return wide[(slice(None), *columns)]
+    def factors(rows: slice) -> np.ndarray:
+        return scales.read((slice(None), rows)).astype(np.float32).T
 
     if packing.bits == 8 or not np.array_equal(group_of, in_turn):
-        return StoredTensor(shape, "float32", read)
-    narrow = StoredTensor(shape, "int8", lambda index=...: centered(index).astype(np.int8))
-    return scaled(narrow, StoredTensor((shape[0], groups), "float32", factors), origin)
+        wide = by_rows(lambda rows: centered(rows) * factors(rows)[:, group_of])
+        return StoredTensor(shape, "float32", wide)
+    narrow = StoredTensor(shape, "int8", by_rows(lambda rows: centered(rows).astype(np.int8)))
+    return scaled(narrow, StoredTensor((shape[0], groups), "float32", by_rows(factors)), origin)
 
 
 def _shape(
@@ -149,14 +142,12 @@ def _outputs(
     start, stop, step = rows.indices(out)
     per = packing.per_word
     words = slice(start // per, -(-stop // per)) if packed_along else slice(start, stop)
-    cut = np.ascontiguousarray(packed.read((slice(None), words)).astype("<i4"))
-    numbers = cut.view(np.uint8).reshape(*cut.shape, 4)
-    if packing.bits == 4:
-        numbers = np.stack((numbers & 15, numbers >> 4), -1).reshape(*cut.shape, 8)
+    numbers = numbers_in(packed.read((slice(None), words)), packing.bits)
     if not packed_along:  # [in / 8, outputs, 8]
-        return numbers.transpose(1, 0, 2).reshape(cut.shape[1], -1).astype(np.int16)[::step]
+        outputs = numbers.transpose(1, 0, 2)
+        return outputs.reshape(len(outputs), -1).astype(np.int16)[::step]
     if packing.awq:
         numbers = numbers[..., _AWQ_PLACES]
     first = start - words.start * per
-    whole = numbers.reshape(len(cut), -1).T.astype(np.int16)
+    whole = numbers.reshape(len(numbers), -1).T.astype(np.int16)
     return whole[first : first + stop - start : step]

@@ -88,6 +88,16 @@ class StoredTensor:
         return StoredTensor(self.shape, dtype, read)
 
 
+def by_rows(read: Callable[[slice], np.ndarray]) -> Callable[..., np.ndarray]:
+    """`StoredTensor.read` of a function that reads whole rows, of which an index cuts the rest."""
+
+    def part(index: Any = ...) -> np.ndarray:
+        rows, *columns = (slice(None),) if index is ... else index
+        return read(rows)[(slice(None), *columns)]
+
+    return part
+
+
 def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array without numbers, at an address from which JAX makes no copy on a CPU."""
     size = math.prod(shape) * dtype.itemsize
