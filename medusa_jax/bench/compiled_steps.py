@@ -16,7 +16,7 @@ from medusa_jax.bench.synthetic import abstract_model
 from medusa_jax.checkpoints.backbone import open_backbone
 from medusa_jax.checkpoints.heads import head_file, open_heads
 from medusa_jax.checkpoints.hub import resolve, shipped
-from medusa_jax.decoding.compilation import abstract_state, compiler_options, lower_run, on_tpu
+from medusa_jax.decoding.compilation import abstract_state, compile_run, on_tpu
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_within
@@ -93,11 +93,9 @@ def compile_step(decoder: Decoder, params: Any, batch: int, name: str) -> dict[s
     """What the compiler says of a step; bytes are those of one device."""
     state = abstract_state(decoder, params, batch)
 
-    def make() -> Any:
-        lowered = lower_run(decoder, params, state, open_order=on_tpu(params))
-        return lowered.compile(compiler_options(params))
-
-    program, seconds = compile_within(name, make)
+    program, seconds = compile_within(
+        name, lambda: compile_run(decoder, params, state, open_order=on_tpu(params))
+    )
     read = traffic(Program.parse(program.as_text()), score_elements(decoder, batch))
     tokens = batch * decoder.capacity
     return {

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from medusa_jax.bench.summary import spread
-from medusa_jax.decoding.compilation import in_fast_order
+from medusa_jax.decoding.compilation import compile_run, in_fast_order
 from medusa_jax.decoding.decoder import SLOTS_MULTIPLE, Decoder
 from medusa_jax.decoding.prefill import round_up
 from medusa_jax.decoding.stats import step_bytes
@@ -97,18 +97,15 @@ def time_steps(
     params = in_fast_order(decoders[chosen[-1].size], params, max(batch_sizes))
     cases = list(itertools.product(dict.fromkeys(batch_sizes), decoders))
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    programs: dict[Any, Any] = {}
     for repeat, (batch, size) in _turns(cases, repeats, over):
-        seconds = _step_seconds(decoders[size], params, batch, steps)
+        seconds = _step_seconds(decoders[size], params, batch, steps, programs)
         if repeat:
             times[batch, size].append(seconds)
         tick()
     return [
-        {
-            "batch_size": batch,
-            "nodes": size,
-            "depth": decoders[size].drafter.depth,
-            "repeats": len(times[batch, size]),
-        }
+        {"batch_size": batch, "nodes": size, "depth": decoders[size].drafter.depth}
+        | {"repeats": len(times[batch, size])}
         | _figures(
             times[batch, size],
             times[batch, 1],
@@ -158,13 +155,23 @@ def _prompt(config: ModelConfig, length: int) -> list[int]:
     return [1 + token % (config.vocab_size - 1) for token in range(length)]
 
 
-def _step_seconds(decoder: Decoder, params: Params, batch: int, steps: int) -> float:
-    """Seconds of one of `steps` steps, all of which run in one device loop."""
+def _step_seconds(
+    decoder: Decoder, params: Params, batch: int, steps: int, programs: dict[Any, Any]
+) -> float:
+    """Seconds of one of `steps` steps, all of which run in one device loop.
+
+    Args:
+      programs: compiled so far, by size of the tree and of the batch; a missing one is added.
+    """
     prompts = [_prompt(decoder.config, PROMPT_TOKENS)] * batch
     new_tokens = steps * (decoder.drafter.depth + 1)
     state = jax.block_until_ready(decoder.prefill(params, prompts, max_new_tokens=new_tokens))
+    case = decoder.drafter.size, batch
+    if case not in programs:
+        programs[case] = compile_run(decoder, params, state)
+    run = programs[case]
     start = time.perf_counter()
-    _, taken = jax.block_until_ready(decoder.run(params, state, np.int32(steps), np.int32(1)))
+    _, taken = jax.block_until_ready(run(params, state, np.int32(steps), np.int32(1)))
     return (time.perf_counter() - start) / int(taken)
 
 

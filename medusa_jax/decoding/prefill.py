@@ -16,7 +16,6 @@ from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
-from medusa_jax.model.layer_stack import in_loop
 from medusa_jax.model.linear import leaves_out_zeros
 
 # Longer prompts run in blocks of this many tokens, which bounds the memory of attention.
@@ -109,10 +108,9 @@ def _run_prompts(
     batch, padded = tokens.shape
     size = min(padded, block)
     dtype = precision(params)
-    looped = in_loop(params["backbone"])
     # As zeros that XLA knows to be zeros, each layer of the loop would make a cache of its own.
     cache = jax.lax.optimization_barrier(
-        init_cache(network.config, batch, cache_slots, dtype, looped)
+        init_cache(network.config, batch, cache_slots, dtype, network.stacks(params))
     )
     last_hidden = jnp.zeros((batch, network.config.hidden_size), dtype)
 

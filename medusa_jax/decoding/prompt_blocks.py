@@ -25,7 +25,6 @@ from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Draft, Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import Block, KVCache, Layers, init_cache
-from medusa_jax.model.layer_stack import in_loop
 
 # A CPU takes about as long for so many tokens as for a call of some steps.
 CPU_BLOCK = 128
@@ -226,7 +225,7 @@ def empty_rows(
         most = min(most_logprobs, network.config.vocab_size)
         logprobs = Logprobs.empty(jnp.zeros(rows, bool), most, cache_slots)
     state = State(
-        cache=init_cache(network.config, rows, cache_slots, dtype, in_loop(params["backbone"])),
+        cache=init_cache(network.config, rows, cache_slots, dtype, network.stacks(params)),
         sequence=jnp.zeros((rows, cache_slots), jnp.int32),
         root=numbers,
         draft=drafter.begin(drafter.prepare(params), network.bound(params), rows, cache_slots),
@@ -279,7 +278,7 @@ def _written(cache: KVCache, block: Block, slot: Array, start: Array) -> KVCache
             place[axis] = start
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
 
-        return jax.tree.map(update, layers, block)
+        return jax.tree.map(update, layers, cache.as_held(block))
 
     keys, values = block
     return dataclasses.replace(

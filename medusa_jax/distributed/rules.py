@@ -51,7 +51,6 @@ RULES = (
     (r"(scale|bias|token_map)$", P(None)),
     (r"^bigrams/", P()),  # of which a step reads a few numbers here and there
 )
-CACHE = P(None, "tensor", None, None)  # keys [B, K, C, S] and values [B, K, S, C]
 
 
 def start_processes() -> None:

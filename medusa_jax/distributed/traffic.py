@@ -3,7 +3,7 @@
 An instruction reads its operands and writes its result. Arrays in a TPU's memory on chip cost
 nothing here; a fusion that cuts or gathers rows of an operand reads those rows only, and an update
 in place writes what is new. An instruction that calls a kernel of ours counts as if it read its
-operands whole.
+operands whole, but a single layer of a cache.
 """
 
 import collections
@@ -172,8 +172,11 @@ class _Reader(_Sizes):
                     if "params[" in origin and array.size >= MATRIX:
                         weights.append(array.size)
                     if array.space == 0:
-                        size = self._read_of(one, position, array)
-                        yield self._kind(place, operand, origin, array), size
+                        kind = self._kind(place, operand, origin, array)
+                        stack = kind == "cache" and one.opcode == "custom-call" and array.dims[4:]
+                        # Our kernels read a layer of the cache of all layers [B, L, ...].
+                        share = array.dims[1] if stack else 1
+                        yield kind, self._read_of(one, position, array) // share
         if one.opcode.endswith("-start"):
             return  # written when it is done
         for array, size in self._written(one, lines):

@@ -80,7 +80,9 @@ class DraftModel(OfTree):
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> ModelDraft:
         dtype = weight_of(params[NAME]["embed"]["embedding"]).dtype
         slots = cache_slots + MORE_SLOTS
-        cache = init_cache(self.config, rows, slots, dtype, in_loop(params[NAME]))
+        reads_stacks = backbone.kernels.reads_projections(self.config.head_dim)
+        stacked = in_loop(params[NAME]) or reads_stacks
+        cache = init_cache(self.config, rows, slots, dtype, stacked)
         guesses, drawn = jnp.zeros((rows, self.size - 1), jnp.int32), None
         if self.target is not None:
             inner = len(np.unique(self.tree.parents[1:]))
@@ -90,7 +92,7 @@ class DraftModel(OfTree):
     def draft(
         self, params: Params, backbone: Backbone, draft: ModelDraft, seen: Verified
     ) -> ModelDraft:
-        model = Backbone(self.config, backbone.cache_attention).bind({"params": params[NAME]})
+        model = Backbone(self.config, backbone.kernels).bind({"params": params[NAME]})
         cache, hidden = read(model, draft.cache, seen)
         # The root is in the cache, behind its length.
         past = dataclasses.replace(cache, length=seen.length + 1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from medusa_jax.model.cache_attention import Past
+from medusa_jax.model.qkv import QKV
 from medusa_jax.model.softmax import masked
 from medusa_jax.shapes import typed
 
@@ -15,11 +16,7 @@ QUERY_BLOCK = 512  # queries whose scores exist at a time
 
 @typed
 def attend(
-    queries: Float[Array, "B T H C"],
-    keys: Float[Array, "B K C T"],
-    values: Float[Array, "B K T C"],
-    mask: Bool[Array, "#B T T"],
-    past: Past | None = None,
+    block: QKV, mask: Bool[Array, "#B T T"], past: Past | None = None
 ) -> Float[Array, "B T H C"]:
     """Softmax attention to the block's own keys and to a cache, as over a single array.
 
@@ -27,8 +24,6 @@ def attend(
     the cache in place and write back only what was accepted.
 
     Args:
-      queries: rotated queries [B, T, H, C].
-      keys, values: of the block [B, K, C, T] and [B, K, T, C].
       mask: True where a query sees a key of the block; each must see at least one key
         there or in the cache.
       past: what the queries see of the cache.
@@ -37,6 +32,9 @@ def attend(
       [B, T, H, C] in the queries' dtype; scores and softmax are float32.
       Scores of long blocks exist for QUERY_BLOCK queries at a time.
     """
+    if past is not None and past.kernels.reads_projections(block.width):
+        return past.attend_projected(block, mask)
+    queries, keys, values = block.turned
     whole = queries.shape[1] <= QUERY_BLOCK
     mixed = (_attend if whole else _by_blocks)(queries, keys, values, mask, past)
     if past is None or past.live is None:

@@ -6,6 +6,8 @@ itself is a mask (causal in a prompt, ancestors in a tree); what it sees of the
 past is a `KVCache`, which it only reads.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from medusa_jax.kernels.heads import Heads
 from medusa_jax.model.attention import attend
-from medusa_jax.model.cache_attention import CacheAttention, Past
+from medusa_jax.model.cache_attention import Past
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.kernel_choice import KernelChoice
 from medusa_jax.model.kv_cache import Block, KVCache
 from medusa_jax.model.layer_stack import STACK
-from medusa_jax.model.layers import rms_norm, rope_tables, rotate
-from medusa_jax.model.linear import Linear, of_layer, parameter, projections
+from medusa_jax.model.layers import rms_norm, rope_tables
+from medusa_jax.model.linear import Linear, joint_projection, of_layer, parameter, projections
+from medusa_jax.model.qkv import QKV
 from medusa_jax.model.rope import DynamicNTK
 from medusa_jax.model.sight import Sight
 from medusa_jax.shapes import typed
@@ -46,14 +51,29 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scale-only norm over the last axis."""
+    """Scale-only norm over the last axis.
+
+    Attributes:
+      eps: added to the mean square.
+      kernel: whether the kernel of GPUs adds and scales.
+    """
 
     eps: float
+    kernel: bool = False
+
+    def __call__(self, x: Array) -> Array:
+        return self.after(x, None)[1]
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def after(self, x: Array, update: Array | None) -> tuple[Array, Array]:
+        """The sum of both, and its norm."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return rms_norm(x, scale, self.eps)
+        if self.kernel and update is not None:
+            from medusa_jax.kernels.add_norm_gpu import add_norm
+
+            return add_norm(x, update, scale, self.eps)
+        x = x if update is None else x + update
+        return x, rms_norm(x, scale, self.eps)
 
 
 class Attention(nn.Module):
@@ -73,27 +93,37 @@ class Attention(nn.Module):
     ) -> tuple[Array, Array, Array]:
         """x [B, T, D], mask [B, T, T], past -> (out [B, T, D], keys, values of a `Block`)."""
         config = self.config
-
-        kv_width = config.num_kv_heads * config.head_dim
-        features = {
-            "query": config.num_heads * config.head_dim,
-            "key": kv_width,
-            "value": kv_width,
-        }
-        queries, keys, values = (
-            flat.reshape(*x.shape[:2], -1, config.head_dim)
-            for flat in projections(self, x, features, config.qkv_bias)
-        )
+        queries, keys, values = self._projected(x)
         if config.qk_norm:
-            queries = RMSNorm(config.norm_eps, name="query_norm")(queries)
-            keys = RMSNorm(config.norm_eps, name="key_norm")(keys)
-        queries = rotate(queries, *rope)
-        keys = rotate(keys, *rope).transpose(0, 2, 3, 1)
-        values = values.swapaxes(1, 2)
-        mixed = self.attend(queries, keys, values, mask, past)
-        mixed = mixed.reshape(*x.shape[:2], -1)
+            queries = Heads(RMSNorm(config.norm_eps, name="query_norm")(queries.alone()))
+            keys = Heads(RMSNorm(config.norm_eps, name="key_norm")(keys.alone()))
+        block = QKV(queries, keys, values, rope)
+        mixed = self.attend(block, mask, past).reshape(*x.shape[:2], -1)
         out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
-        return out, keys, values
+        return out, *block.turned[1:]
+
+    def _projected(self, x: Array) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values of x, in a single array if their weights are."""
+        config = self.config
+        counts = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        features = {
+            name: count * config.head_dim
+            for name, count in zip(("query", "key", "value"), counts, strict=True)
+        }
+
+        def in_heads(flat: Array) -> Array:
+            return flat.reshape(*x.shape[:2], -1, config.head_dim)
+
+        joint = joint_projection(self, x, features, config.qkv_bias)
+        if joint is None:
+            apart = projections(self, x, features, config.qkv_bias)
+            queries, keys, values = (Heads(in_heads(flat)) for flat in apart)
+            return queries, keys, values
+        whole, starts = in_heads(joint), itertools.accumulate(counts, initial=0)
+        queries, keys, values = (
+            Heads(whole, start, count) for start, count in zip(starts, counts, strict=False)
+        )
+        return queries, keys, values
 
 
 class MLP(nn.Module):
@@ -120,7 +150,6 @@ class Layer(nn.Module):
     config: ModelConfig
     attend: Callable[..., Array] = attend
 
-    @nn.compact
     def __call__(
         self,
         x: Array,
@@ -130,15 +159,32 @@ class Layer(nn.Module):
         wanted: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """As `Attention`; of tokens that are not wanted [B, T], keys and values alone."""
-        eps = self.config.norm_eps
-        normed = RMSNorm(eps, name="attention_norm")(x)
+        x, update, keys, values = self.unsummed(x, None, rope, mask, past, wanted)
+        return x + update, keys, values
+
+    @nn.compact
+    def unsummed(
+        self,
+        x: Array,
+        update: Array | None,
+        rope: tuple[Array, Array],
+        mask: Any,
+        past: Past | None,
+        wanted: Array | None = None,
+    ) -> tuple[Array, Array, Array, Array]:
+        """The same of the sum of x and an update; in the result, both are apart again.
+
+        So a kernel adds them that computes the next norm too.
+        """
+        kernel = past is not None and past.kernels.adds_norms
+        norm = functools.partial(RMSNorm, self.config.norm_eps, kernel)
+        x, normed = norm(name="attention_norm").after(x, update)
         attention = Attention(self.config, self.attend, name="attention")
         out, keys, values = attention(normed, rope, mask, past)
-        x = x + out
         if wanted is not None:
-            x = jnp.where(wanted[..., None], x, 0)
-        x = x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
-        return x, keys, values
+            x, out = jnp.where(wanted[..., None], x + out, 0), None
+        x, normed = norm(name="mlp_norm").after(x, out)
+        return x, MLP(self.config, name="mlp")(normed), keys, values
 
 
 class Backbone(nn.Module):
@@ -150,11 +196,11 @@ class Backbone(nn.Module):
 
     Attributes:
       config: shape of the backbone.
-      cache_attention: how attention to the cache is computed.
+      kernels: which of them compute beside a cache.
     """
 
     config: ModelConfig
-    cache_attention: CacheAttention = CacheAttention()
+    kernels: KernelChoice = KernelChoice()
 
     def setup(self) -> None:
         config = self.config
@@ -162,7 +208,7 @@ class Backbone(nn.Module):
         self.looped = self.has_variable("params", STACK)
         count = 0 if self.looped else config.num_layers
         self.layers = [Layer(config, name=f"layer_{i}") for i in range(count)]
-        self.final_norm = RMSNorm(config.norm_eps)
+        self.final_norm = RMSNorm(config.norm_eps, self.kernels.adds_norms)
         self.lm_head = None
         if not config.tied or self.has_variable("params", "lm_head"):
             shape = (config.vocab_size, config.hidden_size)
@@ -211,29 +257,31 @@ class Backbone(nn.Module):
         seen = Sight.of(self.config, positions, mask)
         run = self._in_loop if self.looped else self._one_by_one
         x, block = run(x, rope, seen, cache, live, wanted)
-        return self.finish(x), block
+        return self.finish(*x), block
 
     def _one_by_one(
         self, x: Array, rope: tuple[Array, Array], seen: Sight, cache: KVCache | None,
         live: Array | None, wanted: Array | None,
-    ) -> tuple[Array, Block]:  # fmt: skip
-        keys, values = [], []
+    ) -> tuple[tuple[Array, ...], Block]:  # fmt: skip
+        keys, values, update = [], [], None
         for i, layer in enumerate(self.layers):
             past, only = None, wanted if i == len(self.layers) - 1 else None
             mask, first = seen.of_layer(i)
             if cache is not None:
-                slots = cache.keys[i], cache.values[i], _filled(cache, live)
-                asked = live if only is None else only
-                past = Past(*slots, first, self.cache_attention, cache.row, asked)
-            x, layer_keys, layer_values = layer(x, rope, mask, past, only)
+                slots = *cache.of_layer(i), _filled(cache, live)
+                asked, number = live if only is None else only, jnp.int32(i)
+                seen_by = first, self.kernels, cache.row, asked
+                past = Past(*slots, *seen_by, layer=number if cache.stacked else None)
+            passed = layer.unsummed(x, update, rope, mask, past, only)
+            x, update, layer_keys, layer_values = passed
             keys.append(layer_keys)
             values.append(layer_values)
-        return x, (tuple(keys), tuple(values))
+        return (x,) if update is None else (x, update), (tuple(keys), tuple(values))
 
     def _in_loop(
         self, x: Array, rope: tuple[Array, Array], seen: Sight, cache: KVCache | None,
         live: Array | None, wanted: Array | None,
-    ) -> tuple[Array, Block]:  # fmt: skip
+    ) -> tuple[tuple[Array, ...], Block]:  # fmt: skip
         stack, last = self.get_variable("params", STACK), self.config.num_layers - 1
 
         def run(x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -243,7 +291,7 @@ class Backbone(nn.Module):
             mask, first = seen.of_layer(number)
             if cache is not None:
                 assert isinstance(cache.keys, Array) and isinstance(cache.values, Array)
-                seen_by = first, self.cache_attention, cache.row, live if only is None else only
+                seen_by = first, self.kernels, cache.row, live if only is None else only
                 past = Past(cache.keys, cache.values, _filled(cache, live), *seen_by, layer=number)
             layer, params = Layer(self.config, parent=None), of_layer(stack, number)
             passed: Any = layer.apply({"params": params}, x, rope, mask, past, only)
@@ -252,11 +300,13 @@ class Backbone(nn.Module):
 
         x, block = jax.lax.scan(run, x, jnp.arange(self.config.num_layers))
         keys, values = (jnp.swapaxes(layers, 0, 1) for layers in block)
-        return x, (keys, values)
+        return (x,), (keys, values)
 
-    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Hidden states from the last layer's output [B, T, D]."""
-        return self.final_norm(x)
+    def finish(
+        self, x: Float[Array, "B T D"], update: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states from the last layer's output, or from the sum of two parts of it."""
+        return self.final_norm.after(x, update)[1]
 
     def unembed(
         self, hidden: Float[Array, "*dims D"], rows: Int[Array, " W"] | None = None

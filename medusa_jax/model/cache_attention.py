@@ -7,49 +7,24 @@ no query sees are neither read nor computed.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.kernels import cache_attention_cpu, native
+from medusa_jax.kernels.heads import Heads
+from medusa_jax.model.kernel_choice import KernelChoice
+from medusa_jax.model.kv_cache import cache_axes
+from medusa_jax.model.qkv import QKV
 from medusa_jax.model.softmax import Softmax, joined, masked
 from medusa_jax.shapes import typed
 
 SLOT_BLOCK = 128  # slots that `by_blocks` reads at a time
 
 Own = tuple[Array, Array, Array]  # a block's keys, values and mask, as `attention.attend` has them
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheAttention:
-    """What computes attention to a cache, on which devices.
-
-    Attributes:
-      kernels: a kernel does it where one knows the device and the shape; else `by_blocks`.
-      mesh: devices (tensor, group, copy) that hold the heads; None for one device.
-    """
-
-    kernels: bool = False
-    mesh: Mesh | None = None
-
-    def implementation(self, width: int) -> Callable[..., Array]:
-        """For heads of this width, on the devices that a program is compiled for."""
-        platform = self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend()
-        if self.kernels and platform == "tpu":
-            from medusa_jax.kernels import cache_attention_tpu
-
-            by_matrices = functools.partial(_by_matrices, cache_attention_tpu.attention)
-            return functools.partial(_by_kernel, by_matrices)
-        if self.kernels and platform == "gpu" and width >= 16 and width.bit_count() == 1:
-            from medusa_jax.kernels import cache_attention_gpu
-
-            return functools.partial(_by_kernel, cache_attention_gpu.attention)
-        if self.kernels and platform == "cpu" and self.mesh is None and native.available():
-            return _by_cpu
-        return _by_xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +36,7 @@ class Past:
         and [R, L, K, S, C]; R is B without `row`.
       lengths: filled slots of each row [B].
       first: the first slot that each query's window reaches [B, T]; None without a window.
-      attention: what computes it.
+      kernels: which of them may compute it.
       row: of the cache, where the queries are of this row alone []; else None.
       live: which queries anything comes of [B, T]; the others get zeros. None: all of them.
       layer: the layer that is meant, of keys and values of L layers []; else None.
@@ -71,7 +46,7 @@ class Past:
     values: Array
     lengths: Array
     first: Array | None
-    attention: CacheAttention
+    kernels: KernelChoice
     row: Array | None = None
     live: Array | None = None
     layer: Array | None = None
@@ -81,7 +56,7 @@ class Past:
 
         Each device computes its own heads. Queries are scaled.
         """
-        compute, mesh = self.attention.implementation(queries.shape[-1]), self.attention.mesh
+        compute, mesh = implementation(self.kernels), self.kernels.mesh
         inputs = queries, own, self.keys, self.values, self.lengths, self.first, self.row
         if mesh is None:
             return compute(*inputs, self.live, self.layer)
@@ -89,6 +64,51 @@ class Past:
         places = heads, (cache, cache, P()), cache, cache, P(), P(), P()
         split = jax.shard_map(compute, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
         return split(*inputs)
+
+    def attend_projected(self, block: QKV, mask: Array) -> Float[Array, "B T H C"]:
+        """The same of queries and keys before their rotation, by the kernel of GPUs."""
+        from medusa_jax.kernels import cache_attention_gpu
+
+        keys, values, layer = self.keys, self.values, self.layer
+        if self.row is not None:  # the kernel reads the cache of each row
+            keys, values = (_of_row(slots, self.row, layer) for slots in (keys, values))
+            layer = None
+        inputs = block.rope, mask, keys, values, self.lengths, self.first, layer
+        parts = block.queries, block.keys, block.values
+        if self.kernels.on_one_device:
+            return cache_attention_gpu.attention(parts, *inputs)
+
+        def compute(arrays: tuple[Array, ...], *inputs: Any) -> Array:
+            queries, keys, values = map(Heads, arrays)
+            return cache_attention_gpu.attention((queries, keys, values), *inputs)
+
+        heads, kv_heads = P(None, None, ("tensor", "group")), P(None, None, "tensor")
+        cache = cache_axes(keys.ndim)
+        places = (heads, kv_heads, kv_heads), P(), P(), cache, cache, P(), P(), P()
+        mesh = self.kernels.mesh
+        split = jax.shard_map(compute, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
+        return split(tuple(part.alone() for part in parts), *inputs)
+
+
+def implementation(kernels: KernelChoice) -> Callable[..., Array]:
+    """What computes `Past.attend`."""
+    if kernels.used and kernels.platform == "tpu":
+        from medusa_jax.kernels import cache_attention_tpu
+
+        return functools.partial(_by_kernel, cache_attention_tpu.attention)
+    if kernels.used and kernels.platform == "cpu" and kernels.mesh is None and native.available():
+        return _by_cpu
+    return _by_xla
+
+
+def _of_row(slots: Array, row: Array, layer: Array | None) -> Array:
+    """Keys or values of a row, and of a layer where there are several."""
+    sizes, begin = list(slots.shape), [row, *[jnp.zeros_like(row)] * (slots.ndim - 1)]
+    sizes[0] = 1
+    if layer is None:
+        return jax.lax.dynamic_slice(slots, begin, sizes)
+    begin[1], sizes[1] = layer, 1
+    return jax.lax.dynamic_slice(slots, begin, sizes)[:, 0]
 
 
 def _by_xla(
@@ -113,21 +133,9 @@ def _by_kernel(
     lengths: Array, first: Array | None, row: Array | None = None, live: Array | None = None,
     layer: None = None,
 ) -> Array:  # fmt: skip
-    if row is not None:  # a kernel reads the cache of each row
-        keys, values = (jax.lax.dynamic_slice_in_dim(slots, row, 1) for slots in (keys, values))
-    return kernel(queries, own, keys, values, lengths, first)
-
-
-def _by_matrices(
-    kernel: Callable[..., Array],
-    queries: Array,
-    own: Own,
-    keys: Array,
-    values: Array,
-    lengths: Array,
-    first: Array | None,
-) -> Array:
     """By a kernel that takes the queries of a key/value head as the rows of a matrix."""
+    if row is not None:  # it reads the cache of each row
+        keys, values = (_of_row(slots, row, layer) for slots in (keys, values))
     group = queries.shape[2]
     rows = queries.reshape(*queries.shape[:2], -1, queries.shape[4])
     own_keys, own_values, mask = own

@@ -7,9 +7,11 @@ nodes are never written, and slots at or beyond a row's length are never read.
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from medusa_jax.model.config import ModelConfig
@@ -28,8 +30,8 @@ Block = tuple[Layers, Layers]
 class KVCache:
     """Keys and values of the tokens each row has accepted.
 
-    Layers are separate arrays: slicing a layer out of a stack copies it. Only where layers run
-    in a loop, as a CPU's kernels let them, is there a stack.
+    Layers are separate arrays: slicing a layer out of a stack copies it. Only where a kernel reads
+    a layer inside it, is there a stack: a path is then appended to all layers at once.
 
     Each head's keys and values are one contiguous matrix, laid out as the product that reads
     it wants: q K with K [C, S], then p V with V [S, C]. Were keys [S, C], a CPU would gather
@@ -55,19 +57,42 @@ class KVCache:
         """S, the number of slots a row has."""
         return jax.tree.leaves(self.keys)[0].shape[-1]
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are single arrays."""
+        return not isinstance(self.keys, tuple)
+
+    def of_layer(self, number: int) -> tuple[Array, Array]:
+        """Keys and values of a layer; of all of them where they are stacked."""
+        if isinstance(self.keys, tuple) and isinstance(self.values, tuple):
+            return self.keys[number], self.values[number]
+        return cast("tuple[Array, Array]", (self.keys, self.values))
+
+    def as_held(self, layers: Layers) -> Layers:
+        """The layers of a block as the cache holds its own."""
+        return jnp.stack(layers, 1) if self.stacked and isinstance(layers, tuple) else layers
+
+
+def cache_axes(ndim: int) -> P:
+    """Axes of keys [B, K, C, S] and values [B, K, S, C] of a layer, or of L layers [B, L, K, ...].
+
+    4 -> P(None, "tensor", None, None), 5 -> P(None, None, "tensor", None, None).
+    """
+    return P(*[None] * (ndim - 3), "tensor", None, None)
+
 
 def init_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, in_loop: bool = False
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, stacked: bool = False
 ) -> KVCache:
     """An empty cache of `capacity` slots a row. Zeros, so that unread slots stay finite.
 
     Args:
-      in_loop: for layers that run in a loop (`layer_stack.py`).
+      stacked: a single array holds all layers.
     """
     heads, width, count = config.num_kv_heads, config.head_dim, config.num_layers
 
     def zeros(*matrix: int) -> Layers:
-        if in_loop:
+        if stacked:
             return jnp.zeros((batch, count, heads, *matrix), dtype)
         return tuple(jnp.zeros((batch, heads, *matrix), dtype) for _ in range(count))
 
@@ -91,7 +116,7 @@ def write_block(cache: KVCache, block: Block, start: int | Array) -> KVCache:
             new = new.astype(slots.dtype)
             return jax.lax.dynamic_update_slice_in_dim(slots, new, start, slots.ndim + axis)
 
-        return jax.tree.map(update, layers, block)
+        return jax.tree.map(update, layers, cache.as_held(block))
 
     keys, values = block
     return dataclasses.replace(
@@ -120,13 +145,17 @@ def commit(
     """
 
     def append(layers: Layers, nodes: Layers, axis: int) -> Layers:
-        def row(slots: Array, new: Array, cells: Array, start: Array) -> Array:
-            taken = jnp.take(new, cells, axis).astype(slots.dtype)
+        def on_path(new: Array, cells: Array) -> Array:
+            return jnp.take(new, cells, axis)
+
+        def row(slots: Array, taken: Array, start: Array) -> Array:
+            taken = taken.astype(slots.dtype)
             return jax.lax.dynamic_update_slice_in_dim(slots, taken, start, slots.ndim + axis)
 
         # A GPU would take two kernels for the scatter that vmap makes of a single row.
-        rows = jax.vmap(row) if len(count) > 1 else _alone(row)
-        return jax.tree.map(lambda old, new: rows(old, new, path, cache.length), layers, nodes)
+        each = jax.vmap if len(count) > 1 else _alone
+        kept = cache.as_held(jax.tree.map(lambda new: each(on_path)(new, path), nodes))
+        return jax.tree.map(lambda old, new: each(row)(old, new, cache.length), layers, kept)
 
     keys, values = block
     return dataclasses.replace(

@@ -227,6 +227,12 @@ def of_layer(params: Any, number: Array) -> Any:
     return jax.tree.map(own, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
+def quantized(params: Any) -> bool:
+    """Whether some of these parameters are narrow."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    return any(isinstance(leaf, Weight) and leaf.scale is not None for leaf in leaves)
+
+
 def leaves_out_zeros(params: Any) -> bool:
     """Whether products by these parameters take no time for rows of zeros."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Weight))
@@ -278,17 +284,27 @@ def projections(
 ) -> list[Array]:
     """A module's linear layers of one input x [*dims, in]; each [*dims, out].
 
-    Decoding may hold their weights as those of a single layer, whose name is `joint_name`: a
-    product of all outputs starts once and reads x once.
-
     Args:
       features: out of each layer, by name.
     """
+    y = joint_projection(module, x, features, use_bias)
+    if y is None:
+        return [Linear(out, use_bias, name=name)(x) for name, out in features.items()]
+    return jnp.split(y, list(itertools.accumulate(features.values()))[:-1], axis=-1)
+
+
+def joint_projection(
+    module: nn.Module, x: Array, features: dict[str, int], use_bias: bool = False
+) -> Array | None:
+    """The outputs of `projections` behind each other [*dims, sum of out], if held so; else None.
+
+    Decoding may hold their weights as those of a single layer, whose name is `joint_name`: a
+    product of all outputs starts once and reads x once.
+    """
     whole = joint_name(features)
     if not module.has_variable("params", whole):
-        return [Linear(out, use_bias, name=name)(x) for name, out in features.items()]
-    y = Linear(sum(features.values()), use_bias, name=whole)(x)
-    return jnp.split(y, list(itertools.accumulate(features.values()))[:-1], axis=-1)
+        return None
+    return Linear(sum(features.values()), use_bias, name=whole)(x)
 
 
 def joint_name(names: Iterable[str]) -> str:

@@ -59,7 +59,6 @@ class Programs:
         with _LOCK:
             self._model = _NUMBERS.setdefault((structure, places, drafter), len(_NUMBERS))
         self.compile_seconds = 0.0
-        self._options = compiler_options(self._shapes)
 
     def read_parameters(self) -> None:
         """Reads the parameters, where they are still in files."""
@@ -68,12 +67,16 @@ class Programs:
             _ = self.parameters.arrays
             self.compile_seconds += time.perf_counter() - start
 
-    def get(self, name: str, decoder: Decoder, shape: Any, *inputs: Any, **static: Any) -> Any:
+    def get(
+        self, name: str, decoder: Decoder, shape: Any, *inputs: Any, rows_of_step: int = 1,
+        **static: Any,
+    ) -> Any:  # fmt: skip
         """The compiled method `name` of a decoder.
 
         Args:
           shape: what tells the shapes of the inputs apart, beside the decoder.
           inputs: arrays, or their abstract shapes; read only where it must be compiled.
+          rows_of_step: of the products of a step, where it takes steps.
           static: arguments that are compiled in.
         """
         key = self._model, name, decoder, shape, *static.values()
@@ -83,7 +86,7 @@ class Programs:
             start = time.perf_counter()
             lowered = getattr(Decoder, name).lower(decoder, *inputs, **static)
             give_back()
-            program = lowered.compile(self._options)
+            program = lowered.compile(compiler_options(self._shapes, rows_of_step))
             give_back()
             self.compile_seconds += time.perf_counter() - start
         with _LOCK:  # of engines in threads of their own, and what compiles for them
@@ -104,8 +107,9 @@ class Programs:
 
     def run(self, decoder: Decoder, state: Any) -> Any:
         """`Decoder.run` for states of this shape."""
-        limits = np.int32(1), np.int32(1)
-        return self.get("run", decoder, _shape(state), self._shapes, state, *limits)
+        inputs = self._shapes, state, np.int32(1), np.int32(1)
+        rows = len(state.root) * decoder.drafter.size
+        return self.get("run", decoder, _shape(state), *inputs, rows_of_step=rows)
 
     def can_run(self, decoder: Decoder, slots: int, rows: int, settings: RowSettings) -> bool:
         """Whether `run` has its program for so many rows of so many cache slots already."""

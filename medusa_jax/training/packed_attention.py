@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from medusa_jax.model.qkv import QKV
 from medusa_jax.shapes import typed
 
 LEAST_BLOCK, MOST_BLOCKS = 128, 8  # of queries, whose scores exist at a time
@@ -41,18 +42,13 @@ class Documents:
     mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-def attend(
-    queries: Float[Array, "B T H C"],
-    keys: Float[Array, "B K C T"],
-    values: Float[Array, "B K T C"],
-    documents: Documents,
-    past: None = None,
-) -> Float[Array, "B T H C"]:
+def attend(block: QKV, documents: Documents, past: None = None) -> Float[Array, "B T H C"]:
     """Softmax attention within documents, in the place of `model.attention.attend`.
 
     Returns:
       [B, T, H, C] in the queries' dtype; scores and softmax are float32.
     """
+    queries, keys, values = block.turned
     mesh = documents.mesh
     on_tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
     whole = not (queries.shape[1] % TILE or queries.shape[3] % TILE)

@@ -79,7 +79,7 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     calls: list[tuple[int, int]] = []
     seconds = {1: iter([50.0, 1.0, 2.0, 9.0]), 4: iter([50.0, 2.0, 4.0, 3.0])}
 
-    def step_seconds(decoder, params, batch, steps):
+    def step_seconds(decoder, params, batch, steps, programs):
         calls.append((batch, decoder.drafter.size))
         return next(seconds[decoder.drafter.size])
 
@@ -130,10 +130,10 @@ def test_a_timing_ends_when_the_device_has_ended(monkeypatch):
         config=TIED,
         drafter=NoDraft(),
         prefill=lambda params, prompts, max_new_tokens: (),
-        run=lambda params, state, steps, least: ((), Steps()),
     )
+    programs = {(1, 1): lambda params, state, steps, least: ((), Steps())}
     monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
-    assert timing._step_seconds(decoder, {}, batch=1, steps=4) == 2
+    assert timing._step_seconds(decoder, {}, batch=1, steps=4, programs=programs) == 2
 
 
 def test_no_row_ends_before_its_last_step():

@@ -21,7 +21,7 @@ from medusa_jax.model.kv_cache import init_cache
 def test_tokens_that_are_not_live_are_zeros_and_change_no_other(tiny: TinyModel, quantize: str):
     params = for_decoding(tiny.params, few_rows=True, quantize=quantize)
     rng = np.random.default_rng(0)
-    cache = init_cache(TINY, 3, 32, jnp.float32, in_loop=True)
+    cache = init_cache(TINY, 3, 32, jnp.float32, stacked=True)
     filled = [
         jnp.asarray(rng.normal(size=one.shape), one.dtype) for one in (cache.keys, cache.values)
     ]
@@ -48,7 +48,7 @@ def test_the_last_layer_computes_keys_and_values_alone_of_tokens_that_are_not_wa
     tiny: TinyModel,
 ):
     params = for_decoding(tiny.params, few_rows=True)
-    empty = init_cache(TINY, 1, 32, jnp.float32, in_loop=True)
+    empty = init_cache(TINY, 1, 32, jnp.float32, stacked=True)
     cache = dataclasses.replace(empty, length=jnp.array([7]))
     inputs = jnp.arange(6)[None], 7 + jnp.arange(6)[None], causal_mask(6), cache
     live, wanted = jnp.arange(6)[None] < 5, jnp.arange(6)[None] == 4

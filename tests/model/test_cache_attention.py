@@ -20,22 +20,47 @@ from medusa_jax.kernels import (
     native,
     used,
 )
+from medusa_jax.kernels.heads import Heads
 from medusa_jax.model import cache_attention
 from medusa_jax.model.attention import QUERY_BLOCK, attend
-from medusa_jax.model.cache_attention import CacheAttention, Past
+from medusa_jax.model.cache_attention import Past
+from medusa_jax.model.kernel_choice import KernelChoice
+from medusa_jax.model.layers import rotate
+from medusa_jax.model.qkv import QKV
 from medusa_jax.serving.options import DecodingOptions
 
 B, C = 2, 16
 TPU = functools.partial(cache_attention_tpu.attention, interpret=True)
+LAYERS = 2
+
+
+def by_gpu(
+    queries: Any, own: Any, keys: Any, values: Any, lengths: Any, first: Any, interpret: bool = True
+) -> Any:
+    """The kernel of GPUs, which turns and scales queries; they and the keys are turned back first.
+
+    Queries, keys and values lie in a single array, and the cache is the last of LAYERS.
+    """
+    (batch, heads, _, count, width), (own_keys, own_values, mask) = queries.shape, own
+    queries = queries.transpose(0, 3, 1, 2, 4).reshape(batch, count, -1, width) * width**0.5
+    angles = jnp.arange(count * width / 2).reshape(1, count, -1)
+    cos, sin = (jnp.broadcast_to(f(angles), (batch, count, width // 2)) for f in (jnp.cos, jnp.sin))
+    back = (rotate(part, cos, -sin) for part in (queries, own_keys.transpose(0, 3, 1, 2)))
+    joint = jnp.concatenate((*back, own_values.swapaxes(1, 2)), axis=2)
+    starts = np.cumsum([0, queries.shape[2], heads])
+    counts = queries.shape[2], heads, heads
+    block = tuple(Heads(joint, int(start), n) for start, n in zip(starts, counts, strict=True))
+    cache = [jnp.stack((slots + 1, slots), axis=1) for slots in (keys, values)]
+    numbers = lengths, first, jnp.int32(LAYERS - 1)
+    kernel = functools.partial(cache_attention_gpu.attention, interpret=interpret)
+    mixed = kernel(block, (cos, sin), mask, *cache, *numbers)
+    return mixed.reshape(batch, count, heads, -1, width).transpose(0, 2, 3, 1, 4)
+
+
 WAYS = {
     "xla": cache_attention._by_xla,
-    **{
-        name: functools.partial(cache_attention._by_kernel, kernel)
-        for name, kernel in (
-            ("tpu", functools.partial(cache_attention._by_matrices, TPU)),
-            ("gpu", functools.partial(cache_attention_gpu.attention, interpret=True)),
-        )
-    },
+    "tpu": functools.partial(cache_attention._by_kernel, TPU),
+    "gpu": by_gpu,
 }
 if native.available():
     WAYS["cpu"] = cache_attention_cpu.attention
@@ -141,7 +166,7 @@ def test_large_scores_stay_finite():
         np.testing.assert_allclose(got, 3.0 if large else 5.0)
 
 
-@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"tpu"}))
+@pytest.mark.parametrize("way", sorted(WAYS.keys() & {"xla", "cpu"}))
 def test_queries_of_a_single_row_meet_this_row(way: str):
     queries, (keys, values, mask), *cache, lengths, _ = inputs_of(
         CASE | {"shape": (2, 2, 5, 320), "lengths": np.array([310, 70], np.int32)}
@@ -160,7 +185,10 @@ def test_long_blocks_equal_short_blocks():
     case = CASE | {"shape": (1, 2, length, slots), "lengths": np.array([310, 5], np.int32)}
     queries, (keys, values, mask), *cache, first = inputs_of(case | {"window": 40})
     queries = queries.transpose(0, 3, 1, 2, 4).reshape(B, length, 2, C)
-    whole = attend(queries, keys, values, mask, Past(*cache, first, CacheAttention()))
+    still = jnp.ones((B, length, C // 2)), jnp.zeros((B, length, C // 2))
+    parts = (Heads(part) for part in (keys.transpose(0, 3, 1, 2), values.swapaxes(1, 2)))
+    block = QKV(Heads(queries), *parts, still)
+    whole = attend(block, mask, Past(*cache, first, KernelChoice()))
     scaled = (queries * C**-0.5).reshape(B, length, 1, 2, C).transpose(0, 2, 3, 1, 4)
     wanted = expected(scaled, (keys, values, mask), *cache, first).transpose(0, 3, 1, 2, 4)
     np.testing.assert_allclose(whole, wanted.reshape(whole.shape), atol=1e-5)
@@ -181,8 +209,8 @@ def test_long_blocks_equal_short_blocks():
     ],
 )
 def test_kernels_are_lowered_for_devices_that_are_not_here(platform: str, call: str, width: int):
-    by_tpu = functools.partial(cache_attention._by_matrices, cache_attention_tpu.attention)
-    way = {"tpu": by_tpu, "cuda": cache_attention_gpu.attention}[platform]
+    by_tpu = functools.partial(cache_attention._by_kernel, cache_attention_tpu.attention)
+    way = {"tpu": by_tpu, "cuda": functools.partial(by_gpu, interpret=False)}[platform]
     shapes = (3, 2, 3, 4, width), (3, 2, width, 640), (3, 2, 640, width)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     shapes = (3, 2, width, 4), (3, 2, 4, width)
@@ -194,19 +222,21 @@ def test_kernels_are_lowered_for_devices_that_are_not_here(platform: str, call: 
 
 
 def test_the_platform_chooses_the_kernel():
-    def chosen(platform: str, width: int = 64, kernels: bool = True) -> Any:
-        mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
-        way = CacheAttention(kernels, mesh).implementation(width)
-        while isinstance(way, functools.partial):
-            (way,) = way.args
-        return way
+    def choice(platform: str, used: bool = True) -> KernelChoice:
+        mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), size=1)
+        return KernelChoice(used, mesh)
 
-    assert chosen("tpu") is cache_attention_tpu.attention
-    assert chosen("gpu") is cache_attention_gpu.attention
-    for other in (chosen("cpu"), chosen("gpu", 80), chosen("tpu", kernels=False)):
-        assert other is cache_attention._by_xla
-    here = CacheAttention(kernels=True).implementation(64)
+    (kernel,) = cache_attention.implementation(choice("tpu")).args
+    assert kernel is cache_attention_tpu.attention
+    for other in (choice("cpu"), choice("gpu"), choice("tpu", used=False)):
+        assert cache_attention.implementation(other) is cache_attention._by_xla
+    here = cache_attention.implementation(KernelChoice(used=True))
     assert (here is cache_attention._by_cpu) == native.available()
+    reads = [choice("gpu").reads_projections(width) for width in (16, 32, 64, 80, 128)]
+    assert reads == [False, True, True, False, True]
+    for other in (choice("cpu"), choice("tpu"), choice("gpu", used=False)):
+        assert not other.reads_projections(64) and not other.adds_norms
+    assert choice("gpu").adds_norms
 
 
 @pytest.mark.parametrize(

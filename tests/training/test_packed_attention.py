@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from medusa_jax.kernels.heads import Heads
 from medusa_jax.model.attention import attend
 from medusa_jax.model.layers import within_window
+from medusa_jax.model.qkv import QKV
 from medusa_jax.training.packed_attention import Documents, blocked, seen, splash
 
 
@@ -34,7 +36,10 @@ def masked(queries: jax.Array, keys: jax.Array, values: jax.Array, seen: Documen
         order[:, :, None] >= order[:, None]
     )
     near = within_window(order, order, seen.windows[int(seen.window)])
-    return attend(queries * queries.shape[-1] ** 0.5, keys, values, mask & near)
+    batch, length, _, width = queries.shape
+    still = jnp.ones((batch, length, width // 2)), jnp.zeros((batch, length, width // 2))
+    arrays = queries * width**0.5, keys.transpose(0, 3, 1, 2), values.swapaxes(1, 2)
+    return attend(QKV(*map(Heads, arrays), still), mask & near)
 
 
 def values_and_gradients(function: Callable[..., jax.Array], arrays: list, seen: Documents) -> list:

@@ -1,0 +1,60 @@
+"""A sum of rows and its RMS norm on a GPU, by a Pallas kernel (Triton); XLA takes three."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from medusa_jax.shapes import typed
+
+
+@typed
+def add_norm(
+    x: Float[Array, "*dims D"],
+    update: Float[Array, "*dims D"],
+    scale: Float[Array, " D"],
+    eps: float,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "*dims D"], Float[Array, "*dims D"]]:
+    """x + update, and this sum as `layers.rms_norm` scales it.
+
+    Args:
+      interpret: runs the kernel with XLA, on any device.
+    """
+    width = x.shape[-1]
+    rows = x.reshape(-1, width), update.reshape(-1, width)
+    row = pl.BlockSpec((None, width), lambda number: (number, 0))
+    out = jax.ShapeDtypeStruct(rows[0].shape, x.dtype)
+    total, normed = pl.pallas_call(
+        functools.partial(_kernel, eps=eps),
+        grid=(len(rows[0]),),
+        in_specs=[row, row, pl.BlockSpec((width,), lambda _: (0,))],
+        out_specs=[row, row],
+        out_shape=[out, out],
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="add_norm",
+    )(*rows, scale)
+    return total.reshape(x.shape), normed.reshape(x.shape)
+
+
+def _kernel(x: Any, update: Any, scale: Any, total: Any, normed: Any, *, eps: float) -> None:
+    """A row. Numbers are counted up to a power of 2; those beyond the width are zeros."""
+    width = x.shape[0]
+    count = pl.next_power_of_2(width)
+    numbers, inside = pl.ds(0, count), jnp.arange(count) < width
+
+    def load(row: Any) -> Array:
+        return plgpu.load(row.at[numbers], mask=inside, other=0)
+
+    added = (load(x) + load(update)).astype(total.dtype)
+    wide = added.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt((wide * wide).sum() / width + eps)
+    plgpu.store(total.at[numbers], added, mask=inside)
+    scaled = wide.astype(normed.dtype) * load(scale).astype(normed.dtype)
+    plgpu.store(normed.at[numbers], scaled, mask=inside)

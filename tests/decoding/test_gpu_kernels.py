@@ -1,0 +1,70 @@
+"""A GPU is played: its kernels, interpreted, decode the texts that XLA decodes."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers.models import TINY, random_model
+
+from medusa_jax.checkpoints.weight_layout import for_decoding
+from medusa_jax.decoding import network
+from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.drafting.of_heads import drafter_of_heads
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.kernels import add_norm_gpu, cache_attention_gpu
+from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.kernel_choice import KernelChoice
+from medusa_jax.serving.engine import Engine, run_jobs
+from medusa_jax.serving.jobs import Job
+
+PROMPTS = [[1, 2, 3], [token % 40 for token in range(1, 71)], [5, 6, 7, 8, 9]]
+QK_NORM = dataclasses.replace(TINY, qk_norm=True, windows=(None, 3))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((cache_attention_gpu, "attention"), (add_norm_gpu, "add_norm")):
+        played = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, played)
+    monkeypatch.setattr(KernelChoice, "platform", "gpu")
+    monkeypatch.setattr(KernelChoice, "reads_projections", lambda self, _: self.used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "paths"), [(TINY, []), (QK_NORM, [[0], [1], [0, 0]])], ids=["plain", "tree, windows"]
+)
+def test_texts_are_those_of_xla(gpu: None, config: ModelConfig, paths: list):
+    """Of rows that come and go, whose prompts are read in blocks, and of a decoder's own prefill.
+
+    Joint projections and a cache of all layers; a plain step has tokens that none sees.
+    """
+    random = random_model(config)
+    params = for_decoding(random.params, few_rows=False)
+    drafter = drafter_of_heads(random.heads, Tree.from_lists(paths))
+    by_kernels = Decoder(config, drafter, capacity=125)
+    by_xla = dataclasses.replace(by_kernels, kernels=False)
+    assert by_kernels.network.stacks(params) and not by_xla.network.stacks(params)
+    assert "query_key_value" in params["backbone"]["layer_0"]["attention"]
+
+    def texts(decoder: Decoder) -> list[list[int]]:
+        engine = Engine(decoder, params, slots=2)
+        return [done.token_ids for done in run_jobs(engine, [Job(one, 12) for one in PROMPTS])]
+
+    assert texts(by_kernels) == texts(by_xla)
+    states = [one.prefill(params, PROMPTS, max_new_tokens=9) for one in (by_kernels, by_xla)]
+    ended = [
+        one.generate(params, state) for one, state in zip((by_kernels, by_xla), states, strict=True)
+    ]
+    np.testing.assert_array_equal(*(state.sequence[:, :70] for state in ended))
+
+
+def test_tokens_that_none_sees_are_added_behind():
+    tokens, positions = np.array([[5, 7]]), np.array([[3, 4]])
+    mask = np.array([[[1, 0], [1, 1]]], bool)
+    more = network._with_more(*map(jax.numpy.asarray, (tokens, positions, mask)), 1)
+    np.testing.assert_array_equal(more[0], [[5, 7, 7]])
+    np.testing.assert_array_equal(more[1], [[3, 4, 4]])
+    np.testing.assert_array_equal(more[2][0], [[1, 0, 0], [1, 1, 0], [1, 1, 0]])
