@@ -68,8 +68,8 @@ def attention(
         windows = [first]
     # What is read, and of which heads, as `_spec` has them.
     inputs: list[tuple[Any, ...]] = [(lengths,), (begins,), (layer[None],)]
-    inputs += [(queries.array, (2, group, queries.first))]
-    inputs += [(part.array, (2, None, part.first)) for part in (own_keys, own_values)]
+    inputs += [(queries.in_place(), (2, group, queries.first))]
+    inputs += [(part.in_place(), (2, None, part.first)) for part in (own_keys, own_values)]
     inputs += [(array,) for array in (*rope, mask)]
     inputs += [(slots, (2, None, 0)) for slots in (keys, values)]
     inputs += [(window,) for window in windows]

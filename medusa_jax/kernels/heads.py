@@ -10,20 +10,32 @@ class Heads:
     """Heads of a projection's output, which may hold others too: a kernel reads them in place.
 
     Attributes:
-      array: [B, T, N, C].
+      array: [B, T, N C].
+      width: C.
       first: the first of these heads in it.
       count: how many they are; None for all that follow.
     """
 
     array: Array
+    width: int
     first: int = 0
     count: int | None = None
-
-    def alone(self) -> Array:
-        """These heads as an array of their own."""
-        return self.array[:, :, self.first : self.first + self.number]
 
     @property
     def number(self) -> int:
         """How many heads these are."""
-        return self.array.shape[2] - self.first if self.count is None else self.count
+        most = self.array.shape[2] // self.width
+        return most - self.first if self.count is None else self.count
+
+    def in_place(self) -> Array:
+        """All that the array holds, by head [B, T, N, C]."""
+        return self.array.reshape(*self.array.shape[:2], -1, self.width)
+
+    def alone(self) -> Array:
+        """These heads as an array of their own [B, T, n, C].
+
+        They are cut out of the flat array: heads that are cut apart are moved twice on a TPU.
+        """
+        start = self.first * self.width
+        cut = self.array[:, :, start : start + self.number * self.width]
+        return cut.reshape(*cut.shape[:2], self.number, self.width)

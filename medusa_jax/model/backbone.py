@@ -95,8 +95,13 @@ class Attention(nn.Module):
         config = self.config
         queries, keys, values = self._projected(x)
         if config.qk_norm:
-            queries = Heads(RMSNorm(config.norm_eps, name="query_norm")(queries.alone()))
-            keys = Heads(RMSNorm(config.norm_eps, name="key_norm")(keys.alone()))
+            queries, keys = (
+                Heads(norm(part.alone()).reshape(*x.shape[:2], -1), config.head_dim)
+                for part, norm in (
+                    (queries, RMSNorm(config.norm_eps, name="query_norm")),
+                    (keys, RMSNorm(config.norm_eps, name="key_norm")),
+                )
+            )
         block = QKV(queries, keys, values, rope)
         mixed = self.attend(block, mask, past).reshape(*x.shape[:2], -1)
         out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
@@ -111,17 +116,15 @@ class Attention(nn.Module):
             for name, count in zip(("query", "key", "value"), counts, strict=True)
         }
 
-        def in_heads(flat: Array) -> Array:
-            return flat.reshape(*x.shape[:2], -1, config.head_dim)
-
         joint = joint_projection(self, x, features, config.qkv_bias)
         if joint is None:
             apart = projections(self, x, features, config.qkv_bias)
-            queries, keys, values = (Heads(in_heads(flat)) for flat in apart)
+            queries, keys, values = (Heads(flat, config.head_dim) for flat in apart)
             return queries, keys, values
-        whole, starts = in_heads(joint), itertools.accumulate(counts, initial=0)
+        starts = itertools.accumulate(counts, initial=0)
         queries, keys, values = (
-            Heads(whole, start, count) for start, count in zip(starts, counts, strict=False)
+            Heads(joint, config.head_dim, start, count)
+            for start, count in zip(starts, counts, strict=False)
         )
         return queries, keys, values
 

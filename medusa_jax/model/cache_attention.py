@@ -79,7 +79,7 @@ class Past:
             return cache_attention_gpu.attention(parts, *inputs)
 
         def compute(arrays: tuple[Array, ...], *inputs: Any) -> Array:
-            queries, keys, values = map(Heads, arrays)
+            queries, keys, values = (Heads(array, block.width) for array in arrays)
             return cache_attention_gpu.attention((queries, keys, values), *inputs)
 
         heads, kv_heads = P(None, None, ("tensor", "group")), P(None, None, "tensor")
@@ -87,7 +87,7 @@ class Past:
         places = (heads, kv_heads, kv_heads), P(), P(), cache, cache, P(), P(), P()
         mesh = self.kernels.mesh
         split = jax.shard_map(compute, mesh=mesh, in_specs=places, out_specs=heads, check_vma=False)
-        return split(tuple(part.alone() for part in parts), *inputs)
+        return split(tuple(part.array for part in parts), *inputs)
 
 
 def implementation(kernels: KernelChoice) -> Callable[..., Array]:

@@ -26,7 +26,7 @@ class QKV:
     @property
     def width(self) -> int:
         """C, the numbers of a head."""
-        return self.values.array.shape[-1]
+        return self.values.width
 
     @functools.cached_property
     def turned(self) -> tuple[Array, Array, Array]:

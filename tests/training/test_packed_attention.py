@@ -39,7 +39,8 @@ def masked(queries: jax.Array, keys: jax.Array, values: jax.Array, seen: Documen
     batch, length, _, width = queries.shape
     still = jnp.ones((batch, length, width // 2)), jnp.zeros((batch, length, width // 2))
     arrays = queries * width**0.5, keys.transpose(0, 3, 1, 2), values.swapaxes(1, 2)
-    return attend(QKV(*map(Heads, arrays), still), mask & near)
+    block = (Heads(array.reshape(batch, length, -1), width) for array in arrays)
+    return attend(QKV(*block, still), mask & near)
 
 
 def values_and_gradients(function: Callable[..., jax.Array], arrays: list, seen: Documents) -> list:
