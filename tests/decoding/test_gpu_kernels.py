@@ -1,11 +1,11 @@
 """A GPU is played: its kernels, interpreted, decode the texts that XLA decodes."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
+from helpers.gpu import play
 from helpers.models import TINY, random_model
 
 from medusa_jax.checkpoints.weight_layout import for_decoding
@@ -13,9 +13,7 @@ from medusa_jax.decoding import network
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.kernels import add_norm_gpu, cache_attention_gpu
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.kernel_choice import KernelChoice
 from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
 
@@ -25,11 +23,7 @@ QK_NORM = dataclasses.replace(TINY, qk_norm=True, windows=(None, 3))
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((cache_attention_gpu, "attention"), (add_norm_gpu, "add_norm")):
-        played = functools.partial(getattr(module, name), interpret=True)
-        monkeypatch.setattr(module, name, played)
-    monkeypatch.setattr(KernelChoice, "platform", "gpu")
-    monkeypatch.setattr(KernelChoice, "reads_projections", lambda self, _: self.used)
+    play(monkeypatch.setattr)
 
 
 @pytest.mark.slow

@@ -72,6 +72,14 @@ def test_devices_that_share_key_value_heads_and_sample_with_grown_trees(found):
 
 @pytest.mark.e2e
 @pytest.mark.slow
+def test_gpus_read_their_heads_in_the_cache_of_all_layers(found):
+    """Two devices of a group hold a key/value head each, and different query heads of it."""
+    case = found["gpus"]
+    assert case["one"] == case["several"] and case["kv_heads"] == 1
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_repetition_penalty_is_the_same_on_several_devices(found):
     case = found["grouped"]
     assert case["one_penalized"] == case["several_penalized"] != case["one"]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helpers import hlo
+from helpers.gpu import play
 from helpers.head_files import stored
 from helpers.models import TINY, random_model
 from medusa_jax.checkpoints.load import load_model
@@ -56,10 +57,10 @@ def compare(alone: Decoder, params: Any, together: Decoder, split: Any) -> dict[
         found[f"{name}_bytes"] = step_bytes(decoder, weights, 10)
         generate = Decoder.generate.lower(decoder, weights, state).compile()
         if decoder.mesh is not None:
-            shard = state.cache.keys[0].addressable_shards[0].data
+            shard = jax.tree.leaves(state.cache.keys)[0].addressable_shards[0].data
             program = hlo.Program.of(generate)
             found["collectives"] = collectives(program.text)
-            found["kv_heads"] = shard.shape[1]
+            found["kv_heads"] = shard.shape[-3]
             found["copies"] = len(hlo.moved(program, shard.size))  # values are as large as keys
             found["cache_bytes"] = 2 * alone.config.num_layers * shard.nbytes
             found["aliased"] = generate.memory_analysis().alias_size_in_bytes
@@ -73,7 +74,9 @@ def compare(alone: Decoder, params: Any, together: Decoder, split: Any) -> dict[
     return found
 
 
-def random(devices: int, tree: Any, acceptance: Any, **shape: Any) -> dict[str, Any]:
+def random(
+    devices: int, tree: Any, acceptance: Any, capacity: int = 0, **shape: Any
+) -> dict[str, Any]:
     """With a tiny random model."""
     config = dataclasses.replace(TINY, **shape)
     model = random_model(config)
@@ -84,7 +87,7 @@ def random(devices: int, tree: Any, acceptance: Any, **shape: Any) -> dict[str, 
         params["bigrams"] = {"rows": jnp.arange(size, dtype=jnp.int32), "scores": scores}
     mesh = decode_mesh(f"tensor={devices}", config)
     split = jax.device_put(params, shardings(params, mesh))
-    alone = Decoder(config, drafter_of_heads(model.heads, tree), acceptance)
+    alone = Decoder(config, drafter_of_heads(model.heads, tree), acceptance, capacity)
     return compare(alone, params, dataclasses.replace(alone, mesh=mesh), split)
 
 
@@ -115,4 +118,6 @@ if __name__ == "__main__":
     }
     if real:
         found["stories"] = stories(*real)
+    play(setattr)
+    found["gpus"] = random(4, TREE, Greedy(), num_layers=2, windows=(None, 3), capacity=61)
     Path(out).write_text(json.dumps(found))
