@@ -61,7 +61,8 @@ def quantized(array: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.A
     import qwix
 
     others = [i for i in range(array.ndim) if i != array.ndim + axis]
-    groups = {array.ndim + axis: _group(array.shape[axis])} if dtype == "int4" else {}
+    size = array.shape[axis] // groups_of(array.shape[axis])
+    groups = {array.ndim + axis: size} if dtype == "int4" else {}
     narrow = qwix.quantize(array, dtype, channelwise_axes=others, tiled_axes=groups)
     scale = jnp.moveaxis(narrow.scale, axis, -1)
     return narrow.qvalue, scale if groups else scale[..., 0]
@@ -89,7 +90,7 @@ def stored(tensor: StoredTensor, dtype: str, axis: int) -> tuple[StoredTensor, S
 
     scales = tuple(size for i, size in enumerate(shape) if i != axis)
     if dtype == "int4":
-        scales = (*scales, shape[axis] // _group(shape[axis]))
+        scales = (*scales, groups_of(shape[axis]))
     return StoredTensor(shape, dtype, values), StoredTensor(scales, "float32", scale)
 
 
@@ -112,9 +113,9 @@ def _blocks(
     return np.concatenate(values, out), np.concatenate(scales, rank - 2)
 
 
-def _group(inputs: int) -> int:
-    """Inputs of a group: 4096 -> 128, 576 -> 64, 80 -> 80."""
-    return next((size for size in GROUPS if inputs % size == 0), inputs)
+def groups_of(inputs: int) -> int:
+    """Groups of an output's inputs in int4: 4096 -> 32 of 128, 576 -> 9 of 64, 80 -> 1."""
+    return inputs // next((size for size in GROUPS if inputs % size == 0), inputs)
 
 
 def _places(shape: tuple[int, ...], index: Any) -> list[slice]:

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medusa_jax.checkpoints.quantization import NONE, quantized, stored, type_for
+from medusa_jax.checkpoints.quantization import NONE, groups_of, quantized, stored, type_for
 from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.kernels import native
+from medusa_jax.kernels.few_rows import knows
 from medusa_jax.model.layer_stack import place
 from medusa_jax.model.linear import Weight, joint_name, leaves_out_zeros
 from medusa_jax.param_paths import flat, nested
@@ -55,10 +56,9 @@ def placed(
     the logits, "lm_head"; a table that will be quantized (`narrowed`) has none.
     """
     table, product = path == _EMBEDDING, path.split("/")[-1] in ("weight", "lm_head", "vocab")
-    pair = isinstance(tensor, StoredTensor) and tensor.quantized
-    narrow = pair[0].dtype if pair else type_for(path, quantize)
-    # The kernel knows neither other narrow types nor several scales of an output.
-    few_rows &= not narrow or (narrow == "int8" and not (pair and len(pair[1].shape) > 1))
+    in_file = tensor.quantized if isinstance(tensor, StoredTensor) else None
+    narrow = in_file[0].dtype if in_file else type_for(path, quantize)
+    few_rows &= not narrow or knows(narrow, tensor.shape[-1], _groups(tensor, narrow))
     if few_rows and (product or (tied and table)):
         return {path: Weight(tensor, few_rows=True)}
     if (table and narrow) or (product and _by_outputs(tensor, narrow)):
@@ -68,6 +68,14 @@ def placed(
     if tied and table:
         return {path: tensor, "lm_head": Weight(tensor.mT, "in_out")}
     return {path: tensor}
+
+
+def _groups(tensor: Any, narrow: str) -> int:
+    """Scales that each output has, in its file or once it is quantized."""
+    if isinstance(tensor, StoredTensor) and tensor.quantized:
+        scales = tensor.quantized[1].shape
+        return scales[-1] if len(scales) == len(tensor.shape) else 1
+    return groups_of(tensor.shape[-1]) if narrow == "int4" else 1
 
 
 def _by_outputs(tensor: Any, narrow: str) -> bool:

@@ -1,4 +1,5 @@
-// Products of few rows: y[r, m, o] = scale[m, o] * sum_i x[r, m, i] W[m, o, i].
+// Products of few rows: y[r, m, o] = scale[m, o] * sum_i x[r, m, i] W[m, o, i], or with a scale of
+// each group of inputs: sum_g scale[m, o, g] * sum_{i in g} x[r, m, i] W[m, o, i].
 //
 // A decode step multiplies 1 to 32 rows by each weight, so it should take the time of reading
 // the weight. Each block of outputs is read from memory once and meets all rows while it is in
@@ -71,6 +72,12 @@ void leave_out_zeros(Work& work, Product& p) {
   p.x = work.floats.data();
 }
 
+// Even numbers of a row, then odd ones: as weights of 4 bits are taken out of their bytes.
+void evens_first(int16_t* row, long count) {
+  std::vector<int16_t> numbers(row, row + count);
+  for (long i = 0; i < count; i++) row[i / 2 + i % 2 * (count / 2)] = numbers[i];
+}
+
 // Rows [R, M, in] of x for M weights: as they are, widened to float32, or rounded to integers.
 // `p` gets those of the first weight; those of weight m begin m * p.in numbers further.
 void prepare(const ffi::AnyBuffer& x, long stack, Work& work, Product& p) {
@@ -87,7 +94,7 @@ void prepare(const ffi::AnyBuffer& x, long stack, Work& work, Product& p) {
     p.x = work.floats.data();
   }
   leave_out_zeros(work, p);
-  if (p.type == 2) {
+  if (p.type >= 2) {
     work.shorts.resize(p.rows * p.x_stride);
     work.scales.resize(p.rows * stack);
     auto* from = static_cast<const float*>(p.x);
@@ -96,6 +103,7 @@ void prepare(const ffi::AnyBuffer& x, long stack, Work& work, Product& p) {
         long row = r * stack + m;
         work.scales[m * p.rows + r] =
             round_row_of()(from + row * p.in, p.in, work.shorts.data() + row * p.in);
+        if (p.type == 3) evens_first(work.shorts.data() + row * p.in, p.in);
       }
     p.x = work.shorts.data();
   }
@@ -109,33 +117,41 @@ ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
   bool alone = shape.size() == 2 || layer.element_count();
   long in = shape.back(), out = shape[shape.size() - 2], stack = alone ? 1 : shape[0];
   long first = layer.element_count() ? std::clamp<long>(layer.typed_data()[0], 0, shape[0] - 1) : 0;
-  int type = weight.element_type() == ffi::F32 ? 0 : weight.element_type() == ffi::BF16 ? 1 : 2;
-  long size = type == 0 ? 4 : type == 1 ? 2 : 1, x_size = type == 2 ? 2 : 4;
+  auto number = weight.element_type();
+  int type = number == ffi::F32 ? 0 : number == ffi::BF16 ? 1 : number == ffi::S8 ? 2 : 3;
+  long x_size = type >= 2 ? 2 : 4;
+  long bytes = type == 0 ? 4 * in : type == 1 ? 2 * in : type == 2 ? in : in / 2;  // of an output
+  bool grouped = scale.dimensions().size() == shape.size();
+  long scales = grouped ? scale.dimensions().back() : 1;  // of an output
+  if ((grouped || type == 3) && (!scale.element_count() || in % (scales * (type == 3 ? 64 : 32))))
+    return ffi::Error::InvalidArgument("groups of a weight do not fit the kernel of few rows");
   auto work = std::make_shared<Work>();
   Product whole{};
-  whole.weight = static_cast<const char*>(weight.untyped_data()) + first * out * in * size;
+  whole.weight = static_cast<const char*>(weight.untyped_data()) + first * out * bytes;
   whole.y = y->typed_data();
   whole.rows = x.element_count() / (stack * in);
   whole.in = in;
+  whole.groups = grouped || type == 3 ? scales : 0;
   whole.y_stride = stack * out;
   whole.type = type;
   prepare(x, stack, *work, whole);
-  const float* factors = scale.element_count() ? scale.reinterpret_data<float>() + first * out : nullptr;
-  long step = std::max<long>(1, kChunkBytes / (in * size));
+  const float* factors = scale.element_count() ? scale.reinterpret_data<float>() : nullptr;
+  if (factors) factors += first * out * scales;
+  long step = std::max<long>(1, kChunkBytes / bytes);
   step = (step + 23) / 24 * 24;  // whole groups
   for (long m = 0; m < stack; m++)
     for (long begin = 0; begin < out; begin += step) {
       Product chunk = whole;
-      chunk.weight = static_cast<const char*>(whole.weight) + m * out * in * size;
-      chunk.scale = factors ? factors + m * out : nullptr;
+      chunk.weight = static_cast<const char*>(whole.weight) + m * out * bytes;
+      chunk.scale = factors ? factors + m * out * scales : nullptr;
       chunk.x = static_cast<const char*>(whole.x) + m * in * x_size;
-      chunk.x_scale = type == 2 ? work->scales.data() + m * whole.rows : nullptr;
+      chunk.x_scale = type >= 2 ? work->scales.data() + m * whole.rows : nullptr;
       chunk.y = whole.y + m * out;
       chunk.begin = begin;
       chunk.end = std::min(begin + step, out);
       work->chunks.push_back(chunk);
     }
-  long threads = std::max<long>(1, pool.num_threads()), most = stack * out * in * size / kShareBytes;
+  long threads = std::max<long>(1, pool.num_threads()), most = stack * out * bytes / kShareBytes;
   work->shares = std::min({threads, std::max<long>(1, most), long(work->chunks.size())});
   work->next.reset(new std::atomic<long>[work->shares]);
   for (long i = 0; i < work->shares; i++) work->next[i] = work->start(i);

@@ -5,8 +5,9 @@ long as for a single row; `few_rows.cpp` reads each weight once for all of them.
 
 Rows of zeros cost nothing: padding of a prompt, and rows of a batch whose texts have ended.
 
-Beside weights in int8, rows are rounded to integers of 16 bits, and products are added up
-exactly. Each row has a factor of its own, a power of two.
+Beside weights in int8 and int4, rows are rounded to integers of 16 bits, and products are added up
+exactly. Each row has a factor of its own, a power of two. Where an output has a scale of each group
+of inputs, a group's products are added up exactly, and groups in float32.
 """
 
 import jax
@@ -16,6 +17,17 @@ from jaxtyping import Array, Float, Int
 from medusa_jax.shapes import typed
 
 MOST_ROWS = 128  # from where on XLA's product is as fast
+MOST_OF_GROUP = 1536  # products of int8 that an int32 of the kernel adds up at most
+
+
+def knows(dtype: str, inputs: int, groups: int = 1) -> bool:
+    """Whether it multiplies weights of this type, with so many scales of each output."""
+    size = inputs // groups
+    if dtype == "int4":  # two in a byte, and a vector of them in a group
+        return size % 64 == 0
+    if groups > 1:
+        return dtype == "int8" and size % 32 == 0 and size <= MOST_OF_GROUP
+    return dtype in ("float32", "bfloat16", "int8")
 
 
 @typed
@@ -33,10 +45,11 @@ def product(
 
     Args:
       x: [*dims, in], or for a stack of M weights [*dims, M, in]; float32 or bfloat16.
-      weight: [out, in] or [M, out, in]; float32, bfloat16 or int8.
-      scale: of each output [out] or [M, out], which its sum is multiplied by.
+      weight: [out, in] or [M, out, in]; float32, bfloat16, int8 or int4.
+      scale: of each output [out] or [M, out], which its sum is multiplied by; or of each group of
+        its inputs, [out, G] or [M, out, G].
       layer: the weight that is meant, where weight and scale are those of L layers, [L, out, in]
-        and [L, out]. They are read where they lie.
+        and [L, out] or [L, out, G]. They are read where they lie.
 
     Returns:
       [*dims, out] or [*dims, M, out].

@@ -1,6 +1,7 @@
 // The arithmetic of few_rows.cpp for a single instruction set, which LEVEL names.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "few_rows.h"
 #include "levels.h"
@@ -20,6 +21,17 @@ inline Shorts numbers(const int8_t* w) {
   return (Shorts)_mm256_cvtepi8_epi16(load<__m128i>(w));
 #endif
   return __builtin_convertvector(load<Bytes>(w), Shorts);
+}
+
+struct Nibbles {  // numbers 2i and 2i + 1 of an output
+  uint8_t pair;
+};
+// The numbers of a vector's bytes, even ones first.
+inline void pairs(const int8_t* w, Shorts (&to)[1]) { to[0] = numbers(w); }
+inline void pairs(const Nibbles* w, Shorts (&to)[2]) {
+  Shorts bytes = numbers(reinterpret_cast<const int8_t*>(w));
+  to[0] = bytes << 12 >> 12;
+  to[1] = bytes >> 4;
 }
 
 inline Vector add(Vector sum, Vector x, Vector w) { return sum + x * w; }
@@ -188,15 +200,95 @@ void group(const Product& p, long row, long out, int outputs) {
   }
 }
 
+constexpr int kMostScaled = kRegisters < 32 ? 2 : 6;  // more rows would leave the registers
+
+// Adds the products of R rows and O outputs. Integers of a group are added up exactly; then each lane
+// is multiplied by the group's scale.
+template <class W, int R, int O>
+void scaled_tile(const Product& p, const W* w, const int16_t* x, const float* scale, long count,
+                 float (*totals)[kGroup]) {
+  constexpr int kPer = std::is_same_v<W, Nibbles> ? 2 : 1;
+  constexpr long kLanes = kBytes / 2;
+  const long stride = p.in / kPer, group = stride / p.groups, ahead = (kAhead / count + 1) * stride;
+  Vector sums[R][O];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int o = 0; o < O; o++) sums[r][o] = Vector{};
+  for (long i = 0; i < count; scale++) {
+    Ints parts[R][O];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int o = 0; o < O; o++) parts[r][o] = Ints{};
+    for (long end = i + group; i < end; i += kLanes) {
+      Shorts weights[O][kPer];
+#pragma GCC unroll 8
+      for (int o = 0; o < O; o++) {
+        pairs(w + o * stride + i, weights[o]);
+        __builtin_prefetch(w + o * stride + i + ahead);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < kPer; half++) {
+          Shorts mine = numbers(x + r * p.x_stride + half * stride + i);
+#pragma GCC unroll 8
+          for (int o = 0; o < O; o++) parts[r][o] = add(parts[r][o], mine, weights[o][half]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int o = 0; o < O; o++)
+        sums[r][o] += __builtin_convertvector(parts[r][o], Vector) * scale[o * p.groups];
+  }
+  add_up<float, Vector, R * O>(&sums[0][0], [&](int i, float sum) { totals[i / O][i % O] += sum; });
+}
+
+// `group` for weights whose outputs have several scales.
+template <class W, int R>
+void scaled_group(const Product& p, long row, long out, int outputs) {
+  constexpr int O = kRegisters < 32 ? (R == 1 ? 4 : 2) : R == 1 ? 6 : R <= 4 ? 4 : 3;
+  constexpr long kPer = std::is_same_v<W, Nibbles> ? 2 : 1;
+  float totals[R][kGroup] = {};
+  const long stride = p.in / kPer, group = stride / p.groups;
+  const long step = std::max(group, Kind<int8_t>::kSlice / kPer / group * group);
+  auto* x = static_cast<const int16_t*>(p.x) + row * p.x_stride;
+  auto* w = static_cast<const W*>(p.weight) + out * stride;
+  for (long i = 0; i < stride; i += step) {
+    const float* scale = p.scale + out * p.groups + i / group;
+    long count = std::min(step, stride - i);
+    int o = 0;
+    for (; o + O <= outputs; o += O)
+      scaled_tile<W, R, O>(p, w + o * stride + i, x + i, scale + o * p.groups, count,
+                           (float(*)[kGroup]) & totals[0][o]);
+    for (; o < outputs; o++)
+      scaled_tile<W, R, 1>(p, w + o * stride + i, x + i, scale + o * p.groups, count,
+                           (float(*)[kGroup]) & totals[0][o]);
+  }
+  for (int r = 0; r < R; r++) {
+    float* y = p.y + p.places[row + r] * p.y_stride + out;
+    for (int o = 0; o < outputs; o++) y[o] = totals[r][o] * p.x_scale[row + r];
+  }
+}
+
 template <class W, int R = kMostRows>
 void rows(const Product& p, long row, long count, long out, int outputs) {
-  if (count == R) return group<W, R>(p, row, out, outputs);
+  if constexpr (std::is_same_v<W, Nibbles>) {
+    if (count == R) return scaled_group<W, R>(p, row, out, outputs);
+  } else if (count == R) {
+    if constexpr (std::is_same_v<W, int8_t>)
+      if (p.groups) return scaled_group<W, R>(p, row, out, outputs);
+    return group<W, R>(p, row, out, outputs);
+  }
   if constexpr (R > 1) rows<W, R - 1>(p, row, count, out, outputs);
 }
 
 template <class W>
 void product(const Product& p) {
-  long passes = (p.rows + kMostRows - 1) / kMostRows;
+  const long most = p.groups ? kMostScaled : kMostRows;
+  long passes = (p.rows + most - 1) / most;
   for (long out = p.begin; out < p.end; out += kGroup) {
     int outputs = p.end - out < kGroup ? p.end - out : kGroup;
     for (long pass = 0; pass < passes; pass++) {  // of nearly as many rows each
@@ -211,6 +303,7 @@ extern "C" void OF_LEVEL(few_rows)(const Product& p) {
   if (p.type == 0) product<float>(p);
   if (p.type == 1) product<uint16_t>(p);
   if (p.type == 2) product<int8_t>(p);
+  if (p.type == 3) product<Nibbles>(p);
 }
 
 // A row as integers of 16 bits, and the power of two that they are multiplied by, which is

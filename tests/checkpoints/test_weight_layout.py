@@ -10,7 +10,14 @@ import pytest
 from helpers.head_files import one_by_one, stored
 from helpers.models import TINY, TinyModel, apart
 
-from medusa_jax.checkpoints.weight_layout import for_decoding, joined, looped, placed, stacked
+from medusa_jax.checkpoints.weight_layout import (
+    for_decoding,
+    joined,
+    looped,
+    narrowed,
+    placed,
+    stacked,
+)
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, MedusaHeads, first_heads
 from medusa_jax.kernels import native
 from medusa_jax.model.backbone import Backbone, causal_mask
@@ -110,6 +117,29 @@ def test_blocks_of_heads_are_stacked_in_order():
     assert stacked(leaves, sum) == {"head_2/vocab": 7, "block_1/bias": 12}
     weights = {f"head_{i}/block_1/weight": Weight(i, "in_out") for i in (10, 2, 0)}
     assert stacked(weights, tuple)["block_1/weight"] == Weight((0, 2, 10), "in_out")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "quantize", "kernel"),
+    [
+        (64, "int4", True),
+        (192, "int4", True),
+        (96, "int4", False),
+        (96, "int8", True),
+        (64, "fp8", False),
+    ],
+)
+def test_groups_that_fit_take_the_kernel(inputs: int, quantize: str, kernel: bool):
+    path, wide = "layer_0/mlp/up/weight", jax.random.normal(jax.random.key(0), (70, inputs))
+    x = jax.random.normal(jax.random.key(1), (3, inputs))
+    made = [
+        narrowed(
+            path, placed(path, wide, few_rows=few, quantize=quantize)[path], quantize, "float32"
+        )
+        for few in (native.available(), False)
+    ]
+    assert made[0].few_rows == (kernel and native.available()) and not made[1].few_rows
+    np.testing.assert_allclose(made[0].dot(x), made[1].dot(x), atol=2e-3)
 
 
 @pytest.mark.slow

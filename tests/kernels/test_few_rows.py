@@ -70,6 +70,67 @@ def test_products_of_any_shape_and_type(rows, stack, out, inner, dtype, x_dtype,
     assert got.dtype == jnp.float32
 
 
+def grouped(
+    rng: np.random.Generator, shape: tuple[int, ...], groups: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """A weight, a scale of each of its groups, and their product in float64."""
+    least, most = (-8, 7) if dtype == jnp.int4 else (-127, 127)
+    numbers = rng.integers(least, most + 1, shape)
+    scale = rng.uniform(0.5, 2, (*shape[:-1], groups)).astype(np.float32)
+    wide = numbers.reshape(*scale.shape, -1) * scale[..., None].astype(np.float64)
+    return jnp.asarray(numbers, dtype), jnp.asarray(scale), wide.reshape(shape)
+
+
+@needs_compiler
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    rows=st.integers(1, 20), stack=st.integers(0, 3), out=st.integers(1, 80),
+    groups=st.integers(1, 30), size=st.sampled_from([32, 64, 96, 128, 1536]),
+    narrow=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@pytest.mark.slow
+def test_scales_of_groups(rows, stack, out, groups, size, narrow, seed):
+    dtype = jnp.int4 if narrow and size % 64 == 0 else jnp.int8
+    inner, groups = groups * size, max(groups, 1 if dtype == jnp.int4 else 2)
+    inner = groups * size
+    assert few_rows.knows(dtype.dtype.name, inner, groups)
+    rng = np.random.default_rng(seed)
+    shape = (*([stack] if stack else []), out, inner)
+    weight, scale, wide = grouped(rng, shape, groups, dtype)
+    x = drawn(rng, (rows, *shape[:-2], inner), jnp.float32)
+    integers, factor = rounded(x)
+    want = expected(integers * factor, wide, None)
+    bound = 1e-6 * np.sqrt(inner) * np.abs(want).max()
+    np.testing.assert_allclose(few_rows.product(x, weight, scale), want, atol=bound)
+    if stack:  # as layers, of which a single one is meant
+        alone = few_rows.product(x[:, -1], weight, scale, jnp.int32(stack - 1))
+        np.testing.assert_array_equal(alone, few_rows.product(x, weight, scale)[:, -1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4], ids=["int8", "int4"])
+def test_a_row_beside_groups_is_the_same_alone_and_among_others(dtype: jnp.dtype):
+    rng = np.random.default_rng(0)
+    weight, scale, _ = grouped(rng, (70, 1920), 15, dtype)
+    x = drawn(rng, (20, 1920), jnp.float32).at[3].set(0).at[5, 7].set(jnp.nan)
+    together = few_rows.product(x, weight, scale)
+    for count in (1, 2, 4, 5, 6, 7, 12):
+        np.testing.assert_array_equal(few_rows.product(x[:count], weight, scale), together[:count])
+    assert not together[3].any() and jnp.isnan(together[5]).all()
+    assert jnp.isfinite(together[6:]).all()
+
+
+@needs_compiler
+def test_groups_that_do_not_fit_are_refused():
+    for dtype, inner, groups in ((jnp.int4, 96, 1), (jnp.int8, 48, 3), (jnp.int4, 64, 0)):
+        assert not groups or not few_rows.knows(dtype.dtype.name, inner, groups)
+        weight, scale = jnp.ones((5, inner), dtype), jnp.ones((5, groups)) if groups else None
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit the kernel"):
+            few_rows.product(jnp.ones((1, inner)), weight, scale).block_until_ready()
+    assert not few_rows.knows("float8_e4m3fn", 64)
+    assert not few_rows.knows("int8", 2 * 3072, 2)  # beyond an int32's sums
+
+
 @needs_compiler
 def test_sums_of_the_largest_integers_are_exact():
     x, weight = jnp.full((9, 20_000), 1 - 2**-15), jnp.full((30, 20_000), -128, jnp.int8)
@@ -113,28 +174,40 @@ class Product(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("weight", "scale", "x", "x_scale", "y", "places")]
-        + [(name, ctypes.c_long) for name in ("rows", "in_", "x_stride", "y_stride")]
+        + [(name, ctypes.c_long) for name in ("rows", "in_", "groups", "x_stride", "y_stride")]
         + [(name, ctypes.c_long) for name in ("begin", "end")]
         + [("type", ctypes.c_int)]
     )
 
 
-def by_level(level: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The product by an instruction set, called as the entry calls it."""
+def by_level(
+    level: str, x: np.ndarray, weight: np.ndarray, scale: np.ndarray | None = None
+) -> np.ndarray:
+    """The product by an instruction set, called as the entry calls it.
+
+    Args:
+      scale: of groups; the numbers of the weight are then those of int4.
+    """
     skip_without(level)
     library = ctypes.CDLL(str(native.library()))
     (rows, inner), out = x.shape, len(weight)
     y, factors, used = np.zeros((rows, out), np.float32), np.ones(rows, np.float32), x
+    kind, groups, pointer = (2 if weight.dtype == np.int8 else 0), 0, None
     if weight.dtype == np.int8:
         used, rounding = np.zeros(x.shape, np.int16), getattr(library, f"round_row_{level}")
         rounding.restype = ctypes.c_float
         for row in range(rows):
             places = (ctypes.c_void_p(array[row].ctypes.data) for array in (x, used))
             factors[row] = rounding(next(places), ctypes.c_long(inner), next(places))
+    if scale is not None:
+        kind, groups, pointer = 3, scale.shape[1], scale.ctypes.data
+        used = np.concatenate((used[:, ::2], used[:, 1::2]), axis=1)
+        low, high = (weight[:, half::2].astype(np.uint8) & 15 for half in (0, 1))
+        weight = low | high << 4
     places = np.arange(rows)
     pointers = (array.ctypes.data for array in (used, factors, y, places))
-    numbers = rows, inner, inner, out, 0, out, 2 if weight.dtype == np.int8 else 0
-    product = Product(weight.ctypes.data, None, *pointers, *numbers)
+    numbers = rows, inner, groups, inner, out, 0, out, kind
+    product = Product(weight.ctypes.data, pointer, *pointers, *numbers)
     getattr(library, f"few_rows_{level}")(ctypes.byref(product))
     return y
 
@@ -149,6 +222,12 @@ def test_instruction_sets_agree(level: str):
     # The very numbers: products of integers.
     want = few_rows.product(jnp.asarray(x), jnp.asarray(integers))
     np.testing.assert_array_equal(by_level(level, x, integers), want)
+    numbers, scale, _ = grouped(rng, (50, 1920), 30, jnp.int4)
+    x = rng.normal(size=(9, 1920)).astype(np.float32)
+    got = by_level(level, x, np.asarray(numbers).astype(np.int8), np.asarray(scale))
+    np.testing.assert_allclose(
+        got, few_rows.product(jnp.asarray(x), numbers, scale), rtol=1e-4, atol=1e-3
+    )
 
 
 @needs_compiler
