@@ -1,10 +1,12 @@
 """Measurements that outlive an interruption: a line of JSON each, in the order in which they came.
 
 The first line says what they were measured for. Measurements for anything else are no use here,
-and new measurements replace them.
+and new measurements replace them. Each line ends with a checksum of itself: what follows a damaged
+line is measured anew.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.files import claim, writing
 from medusa_jax.progress import say
 
-PURPOSE = "for"
+PURPOSE, CHECKSUM = "for", "crc32"
 
 Record = dict[str, Any]
 
@@ -37,13 +39,13 @@ class Journal:
           OutputError: it cannot be written.
         """
         self.path = path
-        first = json.dumps({PURPOSE: purpose})
+        first = {PURPOSE: purpose}
         with writing(path):
             self._file = path.open("ab+", buffering=0)
         claim(self._file, path)
         self._file.seek(0)
         content = self._file.read()
-        self.records, whole = _read(content, json.loads(first)[PURPOSE])
+        self.records, whole = _read(content, json.loads(json.dumps(purpose)))
         with writing(path):
             self._file.truncate(whole)
         if content and not whole:
@@ -53,7 +55,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Keeps a measurement."""
-        self._write(json.dumps(record))
+        self._write(record)
         self.records.append(record)
 
     def remove(self) -> None:
@@ -66,15 +68,22 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _write(self, line: str) -> None:
+    def _write(self, record: Record) -> None:
+        line = json.dumps(record | {CHECKSUM: _checksum(record)})
         with writing(self.path):
             self._file.write(f"{line}\n".encode())
+
+
+def _checksum(record: Record) -> int:
+    """Of a record as it is written, or as it was read again."""
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def _read(content: bytes, purpose: Any) -> tuple[list[Record], int]:
     """The records for a purpose, and the bytes up to the last of them; none for another purpose.
 
-    With purpose 1, '{"for": 1}', '{"a": 2}' and half a line: [{"a": 2}] and the first two lines.
+    With purpose 1, '{"for": 1}', '{"a": 2}' and half a line: [{"a": 2}] and the first two lines;
+    without their checksums here.
     """
     records: list[Record] = []
     whole = 0
@@ -84,6 +93,8 @@ def _read(content: bytes, purpose: Any) -> tuple[list[Record], int]:
         except (InputError, UnicodeDecodeError):
             break
         if not line.endswith(b"\n") or not isinstance(record, dict):
+            break
+        if record.pop(CHECKSUM, None) != _checksum(record):
             break
         if not number and record.get(PURPOSE) != purpose:
             break

@@ -37,6 +37,16 @@ def test_measurements_for_something_else_are_replaced(tmp_path: Path, content: s
         assert journal.records == [{"text": 0}]
 
 
+def test_a_damaged_line_and_what_follows_it_are_measured_anew(tmp_path: Path):
+    path = tmp_path / "measured.jsonl"
+    with Journal(path, PURPOSE) as journal:
+        for number in range(3):
+            journal.add({"steps": {"plain": 0.1 * number}})
+    path.write_text(path.read_text().replace('"plain": 0.1', '"plaim": 0.1'))
+    with Journal(path, PURPOSE) as journal:
+        assert journal.records == [{"steps": {"plain": 0.0}}]
+
+
 def test_a_single_process_measures(tmp_path: Path):
     path = tmp_path / "measured.jsonl"
     with Journal(path, PURPOSE) as journal:
