@@ -36,6 +36,8 @@ CASES = (
     ("llama3-8b", "v6e:1x1", 1, 16),
     ("llama3-8b", "v5p:1x1x1", 1, 16),
     ("llama3-8b", "v5e:2x2", 4, 16),
+    ("llama2-7b", "h100", 1, 16),
+    ("llama3-8b", "h100", 1, 16),
 )
 FLAGS = "--sizes 1 64 --heads_number 5 --max_length 2048 --dtype bfloat16"
 
