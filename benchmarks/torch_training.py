@@ -19,7 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from medusa_jax import json_files
+from medusa_jax.bench.peers import torch_model
 from medusa_jax.bench.summary import about
+from medusa_jax.checkpoints.hub import resolve
 from medusa_jax.cli import runner
 from medusa_jax.data.encoding import Encoded
 from medusa_jax.data.loader import Batches
@@ -34,14 +36,14 @@ from medusa_jax.training.objective import report
 from medusa_jax.training.setup import assemble
 from medusa_jax.training.weights import load, model_shape
 
-EXAMPLE = "python benchmarks/torch_training.py --model HuggingFaceTB/SmolLM2-135M-Instruct"
+EXAMPLE = "python benchmarks/torch_training.py --model smollm2"
 
 
 @dataclasses.dataclass(kw_only=True)
 class Options:
     """The work of a step, and how often both do it."""
 
-    model: str = option(metavar="DIR", help="Hugging Face directory of the backbone")
+    model: str = option(metavar="DIR", help="directory or GGUF file of the backbone, or smollm2")
     steps: int = option(10, least=2, help="steps of each")
     rows: int = option(4, least=1, help="rows of a step")
     length: int = option(512, least=8, help="tokens of a row")
@@ -97,9 +99,8 @@ def theirs(config: settings.Config, rows: Rows, token_map: list[int]) -> Callabl
     """The same step as a loop of PyTorch."""
     import torch
     from torch.nn import functional
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    model = torch_model(resolve(config.model.path), "float32")
     kept = torch.tensor(token_map)
     projection = model.lm_head.weight.detach()[kept]
     width, vocab = projection.shape[1], model.config.vocab_size

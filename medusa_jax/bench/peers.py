@@ -26,6 +26,26 @@ class Generated:
     first_seconds: float
 
 
+def torch_model(directory: Path, dtype: str) -> Any:
+    """What transformers makes of a directory or of a GGUF file.
+
+    Raises:
+      InputError: it cannot load it.
+    """
+    import torch
+    import transformers
+
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+    if is_gguf(directory):
+        how["gguf_file"] = directory.name
+    place = directory.parent if is_gguf(directory) else directory
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(str(place), **how)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"Hugging Face cannot load {directory}: {reason}") from None
+
+
 def available() -> bool:
     """Whether torch is installed."""
     return importlib.util.find_spec("torch") is not None
@@ -66,16 +86,7 @@ class HuggingFace:
         self.threads = os.cpu_count() or 1
         torch.set_num_threads(self.threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        how: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
-        if is_gguf(directory):
-            how["gguf_file"] = directory.name
-        try:
-            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(directory.parent if is_gguf(directory) else directory), **how
-            ).to(self.device)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"Hugging Face cannot load {directory}: {reason}") from None
+        self._model = torch_model(directory, dtype).to(self.device)
         # None of the model's own settings: those that we apply are given.
         self._model.generation_config = transformers.GenerationConfig()
         self._ends = {

@@ -204,7 +204,7 @@ def _draw_speed(report: Report, figure: Any) -> bool:
                 [speeds[category]["median"] for category in categories],
                 width,
                 yerr=_error_bars([speeds[category] for category in categories]),
-                label=label(system),
+                label=Path(label(system)).name,
             )
         axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
         axes.set_title(acceptance)
@@ -230,7 +230,7 @@ def _draw_acceptance(report: Report, figure: Any) -> bool:
             marker="o",
             linewidth=2.5 if bold else 1,
             alpha=1 if bold else 0.5,
-            label=f"{row['acceptance']}, {row['category']}, {label(row['system'])}",
+            label=f"{row['acceptance']}, {row['category']}, {Path(label(row['system'])).name}",
         )
     axes.set_xlabel("guesses accepted, at least")
     axes.set_ylabel("share of steps")
@@ -252,7 +252,7 @@ def _draw_steps(report: Report, figure: Any) -> bool:
     axes.set_xlabel("tokens of the tree, root included")
     axes.set_ylabel("ms a step")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"{report.get('preset') or report['model']}, {report['dtype']}")
+    axes.set_title(f"{report.get('preset') or Path(report['model']).name}, {report['dtype']}")
     axes.legend()
     return True
 

@@ -15,8 +15,7 @@ from medusa_jax.drafting.drafter import Params
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kernel_choice import KernelChoice
-from medusa_jax.model.kv_cache import Block, KVCache, Layers, cache_axes
-from medusa_jax.model.layer_stack import in_loop
+from medusa_jax.model.kv_cache import Block, KVCache, Layers, cache_axes, init_cache
 from medusa_jax.model.linear import leaves_out_zeros, quantized, weight_of
 from medusa_jax.param_paths import map_with_path
 
@@ -94,11 +93,11 @@ class Network:
             logits = logits.at[..., np.array(self.suppress)].set(-jnp.inf)
         return logits
 
-    def stacks(self, params: Params) -> bool:
-        """Whether the cache holds all layers in single arrays, as what reads it can do with."""
-        backbone = self._backbone
-        reads_stacks = backbone.kernels.reads_projections(self.config.head_dim)
-        return in_loop(params["backbone"]) or reads_stacks
+    def empty_cache(self, params: Params, rows: int, slots: int) -> KVCache:
+        """The cache of so many rows and slots, in the type of hidden states."""
+        width = self.config.head_dim
+        stacked = self._backbone.kernels.stacks_cache(params["backbone"], width)
+        return init_cache(self.config, rows, slots, precision(params), stacked)
 
     def places(self, tree: Any) -> Any:
         """Shardings of a `State` or `Emitted`: keys and values by heads, the rest replicated."""

@@ -15,7 +15,7 @@ from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, State
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
-from medusa_jax.model.kv_cache import KVCache, init_cache, write_block
+from medusa_jax.model.kv_cache import KVCache, write_block
 from medusa_jax.model.linear import leaves_out_zeros
 
 # Longer prompts run in blocks of this many tokens, which bounds the memory of attention.
@@ -109,9 +109,7 @@ def _run_prompts(
     size = min(padded, block)
     dtype = precision(params)
     # As zeros that XLA knows to be zeros, each layer of the loop would make a cache of its own.
-    cache = jax.lax.optimization_barrier(
-        init_cache(network.config, batch, cache_slots, dtype, network.stacks(params))
-    )
+    cache = jax.lax.optimization_barrier(network.empty_cache(params, batch, cache_slots))
     last_hidden = jnp.zeros((batch, network.config.hidden_size), dtype)
 
     def run(

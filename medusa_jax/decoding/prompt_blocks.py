@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from medusa_jax.decoding.acceptance import Acceptance, Context
 from medusa_jax.decoding.logprobs import Logprobs
-from medusa_jax.decoding.network import Network, precision
+from medusa_jax.decoding.network import Network
 from medusa_jax.decoding.prefill import PREFILL_BLOCK, bucket
 from medusa_jax.decoding.repetition import Repetition, marked
 from medusa_jax.decoding.sampling import RowSampling, Sampling
@@ -24,7 +24,7 @@ from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State, map_
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Draft, Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
-from medusa_jax.model.kv_cache import Block, KVCache, Layers, init_cache
+from medusa_jax.model.kv_cache import Block, KVCache, Layers
 
 # A CPU takes about as long for so many tokens as for a call of some steps.
 CPU_BLOCK = 128
@@ -217,7 +217,7 @@ def empty_rows(
     Args:
       most_logprobs: see `Decoder`.
     """
-    dtype, numbers = precision(params), jnp.zeros(rows, jnp.int32)
+    numbers = jnp.zeros(rows, jnp.int32)
     sampling = Sampling.of([RowSampling()] * rows) if settings.sampled else None
     seen = jnp.zeros((rows, network.config.vocab_size), bool)
     logprobs = None
@@ -225,7 +225,7 @@ def empty_rows(
         most = min(most_logprobs, network.config.vocab_size)
         logprobs = Logprobs.empty(jnp.zeros(rows, bool), most, cache_slots)
     state = State(
-        cache=init_cache(network.config, rows, cache_slots, dtype, network.stacks(params)),
+        cache=network.empty_cache(params, rows, cache_slots),
         sequence=jnp.zeros((rows, cache_slots), jnp.int32),
         root=numbers,
         draft=drafter.begin(drafter.prepare(params), network.bound(params), rows, cache_slots),

@@ -21,7 +21,6 @@ from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache, commit, init_cache
 from medusa_jax.model.largest import largest
-from medusa_jax.model.layer_stack import in_loop
 from medusa_jax.model.linear import weight_of
 from medusa_jax.param_paths import device_bytes
 from medusa_jax.shapes import typed
@@ -80,8 +79,7 @@ class DraftModel(OfTree):
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> ModelDraft:
         dtype = weight_of(params[NAME]["embed"]["embedding"]).dtype
         slots = cache_slots + MORE_SLOTS
-        reads_stacks = backbone.kernels.reads_projections(self.config.head_dim)
-        stacked = in_loop(params[NAME]) or reads_stacks
+        stacked = backbone.kernels.stacks_cache(params[NAME], self.config.head_dim)
         cache = init_cache(self.config, rows, slots, dtype, stacked)
         guesses, drawn = jnp.zeros((rows, self.size - 1), jnp.int32), None
         if self.target is not None:

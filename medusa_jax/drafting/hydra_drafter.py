@@ -18,7 +18,6 @@ from medusa_jax.drafting.hydra_heads import head_input, hydra_logits
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.drafting.tree_tables import TreeTables
-from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.largest import largest
@@ -63,9 +62,7 @@ class HydraDrafter(OfTree):
         return dataclasses.replace(self, tree=tree, drafted=self.drafted or self.tree)
 
     def check(self, model: ModelConfig) -> None:
-        self.tree.check(self.heads.num_heads, self.heads.truncated or model.vocab_size)
-        if not self.tree.depth:
-            raise InputError("a tree of the root alone asks no head: use NoDraft()")
+        self.heads.check_tree(self.tree, model.vocab_size)
 
     def begin(self, params: Params, backbone: Backbone, rows: int, cache_slots: int) -> HydraDraft:
         tree, tables = self.drafted or self.tree, None

@@ -17,7 +17,6 @@ from medusa_jax.drafting.medusa_heads import (
     top_guesses,
 )
 from medusa_jax.drafting.tree import Tree
-from medusa_jax.errors import InputError
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.linear import weight_of
@@ -57,9 +56,7 @@ class MedusaDrafter(OfTree):
         return dataclasses.replace(self, tree=tree)
 
     def check(self, model: ModelConfig) -> None:
-        self.tree.check(self.heads.num_heads, self.heads.truncated or model.vocab_size)
-        if not self.tree.depth:
-            raise InputError("a tree of the root alone asks no head: use NoDraft()")
+        self.heads.check_tree(self.tree, model.vocab_size)
 
     def prepare(self, params: Params) -> Params:
         return params | {"heads": first_heads(params["heads"], self.depth)}

@@ -20,6 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from medusa_jax.drafting.dynamic_tree import DynamicTree
+from medusa_jax.drafting.tree import Tree
+from medusa_jax.errors import InputError
 from medusa_jax.model.largest import largest_of_each
 from medusa_jax.model.linear import Linear, parameter, weight_of
 from medusa_jax.shapes import typed
@@ -51,6 +54,12 @@ class HeadsConfig:
     truncated: int = 0
     selector: int = 0
     architecture: str = MEDUSA
+
+    def check_tree(self, tree: Tree | DynamicTree, vocab_size: int) -> None:
+        """Raises InputError where such heads cannot fill a tree, or need not."""
+        tree.check(self.num_heads, self.truncated or vocab_size)
+        if not tree.depth:
+            raise InputError("a tree of the root alone asks no head: use NoDraft()")
 
 
 NO_HEADS = HeadsConfig(num_heads=0, num_layers=0, hidden_size=0, vocab_size=0)

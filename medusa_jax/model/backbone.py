@@ -268,13 +268,9 @@ class Backbone(nn.Module):
     ) -> tuple[tuple[Array, ...], Block]:  # fmt: skip
         keys, values, update = [], [], None
         for i, layer in enumerate(self.layers):
-            past, only = None, wanted if i == len(self.layers) - 1 else None
+            only = wanted if i == len(self.layers) - 1 else None
             mask, first = seen.of_layer(i)
-            if cache is not None:
-                slots = *cache.of_layer(i), _filled(cache, live)
-                asked, number = live if only is None else only, jnp.int32(i)
-                seen_by = first, self.kernels, cache.row, asked
-                past = Past(*slots, *seen_by, layer=number if cache.stacked else None)
+            past = self._past(cache, i, first, live, only)
             passed = layer.unsummed(x, update, rope, mask, past, only)
             x, update, layer_keys, layer_values = passed
             keys.append(layer_keys)
@@ -288,14 +284,11 @@ class Backbone(nn.Module):
         stack, last = self.get_variable("params", STACK), self.config.num_layers - 1
 
         def run(x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
-            past, only = None, None
+            only = None
             if wanted is not None and live is not None:
                 only = jnp.where(number == last, wanted, live)
             mask, first = seen.of_layer(number)
-            if cache is not None:
-                assert isinstance(cache.keys, Array) and isinstance(cache.values, Array)
-                seen_by = first, self.kernels, cache.row, live if only is None else only
-                past = Past(cache.keys, cache.values, _filled(cache, live), *seen_by, layer=number)
+            past = self._past(cache, number, first, live, only)
             layer, params = Layer(self.config, parent=None), of_layer(stack, number)
             passed: Any = layer.apply({"params": params}, x, rope, mask, past, only)
             x, keys, values = passed
@@ -304,6 +297,17 @@ class Backbone(nn.Module):
         x, block = jax.lax.scan(run, x, jnp.arange(self.config.num_layers))
         keys, values = (jnp.swapaxes(layers, 0, 1) for layers in block)
         return (x,), (keys, values)
+
+    def _past(
+        self, cache: KVCache | None, number: int | Array, first: Array | None,
+        live: Array | None, wanted: Array | None,
+    ) -> Past | None:  # fmt: skip
+        """What a layer sees of the cache, by the window's first slots."""
+        if cache is None:
+            return None
+        keys, values, layer = cache.of_layer(number)
+        filled, asked = _filled(cache, live), live if wanted is None else wanted
+        return Past(keys, values, filled, first, self.kernels, cache.row, asked, layer)
 
     def finish(
         self, x: Float[Array, "B T D"], update: Float[Array, "B T D"] | None = None

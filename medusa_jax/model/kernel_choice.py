@@ -1,9 +1,13 @@
 """Which kernels compute, on the devices that a program is compiled for."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
+
+from medusa_jax.model.layer_stack import in_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +43,7 @@ class KernelChoice:
         It reads a block as the projections leave it, and a layer inside the cache of all layers.
         """
         return self.used and self.platform == "gpu" and width >= 32 and width.bit_count() == 1
+
+    def stacks_cache(self, params: Mapping[str, Any], width: int) -> bool:
+        """Whether the cache of a backbone with these parameters is an array of all layers."""
+        return in_loop(params) or self.reads_projections(width)

@@ -7,7 +7,7 @@ nodes are never written, and slots at or beyond a row's length are never read.
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +62,12 @@ class KVCache:
         """Whether the layers are single arrays."""
         return not isinstance(self.keys, tuple)
 
-    def of_layer(self, number: int) -> tuple[Array, Array]:
-        """Keys and values of a layer; of all of them where they are stacked."""
+    def of_layer(self, number: Any) -> tuple[Array, Array, Array | None]:
+        """Keys and values that hold a layer, and its number if they hold others too."""
         if isinstance(self.keys, tuple) and isinstance(self.values, tuple):
-            return self.keys[number], self.values[number]
-        return cast("tuple[Array, Array]", (self.keys, self.values))
+            return self.keys[number], self.values[number], None
+        keys, values = cast("tuple[Array, Array]", (self.keys, self.values))
+        return keys, values, jnp.asarray(number, jnp.int32)
 
     def as_held(self, layers: Layers) -> Layers:
         """The layers of a block as the cache holds its own."""
