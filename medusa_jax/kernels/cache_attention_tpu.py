@@ -1,6 +1,7 @@
 """Attention to a block's own keys and to the filled slots of a cache, on a TPU.
 
-A Pallas kernel: scores stay on the chip. It takes the block's own keys first, then turns over
+`projected_attention_tpu` does the same for heads as wide as a register's row, which are most. A
+Pallas kernel: scores stay on the chip. It takes the block's own keys first, then turns over
 blocks of slots, many heads at a time. What a row has not filled is not fetched: the index of such
 a block of slots is that of the row's last filled block, which is there already.
 """
@@ -57,7 +58,7 @@ def attention(
     slots = min(SLOT_BLOCK, capacity)
     wide = max(width, LANES)
     each = max(max(slots, own_size) * wide * keys.dtype.itemsize, block * wide * 4)
-    heads = _heads(kv_heads, each)
+    heads = heads_at_once(kv_heads, each)
     ends = pl.cdiv(lengths, slots)
     begins, windows = jnp.zeros_like(ends), []
     queries, mask = (_padded(array, block) for array in (queries, mask.astype(jnp.int32)))
@@ -94,14 +95,11 @@ def _specs(arrays: Sequence[Array], heads: int, block: int, slots: int) -> list[
     _, own_keys, _, mask, *_ = arrays
     width, own_size = own_keys.shape[2:]
 
-    def filled(row: Any, number: Any, begins: Any, ends: Any) -> Any:
-        return jnp.clip(number, begins[row], jnp.maximum(ends[row] - 1, begins[row]))
-
     def of_keys(row: Any, head: Any, _: Any, number: Any, lengths: Any, *ends: Any) -> Any:
-        return row, head, 0, filled(row, number, *ends)
+        return row, head, 0, last_filled(row, number, *ends)
 
     def of_values(row: Any, head: Any, _: Any, number: Any, lengths: Any, *ends: Any) -> Any:
-        return row, head, filled(row, number, *ends), 0
+        return row, head, last_filled(row, number, *ends), 0
 
     of_keys_block = (1, heads, width, slots), of_keys
     of_values_block = (1, heads, slots, width), of_values
@@ -117,6 +115,11 @@ def _specs(arrays: Sequence[Array], heads: int, block: int, slots: int) -> list[
     return [pl.BlockSpec(*shape) for shape, _ in zip(shapes, arrays, strict=False)]
 
 
+def last_filled(row: Any, number: Any, begins: Any, ends: Any) -> Any:
+    """The block of slots that a turn fetches: once there are no others, a row's last filled one."""
+    return jnp.clip(number, begins[row], jnp.maximum(ends[row] - 1, begins[row]))
+
+
 def _padded(array: Array, block: int) -> Array:
     """With so many queries, the last axis but one, that blocks divide them."""
     width = [(0, 0)] * array.ndim
@@ -124,7 +127,7 @@ def _padded(array: Array, block: int) -> Array:
     return jnp.pad(array, width)
 
 
-def _heads(kv_heads: int, each: int) -> int:
+def heads_at_once(kv_heads: int, each: int) -> int:
     """How many heads a turn takes: as many as divide them and fit."""
     fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * each <= MOST_BYTES]
     return max(fitting, default=1)
@@ -141,12 +144,8 @@ def _kernel(
     slot_axis = 1 if width % LANES else 0  # of values
 
     def add(head: int, key: Array, value: Array, seen: Array, axis: int = 0) -> None:
-        score = jnp.where(seen, _product(queries[0, head], key, 0), -jnp.inf)
-        highest = jnp.maximum(top[head], score.max(axis=1, keepdims=True))
-        weight, faded = jnp.exp(score - highest), jnp.exp(top[head] - highest)
-        mixed[head] = faded * mixed[head] + _product(weight.astype(value.dtype), value, axis)
-        total[head] = faded * total[head] + weight.sum(axis=1, keepdims=True)
-        top[head] = highest
+        score = jnp.where(seen, product(queries[0, head], key, 0), -jnp.inf)
+        add_to((mixed, top, total), head, score, value, axis)
 
     @pl.when(number == 0)
     def take_own() -> None:
@@ -175,7 +174,24 @@ def _kernel(
         out[0] = (mixed[...] / total[...]).astype(out.dtype)
 
 
-def _product(a: Array, b: Array, axis: int) -> Array:
+def add_to(
+    sums: tuple[Any, Any, Any], head: int, score: Array, value: Array, axis: int = 0
+) -> None:
+    """Adds slots with these scores to a head's mixed values, largest score and sum of weights.
+
+    Args:
+      score: -inf for what a query does not see.
+      axis: of the slots in the values.
+    """
+    mixed, top, total = sums
+    highest = jnp.maximum(top[head], score.max(axis=1, keepdims=True))
+    weight, faded = jnp.exp(score - highest), jnp.exp(top[head] - highest)
+    mixed[head] = faded * mixed[head] + product(weight.astype(value.dtype), value, axis)
+    total[head] = faded * total[head] + weight.sum(axis=1, keepdims=True)
+    top[head] = highest
+
+
+def product(a: Array, b: Array, axis: int) -> Array:
     """Over the columns of a and an axis of b."""
     which = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(a, b, which, preferred_element_type=jnp.float32)

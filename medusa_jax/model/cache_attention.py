@@ -66,9 +66,8 @@ class Past:
         return split(*inputs)
 
     def attend_projected(self, block: QKV, mask: Array) -> Float[Array, "B T H C"]:
-        """The same of queries and keys before their rotation, by the kernel of GPUs."""
-        from medusa_jax.kernels import cache_attention_gpu
-
+        """The same of queries and keys before their rotation, by a kernel."""
+        kernel = self.kernels.of_projections()
         keys, values, layer = self.keys, self.values, self.layer
         if self.row is not None:  # the kernel reads the cache of each row
             keys, values = (_of_row(slots, self.row, layer) for slots in (keys, values))
@@ -76,11 +75,11 @@ class Past:
         inputs = block.rope, mask, keys, values, self.lengths, self.first, layer
         parts = block.queries, block.keys, block.values
         if self.kernels.on_one_device:
-            return cache_attention_gpu.attention(parts, *inputs)
+            return kernel(parts, *inputs)
 
         def compute(arrays: tuple[Array, ...], *inputs: Any) -> Array:
             queries, keys, values = (Heads(array, block.width) for array in arrays)
-            return cache_attention_gpu.attention((queries, keys, values), *inputs)
+            return kernel((queries, keys, values), *inputs)
 
         heads, kv_heads = P(None, None, ("tensor", "group")), P(None, None, "tensor")
         cache = cache_axes(keys.ndim)

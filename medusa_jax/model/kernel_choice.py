@@ -1,13 +1,16 @@
 """Which kernels compute, on the devices that a program is compiled for."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import Mesh
 
 from medusa_jax.model.layer_stack import in_loop
+
+TPU_LANES = 128  # numbers of a row of a TPU's register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +41,23 @@ class KernelChoice:
         return self.used and self.on_one_device and self.platform == "gpu"
 
     def reads_projections(self, width: int) -> bool:
-        """Whether `cache_attention_gpu` attends with heads of this width.
-
-        It reads a block as the projections leave it, and a layer inside the cache of all layers.
-        """
-        return self.used and self.platform == "gpu" and width >= 32 and width.bit_count() == 1
+        """Whether a kernel attends with heads of this width that are not rotated yet."""
+        knows = {"gpu": width >= 32 and width.bit_count() == 1, "tpu": width == TPU_LANES}
+        return self.used and knows.get(self.platform, False)
 
     def stacks_cache(self, params: Mapping[str, Any], width: int) -> bool:
-        """Whether the cache of a backbone with these parameters is an array of all layers."""
-        return in_loop(params) or self.reads_projections(width)
+        """Whether the cache of a backbone with these parameters is an array of all layers.
+
+        A GPU's kernel reads a layer inside it, as those of a CPU do.
+        """
+        return in_loop(params) or (self.platform == "gpu" and self.reads_projections(width))
+
+    def of_projections(self) -> Callable[..., Array]:
+        """The kernel that reads projections."""
+        if self.platform == "tpu":
+            from medusa_jax.kernels import projected_attention_tpu
+
+            return projected_attention_tpu.attention
+        from medusa_jax.kernels import cache_attention_gpu
+
+        return cache_attention_gpu.attention

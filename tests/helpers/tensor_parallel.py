@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from helpers import hlo
-from helpers.gpu import play
 from helpers.head_files import stored
 from helpers.models import TINY, random_model
+from helpers.played import play
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding.acceptance import Greedy, Lossless
@@ -118,6 +118,6 @@ if __name__ == "__main__":
     }
     if real:
         found["stories"] = stories(*real)
-    play(setattr)
+    play("gpu", setattr)
     found["gpus"] = random(4, TREE, Greedy(), num_layers=2, windows=(None, 3), capacity=61)
     Path(out).write_text(json.dumps(found))

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from medusa_jax.kernels import (
     cache_attention_gpu,
     cache_attention_tpu,
     native,
+    projected_attention_tpu,
     used,
 )
 from medusa_jax.kernels.heads import Heads
@@ -34,12 +36,13 @@ TPU = functools.partial(cache_attention_tpu.attention, interpret=True)
 LAYERS = 2
 
 
-def by_gpu(
-    queries: Any, own: Any, keys: Any, values: Any, lengths: Any, first: Any, interpret: bool = True
-) -> Any:
-    """The kernel of GPUs, which turns and scales queries; they and the keys are turned back first.
+def by_projections(
+    kernel: Callable[..., Any], queries: Any, own: Any, keys: Any, values: Any, lengths: Any,
+    first: Any, layers: int = 0,
+) -> Any:  # fmt: skip
+    """A kernel that turns and scales queries; they and the keys are turned back first.
 
-    Queries, keys and values lie in a single array, and the cache is the last of LAYERS.
+    Queries, keys and values lie in a single array; of several layers, the last is the cache.
     """
     (batch, heads, _, count, width), (own_keys, own_values, mask) = queries.shape, own
     queries = queries.transpose(0, 3, 1, 2, 4).reshape(batch, count, -1, width) * width**0.5
@@ -51,16 +54,29 @@ def by_gpu(
     counts = queries.shape[2], heads, heads
     places = zip(starts, counts, strict=True)
     block = tuple(Heads(joint, width, int(start), n) for start, n in places)
-    cache = [jnp.stack((slots + 1, slots), axis=1) for slots in (keys, values)]
-    numbers = lengths, first, jnp.int32(LAYERS - 1)
-    kernel = functools.partial(cache_attention_gpu.attention, interpret=interpret)
-    mixed = kernel(block, (cos, sin), mask, *cache, *numbers)
+    cache, layer = [keys, values], None
+    if layers:
+        others = range(layers - 1)
+        cache = [jnp.stack((*(slots + 1 for _ in others), slots), axis=1) for slots in cache]
+        layer = jnp.int32(layers - 1)
+    mixed = kernel(block, (cos, sin), mask, *cache, lengths, first, layer)
     return mixed.reshape(batch, count, heads, -1, width).transpose(0, 2, 3, 1, 4)
+
+
+def by_gpu(*inputs: Any, interpret: bool = True) -> Any:
+    kernel = functools.partial(cache_attention_gpu.attention, interpret=interpret)
+    return by_projections(kernel, *inputs, layers=LAYERS)
+
+
+def by_tpu(*inputs: Any, interpret: bool = True) -> Any:
+    kernel = functools.partial(projected_attention_tpu.attention, interpret=interpret)
+    return by_projections(kernel, *inputs)
 
 
 WAYS = {
     "xla": cache_attention._by_xla,
     "tpu": functools.partial(cache_attention._by_kernel, TPU),
+    "tpu, projections": by_tpu,
     "gpu": by_gpu,
 }
 if native.available():
@@ -195,30 +211,37 @@ def test_long_blocks_equal_short_blocks():
     np.testing.assert_allclose(whole, wanted.reshape(whole.shape), atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(
-    ("platform", "call"),
+    ("platform", "way", "call", "width"),
     [
-        ("tpu", "tpu_custom_call"),
+        ("tpu", "tpu", "tpu_custom_call", 64),
+        ("tpu", "tpu, projections", "tpu_custom_call", 128),
         pytest.param(
             "cuda",
+            "gpu",
             "triton",
+            64,
             marks=pytest.mark.skipif(
                 jax.__version_info__ >= (0, 12), reason="jax 0.12 asks a GPU when it lowers Triton"
             ),
         ),
     ],
 )
-def test_kernels_are_lowered_for_devices_that_are_not_here(platform: str, call: str, width: int):
-    by_tpu = functools.partial(cache_attention._by_kernel, cache_attention_tpu.attention)
-    way = {"tpu": by_tpu, "cuda": functools.partial(by_gpu, interpret=False)}[platform]
+def test_kernels_are_lowered_for_devices_that_are_not_here(
+    platform: str, way: str, call: str, width: int
+):
+    ways = {
+        "tpu": functools.partial(cache_attention._by_kernel, cache_attention_tpu.attention),
+        "tpu, projections": functools.partial(by_tpu, interpret=False),
+        "gpu": functools.partial(by_gpu, interpret=False),
+    }
     shapes = (3, 2, 3, 4, width), (3, 2, width, 640), (3, 2, 640, width)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     shapes = (3, 2, width, 4), (3, 2, 4, width)
     own = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     own.append(jax.ShapeDtypeStruct((1, 4, 4), bool))
     numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), (3, 4))]
-    traced = jax.jit(way).trace(arrays[0], tuple(own), *arrays[1:], *numbers)
+    traced = jax.jit(ways[way]).trace(arrays[0], tuple(own), *arrays[1:], *numbers)
     assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -233,11 +256,14 @@ def test_the_platform_chooses_the_kernel():
         assert cache_attention.implementation(other) is cache_attention._by_xla
     here = cache_attention.implementation(KernelChoice(used=True))
     assert (here is cache_attention._by_cpu) == native.available()
-    reads = [choice("gpu").reads_projections(width) for width in (16, 32, 64, 80, 128)]
-    assert reads == [False, True, True, False, True]
-    for other in (choice("cpu"), choice("tpu"), choice("gpu", used=False)):
-        assert not other.reads_projections(64) and not other.adds_norms
-    assert choice("gpu").adds_norms
+    for platform, widths in (("gpu", {32, 64, 128}), ("tpu", {128}), ("cpu", set())):
+        found = {n for n in (16, 32, 64, 80, 128) if choice(platform).reads_projections(n)}
+        assert found == widths
+        assert choice(platform).stacks_cache({}, 64) == (platform == "gpu")
+        assert choice(platform).adds_norms == (platform == "gpu")
+        assert not choice(platform, used=False).reads_projections(128)
+    assert choice("tpu").of_projections() is projected_attention_tpu.attention
+    assert choice("gpu").of_projections() is cache_attention_gpu.attention
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""A GPU is played: its kernels, interpreted, decode the texts that XLA decodes."""
+"""GPUs and TPUs are played: their kernels, interpreted, decode the texts that XLA decodes."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from helpers.gpu import play
 from helpers.models import TINY, random_model
+from helpers.played import play
 
 from medusa_jax.checkpoints.weight_layout import for_decoding
 from medusa_jax.decoding import network
@@ -19,29 +19,31 @@ from medusa_jax.serving.jobs import Job
 
 PROMPTS = [[1, 2, 3], [token % 40 for token in range(1, 71)], [5, 6, 7, 8, 9]]
 QK_NORM = dataclasses.replace(TINY, qk_norm=True, windows=(None, 3))
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch.setattr)
+PATHS = [[0], [1], [0, 0]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "paths"), [(TINY, []), (QK_NORM, [[0], [1], [0, 0]])], ids=["plain", "tree, windows"]
+    ("platform", "config", "paths"),
+    [("gpu", TINY, []), ("gpu", QK_NORM, PATHS), ("tpu", QK_NORM, PATHS)],
+    ids=["gpu, plain", "gpu, tree", "tpu, tree"],
 )
-def test_texts_are_those_of_xla(gpu: None, config: ModelConfig, paths: list):
+def test_texts_are_those_of_xla(
+    monkeypatch: pytest.MonkeyPatch, platform: str, config: ModelConfig, paths: list
+):
     """Of rows that come and go, whose prompts are read in blocks, and of a decoder's own prefill.
 
-    Joint projections and a cache of all layers; a plain step has tokens that none sees.
+    Joint projections; on a GPU a cache of all layers, and plain steps of tokens that none sees.
     """
+    play(platform, monkeypatch.setattr)
     random = random_model(config)
     params = for_decoding(random.params, few_rows=False)
     drafter = drafter_of_heads(random.heads, Tree.from_lists(paths))
-    by_kernels = Decoder(config, drafter, capacity=125)
+    # Not the decoder of another platform, whose programs are compiled.
+    by_kernels = Decoder(config, drafter, capacity={"gpu": 125, "tpu": 124}[platform])
     by_xla = dataclasses.replace(by_kernels, kernels=False)
     caches = [one.network.empty_cache(params, 1, 64) for one in (by_kernels, by_xla)]
-    assert [cache.stacked for cache in caches] == [True, False]
+    assert [cache.stacked for cache in caches] == [platform == "gpu", False]
     assert "query_key_value" in params["backbone"]["layer_0"]["attention"]
 
     def texts(decoder: Decoder) -> list[list[int]]:

@@ -1,0 +1,24 @@
+"""A CPU that plays a GPU or a TPU: their kernels are interpreted."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from medusa_jax.kernels import add_norm_gpu, cache_attention_gpu, projected_attention_tpu
+from medusa_jax.model.kernel_choice import KernelChoice
+
+KERNELS = ((cache_attention_gpu, "attention"), (add_norm_gpu, "add_norm"))
+KERNELS += ((projected_attention_tpu, "attention"),)
+
+
+def play(platform: str, patch: Callable[[Any, str, Any], None]) -> None:
+    """Makes programs that are traced from now on those of a device; heads may be of any width.
+
+    Args:
+      platform: "gpu" or "tpu".
+      patch: `setattr`, or the one of pytest's monkeypatch.
+    """
+    for module, name in KERNELS:
+        patch(module, name, functools.partial(getattr(module, name), interpret=True))
+    patch(KernelChoice, "platform", platform)
+    patch(KernelChoice, "reads_projections", lambda self, _: self.used)
