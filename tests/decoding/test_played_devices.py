@@ -17,7 +17,7 @@ from medusa_jax.model.config import ModelConfig
 from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
 
-PROMPTS = [[1, 2, 3], [token % 40 for token in range(1, 71)], [5, 6, 7, 8, 9]]
+PROMPTS = [[1, 2, 3], [token % 40 for token in range(1, 61)], [5, 6, 7, 8, 9]]
 QK_NORM = dataclasses.replace(TINY, qk_norm=True, windows=(None, 3))
 PATHS = [[0], [1], [0, 0]]
 
@@ -51,11 +51,13 @@ def test_texts_are_those_of_xla(
         return [done.token_ids for done in run_jobs(engine, [Job(one, 12) for one in PROMPTS])]
 
     assert texts(by_kernels) == texts(by_xla)
-    states = [one.prefill(params, PROMPTS, max_new_tokens=9) for one in (by_kernels, by_xla)]
-    ended = [
-        one.generate(params, state) for one, state in zip((by_kernels, by_xla), states, strict=True)
-    ]
-    np.testing.assert_array_equal(*(state.sequence[:, :70] for state in ended))
+    if not paths:  # the programs that a library's user calls
+        states = [one.prefill(params, PROMPTS, max_new_tokens=9) for one in (by_kernels, by_xla)]
+        ended = [
+            one.generate(params, state)
+            for one, state in zip((by_kernels, by_xla), states, strict=True)
+        ]
+        np.testing.assert_array_equal(*(state.sequence[:, :60] for state in ended))
 
 
 def test_tokens_that_none_sees_are_added_behind():
