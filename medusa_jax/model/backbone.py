@@ -115,7 +115,6 @@ class Attention(nn.Module):
             name: count * config.head_dim
             for name, count in zip(("query", "key", "value"), counts, strict=True)
         }
-
         joint = joint_projection(self, x, features, config.qkv_bias)
         if joint is None:
             apart = projections(self, x, features, config.qkv_bias)

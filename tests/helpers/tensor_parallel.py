@@ -119,5 +119,5 @@ if __name__ == "__main__":
     if real:
         found["stories"] = stories(*real)
     play("gpu", setattr)
-    found["gpus"] = random(4, TREE, Greedy(), num_layers=2, windows=(None, 3), capacity=61)
+    found["gpus"] = random(4, TREE, Greedy(), num_layers=1, windows=(3,), capacity=61)
     Path(out).write_text(json.dumps(found))
