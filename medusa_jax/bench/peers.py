@@ -26,11 +26,11 @@ class Generated:
     first_seconds: float
 
 
-def torch_model(directory: Path, dtype: str) -> Any:
-    """What transformers makes of a directory or of a GGUF file.
+def torch_model(directory: Path, dtype: str, device: str = "cpu") -> Any:
+    """What transformers makes of a directory or of a GGUF file, on a device.
 
     Raises:
-      InputError: it cannot load it.
+      InputError: it cannot load it, or the device has no room for it.
     """
     import torch
     import transformers
@@ -40,7 +40,8 @@ def torch_model(directory: Path, dtype: str) -> Any:
         how["gguf_file"] = directory.name
     place = directory.parent if is_gguf(directory) else directory
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(str(place), **how)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(place), **how)
+        return model.to(device)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"Hugging Face cannot load {directory}: {reason}") from None
@@ -86,7 +87,7 @@ class HuggingFace:
         self.threads = os.cpu_count() or 1
         torch.set_num_threads(self.threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = torch_model(directory, dtype).to(self.device)
+        self._model = torch_model(directory, dtype, self.device)
         # None of the model's own settings: those that we apply are given.
         self._model.generation_config = transformers.GenerationConfig()
         self._ends = {
