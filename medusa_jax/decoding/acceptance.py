@@ -25,6 +25,7 @@ from medusa_jax.decoding import rejection
 from medusa_jax.decoding.sampling import (
     Sampling,
     argmax,
+    best,
     draw,
     scaled,
     scaled_rows,
@@ -62,10 +63,12 @@ class Accepted:
     Attributes:
       last: slot of the last accepted node [B]; 0 accepts the root alone.
       root: token that follows it, the next step's root [B].
+      largest: logit of each node [B, N], where the scheme knows it.
     """
 
     last: Array
     root: Array
+    largest: Array | None = None
 
 
 class Acceptance(Protocol):
@@ -88,9 +91,10 @@ class Greedy:
         return argmax(logits)
 
     def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
-        best = argmax(logits)
+        largest, likeliest = best(logits)
         rows = jnp.arange(tokens.shape[0])
-        return walk(tree, tokens, lambda slots, _: best[rows, slots])
+        accepted = walk(tree, tokens, lambda slots, _: likeliest[rows, slots])
+        return dataclasses.replace(accepted, largest=largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,13 +203,13 @@ class PerRow:
     def root(self, logits: Array, context: Context) -> Array:
         how = context.sampling
         assert how is not None, "PerRow needs the rows' sampling"
-        best = argmax(logits)
+        likeliest = argmax(logits)
 
         def sampled() -> Array:
             return draw(context.keys, context.position, warp_rows(logits, how))
 
-        drawn = jax.lax.cond(how.drawn.any(), sampled, lambda: best)
-        return jnp.where(how.drawn, drawn, best)
+        drawn = jax.lax.cond(how.drawn.any(), sampled, lambda: likeliest)
+        return jnp.where(how.drawn, drawn, likeliest)
 
     def accept(self, tree: TreeTables, tokens: Array, logits: Array, context: Context) -> Accepted:
         how = context.sampling

@@ -15,7 +15,7 @@ from medusa_jax.drafting.drafter import Params
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kernel_choice import KernelChoice
-from medusa_jax.model.kv_cache import Block, KVCache, Layers, cache_axes, init_cache
+from medusa_jax.model.kv_cache import Block, KVCache, cache_axes, init_cache
 from medusa_jax.model.linear import leaves_out_zeros, quantized, weight_of
 from medusa_jax.param_paths import map_with_path
 
@@ -70,10 +70,9 @@ class Network:
         inputs = tokens, positions, mask, past, lengths, live, None if live is None else wanted
         variables = {"params": params["backbone"]}
         passed: Any = self._backbone.apply(variables, *inputs)
-        hidden, (keys, values) = passed
-        hidden, block = hidden[:, :count], (_first(keys, count, -1), _first(values, count, -2))
+        hidden, block = passed
         # A split of D would travel to all earlier layers, with two more collectives in each.
-        return self.placed(hidden), block
+        return self.placed(hidden[:, :count]), block.begin(count)
 
     def _missing(self, params: Params, tokens: Array) -> int:
         """Tokens that each row [B, T] lacks for products of as many rows as are fast."""
@@ -136,13 +135,6 @@ def _with_more(
     tokens, positions = (jnp.pad(row, behind, mode="edge") for row in (tokens, positions))
     mask = jnp.pad(jnp.pad(mask, (*behind, (0, 0)), mode="edge"), ((0, 0), *behind))
     return tokens, positions, mask
-
-
-def _first(layers: Layers, count: int, axis: int) -> Layers:
-    """The first tokens of a block."""
-    return jax.tree.map(
-        lambda one: jax.lax.slice_in_dim(one, 0, count, axis=one.ndim + axis), layers
-    )
 
 
 def precision(params: Params) -> jnp.dtype:

@@ -280,7 +280,7 @@ def _written(cache: KVCache, block: Block, slot: Array, start: Array) -> KVCache
 
         return jax.tree.map(update, layers, cache.as_held(block))
 
-    keys, values = block
+    keys, values = block.turned()
     return dataclasses.replace(
         cache, keys=write(cache.keys, keys, -1), values=write(cache.values, values, -2)
     )

@@ -132,30 +132,61 @@ def scaled(logits: Float[Array, "*dims V"], temperature: float) -> Float[Array, 
 
 @typed
 def argmax(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
-    """Most likely token, the first among equals: (1, 3, 3) -> 1.
+    """Most likely token, the first among equals: (1, 3, 3) -> 1."""
+    return best(logits)[1]
 
-    As plain reductions, which XLA vectorizes on a CPU; its own argmax takes 5 (V = 4096) to 40
-    times (V = 49152) as long there.
+
+@typed
+def best(
+    logits: Float[Array, "*dims V"],
+) -> tuple[Float[Array, "*dims"], Int[Array, "*dims"]]:
+    """The largest logit, and the first token that has it: (1, 3, 3) -> (3, 1).
+
+    A NaN is larger than all numbers. On a CPU these are plain reductions, which XLA vectorizes: its
+    own argmax takes 5 (V = 4096) to 40 times (V = 49152) as long there. A TPU reduces both at once,
+    while it multiplies: logits of a tree that nothing else reads are never written.
     """
-    if logits.shape[-1] < 16 * PART:  # parts would gain nothing there
-        return _first_of_the_largest(logits)
-    return jax.lax.platform_dependent(logits, cpu=_by_parts, default=_first_of_the_largest)
+    small = logits.shape[-1] < 16 * PART  # parts would gain nothing there
+    on_cpu = best_in_two_passes if small else best_by_parts
+    return jax.lax.platform_dependent(
+        logits, cpu=on_cpu, tpu=best_at_once, default=best_in_two_passes
+    )
+
+
+def best_at_once(logits: Array) -> tuple[Array, Array]:
+    """`best` as a single reduction of pairs."""
+
+    def better(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        (value, place), (than, there) = one, other
+        wins = (value > than) | jnp.isnan(value) | ((value == than) & (place < there))
+        return jnp.where(wins, value, than), jnp.where(wins, place, there)
+
+    places = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    least = jnp.array(-jnp.inf, logits.dtype), jnp.array(logits.shape[-1] - 1, jnp.int32)
+    value, place = jax.lax.reduce((logits, places), least, better, (logits.ndim - 1,))
+    return value, place
+
+
+def best_in_two_passes(logits: Array) -> tuple[Array, Array]:
+    """`best` by its value, neither pass of which writes anything out on a GPU."""
+    return logits.max(axis=-1), _first_of_the_largest(logits)
 
 
 def _first_of_the_largest(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
-    """`argmax` in two passes, neither of which writes anything out on a TPU or GPU."""
     size = logits.shape[-1]
     most = logits.max(axis=-1, keepdims=True)
     where = jnp.where(logits == most, jnp.arange(size, dtype=jnp.int32), size - 1)
     return where.min(axis=-1)
 
 
-def _by_parts(logits: Float[Array, "*dims V"]) -> Int[Array, "*dims"]:
-    """`argmax` in a single pass, then among the maxima of parts and in the first best part."""
+def best_by_parts(logits: Float[Array, "*dims V"]) -> tuple[Array, Array]:
+    """`best` in a single pass, then among the maxima of parts and in the first best part."""
     parts = in_parts(logits)
-    best = _first_of_the_largest(parts.max(axis=-1))
-    inside = jnp.take_along_axis(parts, best[..., None, None], axis=-2)[..., 0, :]
-    return jnp.minimum(best * PART + _first_of_the_largest(inside), logits.shape[-1] - 1)
+    most = parts.max(axis=-1)
+    part = _first_of_the_largest(most)
+    inside = jnp.take_along_axis(parts, part[..., None, None], axis=-2)[..., 0, :]
+    place = jnp.minimum(part * PART + _first_of_the_largest(inside), logits.shape[-1] - 1)
+    return most.max(axis=-1), place
 
 
 def row_keys(seed: int | Sequence[int], rows: list[tuple[int, int]]) -> Array:

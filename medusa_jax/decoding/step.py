@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from medusa_jax.decoding.acceptance import Acceptance, Context
+from medusa_jax.decoding.acceptance import Acceptance, Accepted, Context
 from medusa_jax.decoding.network import Network
 from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, Emitted, State
 from medusa_jax.drafting.drafter import Drafter, Params, Verified
@@ -45,11 +45,11 @@ def advance(
     never = (accepted.root < 0).astype(jnp.int32)
     path = jnp.maximum(tree.path_to(accepted.last), never[:, None])
     # Numbers that are not finite spoil a whole tree: what its root's logits chose is no text.
-    sound = finite(logits[:, 0])
+    sound = _sound(logits, accepted, jnp.zeros_like(accepted.last))
     made = jnp.where(sound, tree.depth_of(accepted.last) + 1, 1)
     path_tokens = jnp.take_along_axis(tokens, path, axis=1)
     count, finish = cut(path_tokens, made, state.limit - length, state.stop_ids)
-    sound &= finite(logits[rows, accepted.last])
+    sound &= _sound(logits, accepted, accepted.last)
     finish = jnp.where(sound | (finish != RUNNING), finish, FAILED)
     count = jnp.where(running, count, 0)
     finish = jnp.where(running, finish, state.finish)
@@ -100,6 +100,14 @@ def cut(
 def finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
     """Whether a token can be chosen: (1, -inf) -> True, (1, NaN) and (1, inf) -> False."""
     return jnp.isfinite(logits.max(axis=-1))
+
+
+def _sound(logits: Array, accepted: Accepted, slots: Array) -> Array:
+    """Whether the logits of a slot of each row [B] are finite [B]."""
+    rows = jnp.arange(len(slots))
+    if accepted.largest is None:
+        return finite(logits[rows, slots])
+    return jnp.isfinite(accepted.largest[rows, slots])
 
 
 def _append(sequence: Array, tokens: Array, length: Array) -> Array:

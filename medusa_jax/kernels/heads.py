@@ -2,29 +2,33 @@
 
 import dataclasses
 
+import jax
 from jaxtyping import Array
 
+STATIC = {"static": True}
 
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Heads:
     """Heads of a projection's output, which may hold others too: a kernel reads them in place.
 
     Attributes:
-      array: [B, T, N C].
+      array: [B, T, N C], or of L layers [B, L, T, N C].
       width: C.
       first: the first of these heads in it.
       count: how many they are; None for all that follow.
     """
 
     array: Array
-    width: int
-    first: int = 0
-    count: int | None = None
+    width: int = dataclasses.field(metadata=STATIC)
+    first: int = dataclasses.field(default=0, metadata=STATIC)
+    count: int | None = dataclasses.field(default=None, metadata=STATIC)
 
     @property
     def number(self) -> int:
         """How many heads these are."""
-        most = self.array.shape[2] // self.width
+        most = self.array.shape[-1] // self.width
         return most - self.first if self.count is None else self.count
 
     def in_place(self) -> Array:
@@ -36,6 +40,10 @@ class Heads:
 
         They are cut out of the flat array: heads that are cut apart are moved twice on a TPU.
         """
+        cut = self.cut().array
+        return cut.reshape(*cut.shape[:-1], self.number, self.width)
+
+    def cut(self) -> "Heads":
+        """These heads in a flat array of their own."""
         start = self.first * self.width
-        cut = self.array[:, :, start : start + self.number * self.width]
-        return cut.reshape(*cut.shape[:2], self.number, self.width)
+        return Heads(self.array[..., start : start + self.number * self.width], self.width)

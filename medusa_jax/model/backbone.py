@@ -90,7 +90,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, rope: tuple[Array, Array], mask: Any, past: Past | None
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Heads, Heads]:
         """x [B, T, D], mask [B, T, T], past -> (out [B, T, D], keys, values of a `Block`)."""
         config = self.config
         queries, keys, values = self._projected(x)
@@ -105,7 +105,10 @@ class Attention(nn.Module):
         block = QKV(queries, keys, values, rope)
         mixed = self.attend(block, mask, past).reshape(*x.shape[:2], -1)
         out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
-        return out, *block.turned[1:]
+        if config.num_heads > 2 * config.num_kv_heads:
+            # A copy costs less than to hold the queries beside them until a path is known.
+            keys, values = keys.cut(), values.cut()
+        return out, keys, values
 
     def _projected(self, x: Array) -> tuple[Heads, Heads, Heads]:
         """Queries, keys and values of x, in a single array if their weights are."""
@@ -159,7 +162,7 @@ class Layer(nn.Module):
         mask: Any,
         past: Past | None,
         wanted: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Heads, Heads]:
         """As `Attention`; of tokens that are not wanted [B, T], keys and values alone."""
         x, update, keys, values = self.unsummed(x, None, rope, mask, past, wanted)
         return x + update, keys, values
@@ -173,7 +176,7 @@ class Layer(nn.Module):
         mask: Any,
         past: Past | None,
         wanted: Array | None = None,
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> tuple[Array, Array, Heads, Heads]:
         """The same of the sum of x and an update; in the result, both are apart again.
 
         So a kernel adds them that computes the next norm too.
@@ -258,13 +261,13 @@ class Backbone(nn.Module):
             x = jnp.where(live[..., None], x, 0)
         seen = Sight.of(self.config, positions, mask)
         run = self._in_loop if self.looped else self._one_by_one
-        x, block = run(x, rope, seen, cache, live, wanted)
-        return self.finish(*x), block
+        x, keys, values = run(x, rope, seen, cache, live, wanted)
+        return self.finish(*x), Block(keys, values, rope)
 
     def _one_by_one(
         self, x: Array, rope: tuple[Array, Array], seen: Sight, cache: KVCache | None,
         live: Array | None, wanted: Array | None,
-    ) -> tuple[tuple[Array, ...], Block]:  # fmt: skip
+    ) -> tuple[tuple[Array, ...], tuple[Heads, ...], tuple[Heads, ...]]:  # fmt: skip
         keys, values, update = [], [], None
         for i, layer in enumerate(self.layers):
             only = wanted if i == len(self.layers) - 1 else None
@@ -274,15 +277,15 @@ class Backbone(nn.Module):
             x, update, layer_keys, layer_values = passed
             keys.append(layer_keys)
             values.append(layer_values)
-        return (x,) if update is None else (x, update), (tuple(keys), tuple(values))
+        return (x,) if update is None else (x, update), tuple(keys), tuple(values)
 
     def _in_loop(
         self, x: Array, rope: tuple[Array, Array], seen: Sight, cache: KVCache | None,
         live: Array | None, wanted: Array | None,
-    ) -> tuple[tuple[Array, ...], Block]:  # fmt: skip
+    ) -> tuple[tuple[Array, ...], Heads, Heads]:  # fmt: skip
         stack, last = self.get_variable("params", STACK), self.config.num_layers - 1
 
-        def run(x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
+        def run(x: Array, number: Array) -> tuple[Array, tuple[Heads, Heads]]:
             only = None
             if wanted is not None and live is not None:
                 only = jnp.where(number == last, wanted, live)
@@ -291,11 +294,11 @@ class Backbone(nn.Module):
             layer, params = Layer(self.config, parent=None), of_layer(stack, number)
             passed: Any = layer.apply({"params": params}, x, rope, mask, past, only)
             x, keys, values = passed
-            return x, (keys, values)
+            return x, (keys.cut(), values.cut())
 
         x, block = jax.lax.scan(run, x, jnp.arange(self.config.num_layers))
-        keys, values = (jnp.swapaxes(layers, 0, 1) for layers in block)
-        return (x,), (keys, values)
+        keys, values = jax.tree.map(lambda layers: jnp.swapaxes(layers, 0, 1), block)
+        return (x,), keys, values
 
     def _past(
         self, cache: KVCache | None, number: int | Array, first: Array | None,

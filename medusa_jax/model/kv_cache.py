@@ -14,15 +14,54 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from medusa_jax.kernels.heads import Heads
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.layers import rope_tables
+from medusa_jax.model.qkv import turned_keys, turned_values
 from medusa_jax.shapes import typed
 
 # An array of each layer; or a single array of L layers, where they run in a loop.
 Layers = tuple[Array, ...] | Array
-# Keys and values of one block of tokens: [B, K, C, T] and [B, K, T, C] of a layer, or
-# [B, L, K, C, T] and [B, L, K, T, C].
-Block = tuple[Layers, Layers]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Keys and values of a block of T tokens, as projections leave them.
+
+    Keys enter a cache rotated, and both in another order (`KVCache`). Of a tree only the accepted
+    path does: so it is taken first, and then rotated and turned.
+
+    Attributes:
+      keys, values: heads [B, T, ...] of each layer; or of all L layers [B, L, T, ...].
+      rope: cos and sin of the tokens' angles [B, T, C / 2].
+    """
+
+    keys: tuple[Heads, ...] | Heads
+    values: tuple[Heads, ...] | Heads
+    rope: tuple[Array, Array]
+
+    def begin(self, count: int) -> "Block":
+        """The first tokens."""
+        return self._each(lambda one, axis: jax.lax.slice_in_dim(one, 0, count, axis=axis))
+
+    def on_path(self, path: Int[Array, "B E"]) -> "Block":
+        """The tokens of a path: of tokens (5, 6, 7), path (0, 2) -> (5, 7)."""
+
+        def taken(one: Array, axis: int) -> Array:
+            places = path.reshape(len(path), *[1] * (axis - 1), -1, *[1] * (one.ndim - axis - 1))
+            return jnp.take_along_axis(one, places, axis)
+
+        return self._each(taken)
+
+    def turned(self) -> tuple[Layers, Layers]:
+        """Keys and values as a cache holds them, of each layer or of all."""
+        keys = jax.tree.map(lambda one: turned_keys(one, self.rope), self.keys, is_leaf=_is_heads)
+        return keys, jax.tree.map(turned_values, self.values, is_leaf=_is_heads)
+
+    def _each(self, change: Callable[[Array, int], Array]) -> "Block":
+        """The block of arrays that were changed along the axis of their tokens."""
+        return jax.tree.map(lambda one: change(one, one.ndim - 2), self)
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +113,10 @@ class KVCache:
         return jnp.stack(layers, 1) if self.stacked and isinstance(layers, tuple) else layers
 
 
+def _is_heads(node: Any) -> bool:
+    return isinstance(node, Heads)
+
+
 def cache_axes(ndim: int) -> P:
     """Axes of keys [B, K, C, S] and values [B, K, S, C] of a layer, or of L layers [B, L, K, ...].
 
@@ -119,7 +162,7 @@ def write_block(cache: KVCache, block: Block, start: int | Array) -> KVCache:
 
         return jax.tree.map(update, layers, cache.as_held(block))
 
-    keys, values = block
+    keys, values = block.turned()
     return dataclasses.replace(
         cache, keys=write(cache.keys, keys, -1), values=write(cache.values, values, -2)
     )
@@ -145,20 +188,17 @@ def commit(
       count: nodes kept of it, 0 to E [B].
     """
 
-    def append(layers: Layers, nodes: Layers, axis: int) -> Layers:
-        def on_path(new: Array, cells: Array) -> Array:
-            return jnp.take(new, cells, axis)
-
-        def row(slots: Array, taken: Array, start: Array) -> Array:
-            taken = taken.astype(slots.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(slots, taken, start, slots.ndim + axis)
+    def append(layers: Layers, kept: Layers, axis: int) -> Layers:
+        def row(slots: Array, kept: Array, start: Array) -> Array:
+            kept = kept.astype(slots.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(slots, kept, start, slots.ndim + axis)
 
         # A GPU would take two kernels for the scatter that vmap makes of a single row.
         each = jax.vmap if len(count) > 1 else _alone
-        kept = cache.as_held(jax.tree.map(lambda new: each(on_path)(new, path), nodes))
+        kept = cache.as_held(kept)
         return jax.tree.map(lambda old, new: each(row)(old, new, cache.length), layers, kept)
 
-    keys, values = block
+    keys, values = block.on_path(path).turned()
     return dataclasses.replace(
         cache,
         keys=append(cache.keys, keys, -1),

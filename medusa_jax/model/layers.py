@@ -44,11 +44,11 @@ def rope_tables(
 
 @typed
 def rotate(
-    x: Float[Array, "B T H C"], cos: Float[Array, "B T c"], sin: Float[Array, "B T c"]
-) -> Float[Array, "B T H C"]:
+    x: Float[Array, "*dims H C"], cos: Float[Array, "*#dims c"], sin: Float[Array, "*#dims c"]
+) -> Float[Array, "*dims H C"]:
     """Turns pair (x[i], x[i + C/2]) by its angle: Hugging Face's half-split layout."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     return turned.astype(x.dtype)
 

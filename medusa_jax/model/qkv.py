@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from medusa_jax.kernels.heads import Heads
@@ -31,5 +32,16 @@ class QKV:
     @functools.cached_property
     def turned(self) -> tuple[Array, Array, Array]:
         """Rotated queries [B, T, H, C] and keys [B, K, C, T], and values [B, K, T, C]."""
-        queries, keys = (rotate(part.alone(), *self.rope) for part in (self.queries, self.keys))
-        return queries, keys.transpose(0, 2, 3, 1), self.values.alone().swapaxes(1, 2)
+        queries = rotate(self.queries.alone(), *self.rope)
+        return queries, turned_keys(self.keys, self.rope), turned_values(self.values)
+
+
+def turned_keys(keys: Heads, rope: tuple[Array, Array]) -> Array:
+    """Keys, rotated, as the cache holds them [B, K, C, T], or of L layers [B, L, K, C, T]."""
+    cos, sin = (one if keys.array.ndim == 3 else one[:, None] for one in rope)
+    return jnp.moveaxis(rotate(keys.alone(), cos, sin), -3, -1)
+
+
+def turned_values(values: Heads) -> Array:
+    """Values as the cache holds them [B, K, T, C], or of L layers [B, L, K, T, C]."""
+    return values.alone().swapaxes(-3, -2)

@@ -32,11 +32,11 @@ def test_tokens_that_are_not_live_are_zeros_and_change_no_other(tiny: TinyModel,
     # Padding on the right, a row that has ended, and a row that is all of use.
     live = jnp.array([[True] * 4 + [False] * 2, [False] * 6, [True] * 6])
     network = Network(TINY)
-    want, (keys, values) = network.hidden(params, *inputs)
-    got, (live_keys, live_values) = network.hidden(params, *inputs, live=live)
+    want, block = network.hidden(params, *inputs)
+    got, live_block = network.hidden(params, *inputs, live=live)
     np.testing.assert_array_equal(got[live], want[live])
     assert not got[~live].any()
-    for ours, theirs, tokens_at in ((live_keys, keys, -1), (live_values, values, -2)):
+    for ours, theirs, tokens_at in zip(live_block.turned(), block.turned(), (-1, -2), strict=True):
         ours, theirs = (jnp.moveaxis(one, tokens_at, 1) for one in (ours, theirs))
         np.testing.assert_array_equal(ours[live], theirs[live])
         assert not ours[~live].any()

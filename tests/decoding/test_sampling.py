@@ -6,6 +6,7 @@ would raise a false alarm for one seed in `1 / FALSE_ALARM`, all cases together.
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,10 @@ from medusa_jax.decoding.sampling import (
     PART,
     Sampling,
     argmax,
+    best,
+    best_at_once,
+    best_by_parts,
+    best_in_two_passes,
     draw,
     in_parts,
     row_keys,
@@ -210,9 +215,25 @@ def test_row_keys_belong_to_the_row():
         assert (np.asarray(other_seed) != data[i]).any()
 
 
-def test_argmax_takes_the_first_among_equals():
-    assert argmax(jnp.array([1.0, 3.0, 3.0])) == 1
+@pytest.mark.parametrize("best_of", [best, best_at_once, best_in_two_passes, best_by_parts])
+def test_best_is_the_first_among_equals(best_of: Callable):
+    """The docstring's example, and all ways of all devices."""
+    assert [float(one) for one in best_of(jnp.array([1.0, 3.0, 3.0]))] == [3, 1]
     random = jax.random.randint(jax.random.key(0), (50, 4, 300), 0, 40).astype(jnp.bfloat16)
     some = jnp.where(random < 5, -jnp.inf, random)
-    np.testing.assert_array_equal(argmax(some), jnp.argmax(some, axis=-1))
-    assert argmax(jnp.full((2, 7), jnp.nan)).max() < 7  # at least an id of the vocabulary
+    largest, place = best_of(some)
+    np.testing.assert_array_equal(place, jnp.argmax(some, axis=-1))
+    np.testing.assert_array_equal(place, argmax(some))
+    np.testing.assert_array_equal(largest, some.max(axis=-1))
+    nothing = best_of(jnp.full((2, 300), -jnp.inf))
+    np.testing.assert_array_equal(nothing[0], [-np.inf] * 2)
+    np.testing.assert_array_equal(nothing[1], [0, 0])
+
+
+@pytest.mark.parametrize("best_of", [best, best_at_once, best_in_two_passes, best_by_parts])
+@pytest.mark.parametrize("place", [0, 150, 299])
+def test_a_logit_that_is_no_number_is_the_largest(best_of: Callable, place: int):
+    """So a step sees it; the place is a token of the vocabulary at least."""
+    largest, place = best_of(jnp.zeros((2, 300)).at[1, place].set(jnp.nan))
+    np.testing.assert_array_equal(np.isnan(largest), [False, True])
+    assert (place < 300).all()

@@ -15,6 +15,7 @@ from helpers.models import TINY, random_model
 from helpers.tiers import slow_except
 
 from medusa_jax.checkpoints.load import load_model
+from medusa_jax.kernels.heads import Heads
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import Block, KVCache, commit, init_cache, write_block
@@ -225,10 +226,14 @@ def test_causal_mask_example():
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1, windows=(), num_heads=1, num_kv_heads=1)
 
 
-def numbered_block(batch: int, nodes: int) -> tuple[tuple[jax.Array], tuple[jax.Array]]:
-    row = jnp.arange(nodes, dtype=jnp.float32)[None, None, :, None]
-    numbers = jnp.broadcast_to(row, (batch, 1, nodes, ONE_LAYER.head_dim))
-    return (numbers.swapaxes(2, 3),), (numbers + 100,)
+def numbered_block(batch: int, nodes: int) -> Block:
+    """Keys and values side by side in an array, and angles of 0."""
+    row = jnp.arange(nodes, dtype=jnp.float32)[None, :, None]
+    width = ONE_LAYER.head_dim
+    numbers = jnp.broadcast_to(row, (batch, nodes, width))
+    both = jnp.concatenate((numbers, numbers + 100), axis=2)
+    cos = jnp.ones((batch, nodes, width // 2))
+    return Block((Heads(both, width, 0, 1),), (Heads(both, width, 1, 1),), (cos, 0 * cos))
 
 
 def slots_of(cache: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -274,6 +279,34 @@ def test_a_single_row_takes_what_it_takes_in_a_batch():
         np.testing.assert_array_equal(got, other)
     assert "scatter" not in str(jax.make_jaxpr(commit)(*alone))
     assert "scatter" in str(jax.make_jaxpr(commit)(*inputs))
+
+
+def test_path_of_a_block_example():
+    tokens = jnp.asarray([[5, 6, 7]])[..., None]
+    heads = Heads(jnp.concatenate((tokens, tokens + 100), axis=2), 1, 0, 1)
+    block = Block((heads,), (dataclasses.replace(heads, first=1),), (tokens + 0.0, tokens + 0.0))
+    taken = block.on_path(jnp.asarray([[0, 2]]))
+    assert taken.keys[0].alone().tolist() == [[[[5]], [[7]]]]
+    assert taken.values[0].alone().tolist() == [[[[105]], [[107]]]]
+    assert taken.rope[0].tolist() == [[[5], [7]]]
+    assert block.begin(2).values[0].alone().tolist() == [[[[105]], [[106]]]]
+
+
+def test_a_block_of_all_layers_is_turned_as_each_layer_is():
+    rng, (rows, layers, tokens, heads, width) = np.random.default_rng(5), (2, 3, 4, 2, 8)
+    joint = jnp.asarray(rng.normal(size=(rows, layers, tokens, 4 * heads * width)))
+    rope = tuple(jnp.asarray(rng.normal(size=(rows, tokens, width // 2))) for _ in range(2))
+    together = Heads(joint, width, 2 * heads, heads), Heads(joint, width, 3 * heads, heads)
+    apart = jax.tree.map(lambda one: tuple(one[:, i] for i in range(layers)), joint)
+    of_layers = (
+        tuple(Heads(one, width, first * heads, heads) for one in apart) for first in (2, 3)
+    )
+    path = jnp.asarray([[0, 3], [2, 1]])
+    keys, values = Block(*together, rope).on_path(path).turned()
+    each_keys, each_values = Block(*of_layers, rope).on_path(path).turned()
+    assert keys.shape == (rows, layers, heads, width, 2)
+    np.testing.assert_array_equal(keys, jnp.stack(each_keys, 1))
+    np.testing.assert_array_equal(values, jnp.stack(each_values, 1))
 
 
 def test_write_block_leaves_lengths_and_other_slots():
