@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from medusa_jax.kernels import few_rows
@@ -54,6 +55,8 @@ class Adapter:
         """scale B A x, float32."""
         if self.key is not None and self.dropout:
             kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+            # A TPU's compiler would draw numbers within products, once for each that reads them.
+            kept = jax.lax.optimization_barrier(kept)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
         low = Weight(self.a).dot(x).astype(x.dtype)
         return self.scale * Weight(self.b).dot(low)
@@ -276,7 +279,8 @@ class Linear(nn.Module):
         y = parameter(self, "weight", shape, self.kernel_init).dot(x).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (*self.stack, self.features))
-        return y
+        # Training may keep it for the backward pass (`settings.Backbone.kept`).
+        return checkpoint_name(y, self.name or "")
 
 
 def projections(

@@ -40,7 +40,7 @@ def step_flops(config: Config) -> tuple[float, float]:
     """FLOPs of a step's products as they are traced, and those that the model needs."""
     model = model_shape(config, absent=True)
     alone = make_mesh(settings.Mesh(1, 1, 1), jax.devices()[:1])
-    rows = config.optim.batch_size // config.optim.accumulation
+    rows = config.optim.piece_rows
     chunk = rows_chunk(config.loss.chunk, rows) or config.data.sequence_length
     passes = -(-config.data.sequence_length // chunk)
     return (
@@ -59,7 +59,7 @@ def trace(config: Config, mesh: Mesh) -> Any:
     weights = Weights(model, heads, trainable, abstract(frozen, mesh))
     state, program = assemble(config, weights, mesh, config.optim.steps or 1000, donate=False)
     pieces = config.optim.accumulation
-    shape = (pieces, config.optim.batch_size // pieces, config.data.sequence_length)
+    shape = (pieces, config.optim.piece_rows, config.data.sequence_length)
     place = NamedSharding(mesh, BATCH)
     batch = {
         key: jax.ShapeDtypeStruct(shape, kind, sharding=place)

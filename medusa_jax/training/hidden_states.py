@@ -34,7 +34,7 @@ from medusa_jax.files import locked, writing
 from medusa_jax.progress import progress, say
 from medusa_jax.training import scanned_backbone, settings
 from medusa_jax.training.checksums import checksums
-from medusa_jax.training.mesh import BATCH, HIDDEN
+from medusa_jax.training.mesh import BATCH, HIDDEN, compiler_options
 from medusa_jax.training.settings import Config
 from medusa_jax.training.weights import Weights, load
 from medusa_jax.training.workdir import is_address
@@ -203,7 +203,7 @@ def with_hidden_states(
         )
     weights = load(_backbone_alone(config), mesh, with_learnt=False)
     backbone, width = _fingerprint(config, weights), weights.model.hidden_size
-    size = config.optim.batch_size // config.optim.accumulation
+    size = config.optim.piece_rows
     directory = Path(place)
 
     def part(name: str, rows: Rows, needed: int) -> Part:
@@ -258,6 +258,7 @@ def _compute(
     )
     hidden_states = jax.jit(
         functools.partial(_bits, weights.model, NamedSharding(mesh, HIDDEN)),
+        compiler_options=compiler_options(mesh),
     )
     place, backbone = NamedSharding(mesh, BATCH), weights.frozen["backbone"]
     with progress(total=total, unit="rows", label="hidden states") as bar:

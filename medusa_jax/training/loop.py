@@ -165,7 +165,7 @@ class Loop:
         return values["loss"]
 
     def _eval_batches(self) -> Iterator[dict[str, jax.Array]]:
-        size = self.config.optim.batch_size // self.config.optim.accumulation
+        size = self.config.optim.piece_rows
         place = self.batches.sharding
         for numbers in in_order(self.eval_rows, size, self.config.data.eval_rows):
             yield global_arrays(self.eval_rows, numbers, place)

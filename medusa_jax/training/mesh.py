@@ -14,6 +14,9 @@ from medusa_jax.training import settings
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(None, ("data", "fsdp"), None)  # arrays [A, B, T]
 HIDDEN = P(("data", "fsdp"), None, None)  # arrays [B, T, D]
+# Else a TPU multiplies by each part of a weight as it arrives, and adds up large products in main
+# memory: a step of Medusa-1 on a v5e:4x4 would take 2.5 times the cycles (docs/guides/train.md).
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def make_mesh(mesh: settings.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
@@ -37,9 +40,14 @@ def make_mesh(mesh: settings.Mesh, devices: Sequence[Any] | None = None) -> Mesh
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What programs for the devices of a mesh are compiled with."""
+    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+
+
 def check_batch(mesh: Mesh, optim: settings.Optim) -> None:
     """Raises InputError unless every device gets the same number of rows of each piece."""
-    piece = optim.batch_size // optim.accumulation
+    piece = optim.piece_rows
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if piece % ways:
         raise InputError(

@@ -76,6 +76,7 @@ class Objective:
       chunk: of `settings.Loss`.
       dtype: of the computation.
       remat: recompute each layer in the backward pass.
+      kept: products that are not recomputed.
       adapter_scale: alpha / R, 0 without adapters.
       adapter_dropout: of the adapters' inputs.
       sharding: of hidden states, or None.
@@ -90,6 +91,7 @@ class Objective:
     chunk: int = 0
     dtype: str = "float32"
     remat: bool = False
+    kept: tuple[str, ...] = ()
     adapter_scale: float = 0.0
     adapter_dropout: float = 0.0
     sharding: NamedSharding | None = None
@@ -113,6 +115,7 @@ class Objective:
             chunk=config.loss.chunk,
             dtype=config.model.dtype,
             remat=config.model.remat and config.mode != "medusa1",
+            kept=config.model.kept,
             adapter_scale=config.lora.alpha / config.lora.rank if config.adapted else 0.0,
             adapter_dropout=config.lora.dropout if config.adapted else 0.0,
             sharding=sharding,
@@ -210,7 +213,12 @@ class Objective:
         if "hidden" in batch:  # kept from an earlier pass (`hidden_states.py`)
             return batch["hidden"].astype(self.dtype)
         return scanned_backbone.hidden_states(
-            self.model, backbone, batch, remat=self.remat, sharding=self.sharding
+            self.model,
+            backbone,
+            batch,
+            remat=self.remat,
+            kept=self.kept,
+            sharding=self.sharding,
         )
 
 

@@ -36,6 +36,7 @@ def hidden_states(
     batch: dict[str, Array],
     *,
     remat: bool = False,
+    kept: tuple[str, ...] = (),
     sharding: NamedSharding | None = None,
 ) -> Array:
     """Hidden states after the final norm [B, T, D], as `Backbone` gives them.
@@ -45,6 +46,7 @@ def hidden_states(
       batch: `tokens`, `segments`, `positions` [B, T]: a token sees those before
         it of its own segment.
       remat: keep each layer's input only, and recompute the rest in the backward pass.
+      kept: names of a layer's products that are kept too.
       sharding: of hidden states [B, T, D], or None.
     """
 
@@ -64,7 +66,9 @@ def hidden_states(
 
     which = jnp.asarray([windows.index(window) for window in config.windows])
     x = constrain(jnp.take(params["embed"]["embedding"], batch["tokens"], axis=0))
-    body = jax.checkpoint(run_layer, prevent_cse=False) if remat else run_layer
-    x, _ = jax.lax.scan(body, x, (params["layers"], which))
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)
+    x, _ = jax.lax.scan(run_layer, x, (params["layers"], which))
     hidden: Any = Backbone(config).apply({"params": params}, x, method="finish")
     return hidden

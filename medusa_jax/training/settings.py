@@ -14,6 +14,8 @@ from medusa_jax.errors import InputError
 from medusa_jax.json_files import Fields
 from medusa_jax.options import option
 
+PRODUCTS = ("query", "key", "value", "out", "gate", "up", "down")  # of a layer's weights
+
 
 @dataclasses.dataclass
 class Backbone:
@@ -25,6 +27,7 @@ class Backbone:
       random: start from random weights; `path`, if given, names the shape and tokenizer only.
       dtype: of the computation and of frozen weights; what learns is kept in float32.
       remat: keep one activation a layer and recompute the rest in the backward pass.
+      kept: products of a layer that are kept too, of `PRODUCTS`.
     """
 
     path: str = ""
@@ -32,6 +35,7 @@ class Backbone:
     random: bool = False
     dtype: str = option("bfloat16", choices=("float32", "bfloat16"))
     remat: bool = True
+    kept: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -176,11 +180,15 @@ class Optim:
     beta2: float = 0.999
     clip: float = option(1.0, least=0)
 
+    @property
+    def piece_rows(self) -> int:
+        """Rows that pass through at once."""
+        return self.batch_size // self.accumulation
+
 
 @dataclasses.dataclass
 class Mesh:
     """Devices by use; -1, once, stands for all that are left.
-
     Attributes:
       data: copies of the model, each with its own rows.
       fsdp: parts of the weights, each with its own rows.
@@ -256,9 +264,16 @@ def check(config: Config) -> None:
             raise InputError(f"{name} is {value}; expected 0 or more, and less than 1")
     if not config.optim.steps and config.optim.epochs <= 0:
         raise InputError(f"optim.epochs is {config.optim.epochs}; expected more than 0")
-    for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if isinstance(sources, str):
-            raise InputError(f"{name} is the text {sources!r}; expected a tuple of such")
+    for name, texts in (
+        ("data.train", config.data.train),
+        ("data.eval", config.data.eval),
+        ("model.kept", config.model.kept),
+    ):
+        if isinstance(texts, str):
+            raise InputError(f"{name} is the text {texts!r}; expected a tuple of such")
+    for name in config.model.kept:
+        if name not in PRODUCTS:
+            raise InputError(f"model.kept names {name!r}; expected some of {', '.join(PRODUCTS)}")
     if config.mode != "pretrain" and not config.heads.number:
         raise InputError("heads.number must be at least 1, got 0")
     if config.heads.shared and not config.heads.layers:
@@ -324,16 +339,6 @@ def _filled(made: Any, fields: Fields) -> Any:
         else:
             raise InputError(f"{fields.origin}: unknown setting {name!r}")
     return made
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `section.field: old -> new` of two configurations as nested dicts."""
-    before, after = by_name(old), by_name(new)
-    return [
-        f"{name}: {before.get(name, '(absent)')!r} -> {after.get(name, '(absent)')!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name, "(absent)") != after.get(name, "(absent)")
-    ]
 
 
 def by_name(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.distributed.rules import abstract
-from medusa_jax.training.mesh import HIDDEN
+from medusa_jax.training.mesh import HIDDEN, compiler_options
 from medusa_jax.training.objective import Objective
 from medusa_jax.training.optimizer import heads_weight, optimizer
 from medusa_jax.training.settings import Config
@@ -46,8 +46,9 @@ def assemble(
     objective = Objective.of(config, weights.model, weights.heads, hidden)
     everywhere = NamedSharding(mesh, PartitionSpec())
     weight = heads_weight(config.loss, steps)
-    step = make_step(objective, rule, weight, config.seed, (places, everywhere))
-    return state, Program(objective, step, make_evaluation(objective, everywhere))
+    options = compiler_options(mesh)
+    step = make_step(objective, rule, weight, config.seed, (places, everywhere), options)
+    return state, Program(objective, step, make_evaluation(objective, everywhere, options))
 
 
 def starting_state(

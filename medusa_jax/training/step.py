@@ -57,6 +57,7 @@ def make_step(
     heads_weight: optax.Schedule,
     seed: int,
     shardings: Any = None,
+    options: dict[str, str] | None = None,
 ) -> Any:
     """The compiled step (state, frozen, batch [A, B, T], with_lm) -> (state, StepResult).
 
@@ -67,11 +68,10 @@ def make_step(
     Args:
       heads_weight: lambda_0 by step.
       shardings: of the state and of the result; None leaves them to the compiler.
+      options: of the compiler.
     """
     step = functools.partial(_step, objective, optimizer, heads_weight, seed)
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def _step(
@@ -115,10 +115,12 @@ def _step(
     return TrainState(state.step + 1, trainable, opt_state), result
 
 
-def make_evaluation(objective: Objective, sharding: Any = None) -> Any:
+def make_evaluation(
+    objective: Objective, sharding: Any = None, options: dict[str, str] | None = None
+) -> Any:
     """The compiled (trainable, frozen, batch [1, B, T]) -> Terms, without dropout."""
 
     def evaluate(trainable: Params, frozen: Params, batch: Batch) -> Terms:
         return objective.terms(trainable, frozen, jax.tree.map(lambda a: a[0], batch))
 
-    return jax.jit(evaluate, out_shardings=sharding)
+    return jax.jit(evaluate, out_shardings=sharding, compiler_options=options)

@@ -24,7 +24,7 @@ from medusa_jax.errors import InputError
 from medusa_jax.files import OutputError, locked, writing
 from medusa_jax.json_files import Fields
 from medusa_jax.training import settings
-from medusa_jax.training.settings import Config
+from medusa_jax.training.settings import Config, by_name
 
 # The settings as they are run, and which data they were run on.
 CONFIG, DATA = "config.json", "data.json"
@@ -134,7 +134,7 @@ def read_settings(workdir: Path) -> Config:
 def check_settings(workdir: Path, config: Config) -> None:
     """Refuses a directory that holds another run.
 
-    Mesh and `run` may differ: they change how a run computes, not what.
+    Mesh, `run` and what is recomputed may differ: they change how a run computes, not what.
 
     Raises:
       InputError: shows the differences.
@@ -147,14 +147,24 @@ def check_settings(workdir: Path, config: Config) -> None:
     theirs = dataclasses.asdict(read_settings(workdir))
     lines = [
         line
-        for line in settings.difference(theirs, dataclasses.asdict(config))
-        if not line.startswith(("mesh.", "run."))
+        for line in difference(theirs, dataclasses.asdict(config))
+        if not line.startswith(("mesh.", "run.", "model.remat", "model.kept"))
     ]
     if lines:
         raise InputError(
             f"{workdir} holds a run of other settings (there -> now); give another --workdir "
             "or the settings of that run:\n  " + "\n  ".join(lines)
         )
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `section.field: old -> new` of two configurations as nested dicts."""
+    before, after = by_name(old), by_name(new)
+    return [
+        f"{name}: {before.get(name, '(absent)')!r} -> {after.get(name, '(absent)')!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, "(absent)") != after.get(name, "(absent)")
+    ]
 
 
 def read_data(workdir: Path) -> Fields:

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.paths import ROOT
 
 from medusa_jax.training import aot, flops
+from medusa_jax.training.config_file import read_config
 from medusa_jax.training.settings import Backbone, Config, Data, Heads, Optim
 
 
@@ -45,3 +47,11 @@ def test_a_step_computes_little_more_than_the_model_needs(name: str):
     )
     done, needed = aot.step_flops(config)
     assert 1 <= done / needed < 1.05
+
+
+@pytest.mark.slow
+def test_kept_products_save_most_of_what_a_recipe_computes_again():
+    config = read_config(str(ROOT / "configs/vicuna7b_medusa2.py"))
+    done, needed = aot.step_flops(config)
+    config.model.kept = ("query", "key", "value", "gate", "up")
+    assert 1 <= aot.step_flops(config)[0] / needed <= 1.15 < 1.3 < done / needed

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from helpers.models import TINY, random_model, stacked
 from helpers.tiers import slow_except
 
 from medusa_jax.model.backbone import Backbone, causal_mask
-from medusa_jax.training import scanned_backbone
+from medusa_jax.training import flops, scanned_backbone
 
 CONFIGS = {
     "plain": TINY,
@@ -42,6 +43,32 @@ def test_hidden_states_and_logits_equal_the_backbones(name: str):
     np.testing.assert_allclose(hidden, expected, atol=1e-5)
     unembed = jax.jit(lambda v, h: backbone.apply(v, h, method="unembed"))
     np.testing.assert_allclose(logits, unembed(variables, expected), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_kept_products_change_no_gradient_and_are_not_computed_again():
+    params = stacked(random_model(TINY).params, TINY.num_layers)["backbone"]
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, TINY.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    batch = {"tokens": tokens, "positions": positions, "segments": jnp.ones_like(tokens)}
+
+    def gradient(**settings: Any) -> tuple[Any, float]:
+        def loss(params: Any) -> jax.Array:
+            return (scanned_backbone.hidden_states(TINY, params, batch, **settings) ** 2).sum()
+
+        made = jax.grad(loss)
+        return jax.jit(made)(params), flops.traced(jax.make_jaxpr(made)(params).jaxpr)
+
+    plain, least = gradient()
+    recomputed, most = gradient(remat=True)
+    kept, less = gradient(remat=True, kept=("query", "key", "value", "gate", "up"))
+    chex.assert_trees_all_close(kept, plain, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(kept, recomputed, rtol=1e-4, atol=1e-5)
+    positions_in_all, width = TINY.num_layers * tokens.size, TINY.hidden_size
+    heads = TINY.num_heads + 2 * TINY.num_kv_heads
+    saved = 2 * positions_in_all * width * (heads * TINY.head_dim + 2 * TINY.ffn_size)
+    assert most - less == saved
+    assert least < less
 
 
 @pytest.mark.slow

@@ -219,6 +219,10 @@ BAD = {
         "data.sequence_length 65 exceeds the model's context of 64 tokens",
     ),
     "no such data": (["--config.data.train=('nowhere.txt',)"], "nowhere.txt does not exist"),
+    "kept": (
+        ["--config.model.kept=('gates',)"],
+        "model.kept names 'gates'; expected some of query",
+    ),
     "mesh": (["--config.mesh.data=3"], "needs 3 devices"),
     "pieces": (["--config.optim.accumulation=3"], "does not divide into"),
     "heads of another run": (["--config.heads.path=nowhere"], "nowhere does not exist"),
