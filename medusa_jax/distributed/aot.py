@@ -68,8 +68,8 @@ def compile_within(name: str, make: Callable[[], Any]) -> tuple[Any, float]:
     return compiled, time.perf_counter() - start
 
 
-def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Memory:
-    """Compiles what `lower` lowers for a topology, prints and returns its memory.
+def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Any:
+    """What `lower` lowers, compiled for a topology; prints its memory.
 
     Args:
       topology: a name that `topology.devices` knows.
@@ -92,7 +92,7 @@ def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Memory:
     )
     if limit and memory.total > limit:
         raise DoesNotFit(f"{name}: {memory.total:,} bytes per device exceed {limit:,}")
-    return memory
+    return compiled
 
 
 def _shortage(message: str) -> str:

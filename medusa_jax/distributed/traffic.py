@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from medusa_jax.distributed.cycles import branches
 from medusa_jax.distributed.hlo import Array, Instruction, Program
 
 # Instructions that name arrays, or wait for them, without work on the device.
@@ -272,10 +273,7 @@ def _elements(one: Instruction, lines: dict[str, Instruction]) -> list[Instructi
 def _callees(one: Instruction) -> list[str]:
     """Computations that a loop, a call or a choice runs."""
     if one.opcode == "conditional":
-        found = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
-        if found:
-            return re.findall(r"%?([\w.\-]+)", found[1])
-        return [one.called("true_computation"), one.called("false_computation")]
+        return branches(one)
     return [one.called(role) for role in CONTROL[one.opcode]]
 
 

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medusa_jax.distributed.aot import Memory, compile_for
+from medusa_jax.distributed.cycles import cycles
+from medusa_jax.distributed.hlo import Program
 from medusa_jax.distributed.rules import abstract
 from medusa_jax.distributed.topology import devices
 from medusa_jax.training import flops, settings
-from medusa_jax.training.mesh import BATCH, check_batch, make_mesh
+from medusa_jax.training.mesh import BATCH, HIDDEN, check_batch, make_mesh
 from medusa_jax.training.objective import rows_chunk
 from medusa_jax.training.settings import Config
 from medusa_jax.training.setup import assemble
@@ -19,7 +21,7 @@ from medusa_jax.training.weights import Weights, heads_shape, model_shape, plan,
 
 
 def compile_step(config: Config, topology: str) -> Memory:
-    """Compiles a run's training step for a topology, prints and returns its memory.
+    """Compiles a run's training step for a topology, prints what it costs, returns its memory.
 
     Raises:
       InputError: settings or topology are wrong.
@@ -30,23 +32,31 @@ def compile_step(config: Config, topology: str) -> Memory:
     check_batch(mesh, config.optim)
     check_length(config, model_shape(config, absent=True))
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    memory = compile_for(topology, f"{topology} ({shape})", lambda: trace(config, mesh).lower())
+    compiled = compile_for(topology, f"{topology} ({shape})", lambda: trace(config, mesh).lower())
     done, least = step_flops(config)
     print(f"{done:.4g} FLOPs in products of a step, {done / least:.2f} times the model's")
-    return memory
+    passes = chunks(config, NamedSharding(mesh, HIDDEN))
+    estimate = cycles(Program.parse(compiled.as_text()), passes)
+    if estimate is not None:
+        print(f"{estimate / 1e6:,.0f} M cycles of a device, by its compiler's estimate")
+    return Memory.of(compiled)
 
 
 def step_flops(config: Config) -> tuple[float, float]:
     """FLOPs of a step's products as they are traced, and those that the model needs."""
     model = model_shape(config, absent=True)
     alone = make_mesh(settings.Mesh(1, 1, 1), jax.devices()[:1])
-    rows = config.optim.piece_rows
-    chunk = rows_chunk(config.loss.chunk, rows) or config.data.sequence_length
-    passes = -(-config.data.sequence_length // chunk)
     return (
-        flops.traced(trace(config, alone).jaxpr.jaxpr, passes),
+        flops.traced(trace(config, alone).jaxpr.jaxpr, chunks(config)),
         flops.needed(config, model, heads_shape(config, model)),
     )
+
+
+def chunks(config: Config, sharding: NamedSharding | None = None) -> int:
+    """Chunks of a piece's positions when all are learnt; `sharding` is that of hidden states."""
+    length = config.data.sequence_length
+    chunk = rows_chunk(config.loss.chunk, config.optim.piece_rows, sharding) or length
+    return -(-length // chunk)
 
 
 def trace(config: Config, mesh: Mesh) -> Any:

@@ -75,8 +75,7 @@ class Objective:
       heads_loss: of each head.
       chunk: of `settings.Loss`.
       dtype: of the computation.
-      remat: recompute each layer in the backward pass.
-      kept: products that are not recomputed.
+      kept: products of a layer that its backward pass does not recompute; None: all.
       adapter_scale: alpha / R, 0 without adapters.
       adapter_dropout: of the adapters' inputs.
       sharding: of hidden states, or None.
@@ -90,8 +89,7 @@ class Objective:
     heads_loss: HeadsLoss = HeadsLoss()
     chunk: int = 0
     dtype: str = "float32"
-    remat: bool = False
-    kept: tuple[str, ...] = ()
+    kept: tuple[str, ...] | None = None
     adapter_scale: float = 0.0
     adapter_dropout: float = 0.0
     sharding: NamedSharding | None = None
@@ -114,8 +112,7 @@ class Objective:
             heads_loss=HeadsLoss(config.loss.heads, config.loss.smoothing, config.loss.eta),
             chunk=config.loss.chunk,
             dtype=config.model.dtype,
-            remat=config.model.remat and config.mode != "medusa1",
-            kept=config.model.kept,
+            kept=config.model.kept if config.model.remat and config.mode != "medusa1" else None,
             adapter_scale=config.lora.alpha / config.lora.rank if config.adapted else 0.0,
             adapter_dropout=config.lora.dropout if config.adapted else 0.0,
             sharding=sharding,
@@ -213,12 +210,7 @@ class Objective:
         if "hidden" in batch:  # kept from an earlier pass (`hidden_states.py`)
             return batch["hidden"].astype(self.dtype)
         return scanned_backbone.hidden_states(
-            self.model,
-            backbone,
-            batch,
-            remat=self.remat,
-            kept=self.kept,
-            sharding=self.sharding,
+            self.model, backbone, batch, kept=self.kept, sharding=self.sharding
         )
 
 

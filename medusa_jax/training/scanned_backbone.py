@@ -35,8 +35,7 @@ def hidden_states(
     params: dict[str, Any],
     batch: dict[str, Array],
     *,
-    remat: bool = False,
-    kept: tuple[str, ...] = (),
+    kept: tuple[str, ...] | None = None,
     sharding: NamedSharding | None = None,
 ) -> Array:
     """Hidden states after the final norm [B, T, D], as `Backbone` gives them.
@@ -45,8 +44,8 @@ def hidden_states(
       params: stacked; weights may hold adapters (`lora.attached`).
       batch: `tokens`, `segments`, `positions` [B, T]: a token sees those before
         it of its own segment.
-      remat: keep each layer's input only, and recompute the rest in the backward pass.
-      kept: names of a layer's products that are kept too.
+      kept: names of a layer's products that are kept beside its input; the backward pass
+        recomputes the rest. None keeps all.
       sharding: of hidden states [B, T, D], or None.
     """
 
@@ -66,7 +65,7 @@ def hidden_states(
 
     which = jnp.asarray([windows.index(window) for window in config.windows])
     x = constrain(jnp.take(params["embed"]["embedding"], batch["tokens"], axis=0))
-    if remat:
+    if kept is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
         run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)
     x, _ = jax.lax.scan(run_layer, x, (params["layers"], which))

@@ -35,11 +35,11 @@ def test_hidden_states_and_logits_equal_the_backbones(name: str):
     expected, _ = jax.jit(backbone.apply)(variables, tokens, positions, causal_mask(12))
     params = stacked(model.params, config.num_layers)["backbone"]
 
-    def ours(params: Any, *, remat: bool) -> Any:
-        hidden = scanned_backbone.hidden_states(config, params, batch, remat=remat)
+    def ours(params: Any) -> Any:
+        hidden = scanned_backbone.hidden_states(config, params, batch)
         return hidden, backbone.apply({"params": params}, hidden, method="unembed")
 
-    hidden, logits = jax.jit(lambda params: ours(params, remat=False))(params)
+    hidden, logits = jax.jit(ours)(params)
     np.testing.assert_allclose(hidden, expected, atol=1e-5)
     unembed = jax.jit(lambda v, h: backbone.apply(v, h, method="unembed"))
     np.testing.assert_allclose(logits, unembed(variables, expected), atol=1e-4)
@@ -52,16 +52,16 @@ def test_kept_products_change_no_gradient_and_are_not_computed_again():
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     batch = {"tokens": tokens, "positions": positions, "segments": jnp.ones_like(tokens)}
 
-    def gradient(**settings: Any) -> tuple[Any, float]:
+    def gradient(kept: tuple[str, ...] | None) -> tuple[Any, float]:
         def loss(params: Any) -> jax.Array:
-            return (scanned_backbone.hidden_states(TINY, params, batch, **settings) ** 2).sum()
+            return (scanned_backbone.hidden_states(TINY, params, batch, kept=kept) ** 2).sum()
 
         made = jax.grad(loss)
         return jax.jit(made)(params), flops.traced(jax.make_jaxpr(made)(params).jaxpr)
 
-    plain, least = gradient()
-    recomputed, most = gradient(remat=True)
-    kept, less = gradient(remat=True, kept=("query", "key", "value", "gate", "up"))
+    plain, least = gradient(None)
+    recomputed, most = gradient(())
+    kept, less = gradient(("query", "key", "value", "gate", "up"))
     chex.assert_trees_all_close(kept, plain, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(kept, recomputed, rtol=1e-4, atol=1e-5)
     positions_in_all, width = TINY.num_layers * tokens.size, TINY.hidden_size
