@@ -190,5 +190,5 @@ def test_a_loop_reads_each_layer_of_the_cache(tiny: TinyModel, windows: tuple, k
         separate = dataclasses.replace(past, **apart)
         want, blocks = module.apply({"params": one_by_one(stack)}, *inputs, separate)
         np.testing.assert_allclose(got, want, atol=1e-5)
-        for whole, parts in zip(block, blocks, strict=True):
+        for whole, parts in zip(block.turned(), blocks.turned(), strict=True):
             np.testing.assert_allclose(whole, jnp.stack(parts, axis=1), atol=1e-5)
