@@ -168,7 +168,7 @@ def best_at_once(logits: Array) -> tuple[Array, Array]:
 
 
 def best_in_two_passes(logits: Array) -> tuple[Array, Array]:
-    """`best` by its value, neither pass of which writes anything out on a GPU."""
+    """`best` in two passes, neither of which writes anything out on a GPU."""
     return logits.max(axis=-1), _first_of_the_largest(logits)
 
 

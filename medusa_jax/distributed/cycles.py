@@ -3,8 +3,6 @@
 A proxy that compares programs of a chip. Collectives that run alone have no estimate.
 """
 
-import re
-
 from medusa_jax.distributed.hlo import Instruction, Program
 
 
@@ -29,7 +27,7 @@ def _of(program: Program, computation: str, passes: int) -> int | None:
         elif one.opcode == "call":
             estimate = _of(program, one.called("to_apply"), passes)
         elif one.opcode == "conditional":
-            estimate = min(_of(program, name, passes) or 0 for name in branches(one))
+            estimate = min(_of(program, name, passes) or 0 for name in one.branches)
         if estimate is not None:
             found.append(estimate)
     return sum(found) if found else None
@@ -53,11 +51,3 @@ def trips(program: Program, loop: Instruction, passes: int = 1) -> int:
         if made is not None and made.opcode == "constant" and "direction=LT" in end.rest:
             return int(made.operands[0])
     return passes
-
-
-def branches(one: Instruction) -> list[str]:
-    """The computations that a conditional chooses from."""
-    found = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
-    if found:
-        return re.findall(r"%?([\w.\-]+)", found[1])
-    return [one.called("true_computation"), one.called("false_computation")]

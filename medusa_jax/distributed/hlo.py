@@ -73,6 +73,14 @@ class Instruction:
             raise ValueError(f"{self.name} names no {role}: {self.rest[:200]}")
         return found[1]
 
+    @property
+    def branches(self) -> list[str]:
+        """The computations that a conditional chooses from."""
+        found = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        if found:
+            return re.findall(r"%?([\w.\-]+)", found[1])
+        return [self.called("true_computation"), self.called("false_computation")]
+
     def number(self, key: str) -> int | None:
         """A number among what the compiler notes, such as "estimated_cycles"."""
         found = re.search(rf'"{key}":\{{?(?:"n":)?"?(\d+)', self.rest)

@@ -11,7 +11,6 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from medusa_jax.distributed.cycles import branches
 from medusa_jax.distributed.hlo import Array, Instruction, Program
 
 # Instructions that name arrays, or wait for them, without work on the device.
@@ -273,7 +272,7 @@ def _elements(one: Instruction, lines: dict[str, Instruction]) -> list[Instructi
 def _callees(one: Instruction) -> list[str]:
     """Computations that a loop, a call or a choice runs."""
     if one.opcode == "conditional":
-        return branches(one)
+        return one.branches
     return [one.called(role) for role in CONTROL[one.opcode]]
 
 
