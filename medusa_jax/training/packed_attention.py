@@ -1,12 +1,14 @@
 """Attention of training rows, in which several documents lie one behind the other.
 
-On a TPU it is JAX's splash attention (jax.experimental.pallas.ops.tpu.splash_attention), whose
-scores stay on the chip. Elsewhere blocks of queries meet the keys before them in plain products.
-The mesh says which: its devices need not be those of this machine.
+On a TPU it is JAX's splash attention (jax.experimental.pallas.ops.tpu.splash_attention), on a GPU
+JAX's flash attention (jax.experimental.pallas.ops.gpu.attention): their scores stay on the chip.
+Elsewhere blocks of queries meet the keys before them in plain products. The mesh says which: its
+devices need not be those of this machine.
 """
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +22,9 @@ from medusa_jax.model.qkv import QKV
 from medusa_jax.shapes import typed
 
 LEAST_BLOCK, MOST_BLOCKS = 128, 8  # of queries, whose scores exist at a time
-TILE = 128  # which the kernel's lengths and widths are multiples of
-KERNEL_BLOCKS = (512, 256, TILE)  # queries and keys of the kernel's inner products
+TILE = 128  # which the kernels' lengths are multiples of, and a TPU's widths too
+TPU_BLOCKS = (512, 256, TILE)  # queries and keys of the kernel's inner products
+GPU_WIDTHS = (64, 128)  # of heads
 
 
 @jax.tree_util.register_dataclass
@@ -49,11 +52,23 @@ def attend(block: QKV, documents: Documents, past: None = None) -> Float[Array, 
       [B, T, H, C] in the queries' dtype; scores and softmax are float32.
     """
     queries, keys, values = block.turned
-    mesh = documents.mesh
-    on_tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
-    whole = not (queries.shape[1] % TILE or queries.shape[3] % TILE)
-    attention = splash if on_tpu and whole else blocked
+    attention = implementation(queries, documents)
     return attention(queries * queries.shape[-1] ** -0.5, keys, values, documents)
+
+
+def implementation(queries: Array, documents: Documents) -> Callable[..., Array]:
+    """What computes `attend` on the devices of the mesh."""
+    _, length, _, width = queries.shape
+    if documents.mesh is None or length % TILE:
+        return blocked
+    platform = documents.mesh.devices.flat[0].platform
+    if platform == "tpu" and not width % TILE:
+        return splash
+    # The kernel of a GPU knows no windows, and rounds float32 before it multiplies.
+    whole = all(window is None or window >= length for window in documents.windows)
+    if platform == "gpu" and width in GPU_WIDTHS and whole and queries.dtype == jnp.bfloat16:
+        return flash
+    return blocked
 
 
 def blocked(queries: Array, keys: Array, values: Array, documents: Documents) -> Array:
@@ -107,10 +122,7 @@ def splash(
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    mesh, length = documents.mesh, queries.shape[1]
-    ways = mesh.shape["tensor"] if mesh else 1
-    split = mesh is not None and keys.shape[1] % ways == 0
-    heads = queries.shape[2] // (ways if split else 1)
+    length, heads = queries.shape[1], queries.shape[2] // _ways(documents.mesh, keys.shape[1])
     kernels = [_kernel(heads, length, window, interpret) for window in documents.windows]
 
     def local(queries: Array, keys: Array, values: Array, segments: Array, window: Array) -> Array:
@@ -121,13 +133,47 @@ def splash(
         branches = [functools.partial(with_kernel, kernel) for kernel in kernels]
         return jax.lax.switch(window, branches, queries, keys, values, segments)
 
+    arrays = queries.swapaxes(1, 2), keys.swapaxes(2, 3), values
+    return _by_device(local, *arrays, documents).swapaxes(1, 2)
+
+
+def flash(
+    queries: Array, keys: Array, values: Array, documents: Documents, *, interpret: bool = False
+) -> Array:
+    """The GPU's kernel for scaled queries [B, T, H, C] of layers without a window; as `splash`."""
+    with warnings.catch_warnings():
+        # JAX 0.12 points to tokamax, which chooses its kernel by a GPU that must be there.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import mha
+
+    def local(queries: Array, keys: Array, values: Array, segments: Array, window: Array) -> Array:
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = (jnp.repeat(array, group, axis=1) for array in (keys, values))
+        arrays = (array.swapaxes(1, 2) for array in (queries, keys, values))
+        return mha(*arrays, segments, causal=True, interpret=interpret).swapaxes(1, 2)
+
+    arrays = queries.swapaxes(1, 2), keys.swapaxes(2, 3), values
+    return _by_device(local, *arrays, documents).swapaxes(1, 2)
+
+
+def _by_device(
+    local: Callable[..., Array], queries: Array, keys: Array, values: Array, documents: Documents
+) -> Array:
+    """What a kernel makes of arrays [B, heads, T, C], on each device of its rows and heads."""
+    mesh = documents.mesh
     if mesh is not None:
-        rows, by_head = ("data", "fsdp"), "tensor" if split else None
+        rows = ("data", "fsdp")
+        by_head = "tensor" if _ways(mesh, keys.shape[1]) > 1 else None
         arrays = P(rows, by_head, None, None)
         places = (arrays, arrays, arrays, P(rows, None), P())
         local = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=arrays, check_vma=False)
-    arrays = queries.swapaxes(1, 2), keys.swapaxes(2, 3), values
-    return local(*arrays, documents.segments, documents.window).swapaxes(1, 2)
+    return local(queries, keys, values, documents.segments, documents.window)
+
+
+def _ways(mesh: Mesh | None, kv_heads: int) -> int:
+    """Devices that the heads are split over."""
+    ways = mesh.shape["tensor"] if mesh else 1
+    return 1 if kv_heads % ways else ways
 
 
 def _kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any:
@@ -138,7 +184,7 @@ def _kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any
     mask = library.CausalMask(shape)
     if window is not None:
         mask = library.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-    size = next(size for size in KERNEL_BLOCKS if length % size == 0)
+    size = next(size for size in TPU_BLOCKS if length % size == 0)
     return library.make_splash_mha_single_device(
         library.MultiHeadMask([mask] * heads),
         block_sizes=library.BlockSizes(

@@ -1,6 +1,8 @@
 """Attention of packed rows: the plain blocks against masked attention, the kernel against both."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,14 @@ from medusa_jax.kernels.heads import Heads
 from medusa_jax.model.attention import attend
 from medusa_jax.model.layers import within_window
 from medusa_jax.model.qkv import QKV
-from medusa_jax.training.packed_attention import Documents, blocked, seen, splash
+from medusa_jax.training.packed_attention import (
+    Documents,
+    blocked,
+    flash,
+    implementation,
+    seen,
+    splash,
+)
 
 
 def inputs(length: int, width: int = 8, heads: int = 6, kv_heads: int = 2) -> list[jax.Array]:
@@ -88,6 +97,46 @@ def test_the_kernel_of_a_tpu_equals_the_blocks(layer: int):
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_kernel_of_a_gpu_equals_the_blocks():
+    """Interpreted, with its gradients."""
+    arrays, seen = inputs(256, width=64, heads=4), documents(256, (None,), 0)
+    arrays[0] *= 64**-0.5
+
+    def kernel(*arrays: jax.Array | Documents) -> jax.Array:
+        return flash(*arrays, interpret=True)
+
+    for ours, theirs in zip(
+        values_and_gradients(kernel, arrays, seen),
+        values_and_gradients(blocked, arrays, seen),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "width", "dtype", "windows", "expected"),
+    [
+        ("tpu", 256, 128, jnp.bfloat16, (70, None), splash),
+        ("tpu", 256, 64, jnp.bfloat16, (None,), blocked),
+        ("tpu", 200, 128, jnp.bfloat16, (None,), blocked),
+        ("gpu", 256, 64, jnp.bfloat16, (None,), flash),
+        ("gpu", 256, 128, jnp.bfloat16, (256,), flash),  # which no query of the row reaches
+        ("gpu", 256, 128, jnp.bfloat16, (255,), blocked),
+        ("gpu", 256, 128, jnp.float32, (None,), blocked),
+        ("gpu", 256, 96, jnp.bfloat16, (None,), blocked),
+        ("cpu", 256, 128, jnp.bfloat16, (None,), blocked),
+    ],
+)
+def test_a_kernel_is_used_where_it_knows_the_layers(
+    platform: str, length: int, width: int, dtype: Any, windows: tuple, expected: Callable
+):
+    mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    queries = jnp.zeros((1, length, 2, width), dtype)
+    rows = Documents(jnp.zeros((1, length), int), jnp.asarray(0), windows, mesh)
+    assert implementation(queries, rows) is expected
 
 
 def test_what_a_block_sees():
