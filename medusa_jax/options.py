@@ -49,6 +49,10 @@ def check(options: Any, prefix: str = "--") -> None:
     for field in dataclasses.fields(options):
         value, about = getattr(options, field.name), field.metadata
         least, most, choices = (about.get(key) for key in ("least", "most", "choices"))
+        if isinstance(field.default, tuple) and isinstance(value, str):
+            raise InputError(
+                f"{prefix}{field.name} is the text {value!r}; expected a tuple of such"
+            )
         for item in value if isinstance(value, list | tuple) else [value]:
             if choices and item not in (None, field.default, *choices):
                 raise InputError(

@@ -24,12 +24,14 @@ class Memory:
       temporaries: the most that lives at once beside them.
       outputs: not in an argument's place.
       aliased: outputs in the place of a donated argument, such as the cache.
+      offloaded: temporaries in the memory of its host, not in the total.
     """
 
     arguments: int
     temporaries: int
     outputs: int
     aliased: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -46,6 +48,7 @@ class Memory:
             found.temp_size_in_bytes,
             found.output_size_in_bytes - aliased,
             aliased,
+            found.host_temp_size_in_bytes,
         )
 
 
@@ -86,8 +89,9 @@ def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Any:
         f"{name}: {memory.total / 2**30:.2f} GiB per device"
         + (f" of {limit / 2**30:.0f}" if limit else "")
         + f" (arguments {gib['arguments']}, temporaries {gib['temporaries']}, outputs "
-        f"{gib['outputs']}, in place {gib['aliased']}); "
-        f"compiled in {seconds:.0f} s",
+        f"{gib['outputs']}, in place {gib['aliased']}"
+        + (f", with its host {gib['offloaded']}" if memory.offloaded else "")
+        + f"); compiled in {seconds:.0f} s",
         flush=True,
     )
     if limit and memory.total > limit:

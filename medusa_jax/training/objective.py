@@ -28,6 +28,7 @@ from medusa_jax.training.losses import (
     over_chunks,
     targets_at,
 )
+from medusa_jax.training.remat import Remat
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
@@ -75,7 +76,7 @@ class Objective:
       heads_loss: of each head.
       chunk: of `settings.Loss`.
       dtype: of the computation.
-      kept: products of a layer that its backward pass does not recompute; None: all.
+      remat: what the backward pass of a layer recomputes; None: nothing.
       adapter_scale: alpha / R, 0 without adapters.
       adapter_dropout: of the adapters' inputs.
       sharding: of hidden states, or None.
@@ -89,7 +90,7 @@ class Objective:
     heads_loss: HeadsLoss = HeadsLoss()
     chunk: int = 0
     dtype: str = "float32"
-    kept: tuple[str, ...] | None = None
+    remat: Remat | None = None
     adapter_scale: float = 0.0
     adapter_dropout: float = 0.0
     sharding: NamedSharding | None = None
@@ -112,7 +113,7 @@ class Objective:
             heads_loss=HeadsLoss(config.loss.heads, config.loss.smoothing, config.loss.eta),
             chunk=config.loss.chunk,
             dtype=config.model.dtype,
-            kept=config.model.kept if config.model.remat and config.mode != "medusa1" else None,
+            remat=config.model.recomputed if config.mode != "medusa1" else None,
             adapter_scale=config.lora.alpha / config.lora.rank if config.adapted else 0.0,
             adapter_dropout=config.lora.dropout if config.adapted else 0.0,
             sharding=sharding,
@@ -210,7 +211,7 @@ class Objective:
         if "hidden" in batch:  # kept from an earlier pass (`hidden_states.py`)
             return batch["hidden"].astype(self.dtype)
         return scanned_backbone.hidden_states(
-            self.model, backbone, batch, kept=self.kept, sharding=self.sharding
+            self.model, backbone, batch, remat=self.remat, sharding=self.sharding
         )
 
 

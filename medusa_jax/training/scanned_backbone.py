@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from medusa_jax.model.backbone import Backbone, Layer
@@ -19,6 +20,7 @@ from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.layer_stack import place
 from medusa_jax.model.layers import rope_tables
 from medusa_jax.training import packed_attention
+from medusa_jax.training.remat import INPUT, Remat
 
 
 def shapes(single: dict[str, tuple[int, ...]], layers: int) -> dict[str, tuple[int, ...]]:
@@ -35,7 +37,7 @@ def hidden_states(
     params: dict[str, Any],
     batch: dict[str, Array],
     *,
-    kept: tuple[str, ...] | None = None,
+    remat: Remat | None = None,
     sharding: NamedSharding | None = None,
 ) -> Array:
     """Hidden states after the final norm [B, T, D], as `Backbone` gives them.
@@ -44,8 +46,7 @@ def hidden_states(
       params: stacked; weights may hold adapters (`lora.attached`).
       batch: `tokens`, `segments`, `positions` [B, T]: a token sees those before
         it of its own segment.
-      kept: names of a layer's products that are kept beside its input; the backward pass
-        recomputes the rest. None keeps all.
+      remat: what the backward pass recomputes; None: nothing.
       sharding: of hidden states [B, T, D], or None.
     """
 
@@ -59,15 +60,14 @@ def hidden_states(
 
     def run_layer(x: Array, stacked: tuple[Any, Array]) -> tuple[Array, None]:
         weights, window = stacked
+        x = checkpoint_name(x, INPUT)
         documents = packed_attention.Documents(batch["segments"], window, windows, mesh)
         out: Any = layer.apply({"params": weights}, x, rope, documents, None)
         return constrain(out[0]), None
 
     which = jnp.asarray([windows.index(window) for window in config.windows])
     x = constrain(jnp.take(params["embed"]["embedding"], batch["tokens"], axis=0))
-    if kept is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*kept)
-        run_layer = jax.checkpoint(run_layer, prevent_cse=False, policy=policy)
-    x, _ = jax.lax.scan(run_layer, x, (params["layers"], which))
+    run = run_layer if remat is None else remat.applied(run_layer)
+    x, _ = jax.lax.scan(run, x, (params["layers"], which))
     hidden: Any = Backbone(config).apply({"params": params}, x, method="finish")
     return hidden

@@ -13,8 +13,7 @@ from medusa_jax.drafting.medusa_heads import ARCHITECTURES, HYDRA, MEDUSA
 from medusa_jax.errors import InputError
 from medusa_jax.json_files import Fields
 from medusa_jax.options import option
-
-PRODUCTS = ("query", "key", "value", "out", "gate", "up", "down")  # of a layer's weights
+from medusa_jax.training.remat import INPUT, PRODUCTS, Remat
 
 
 @dataclasses.dataclass
@@ -27,7 +26,8 @@ class Backbone:
       random: start from random weights; `path`, if given, names the shape and tokenizer only.
       dtype: of the computation and of frozen weights; what learns is kept in float32.
       remat: keep one activation a layer and recompute the rest in the backward pass.
-      kept: products of a layer that are kept too, of `PRODUCTS`.
+      kept, offloaded: arrays of a layer that are kept too, on the device or in its host's memory
+        (`remat.py`).
     """
 
     path: str = ""
@@ -35,7 +35,13 @@ class Backbone:
     random: bool = False
     dtype: str = option("bfloat16", choices=("float32", "bfloat16"))
     remat: bool = True
-    kept: tuple[str, ...] = ()
+    kept: tuple[str, ...] = option((), choices=PRODUCTS)
+    offloaded: tuple[str, ...] = option((), choices=(INPUT, *PRODUCTS))
+
+    @property
+    def recomputed(self) -> Remat | None:
+        """What the backward pass of a layer recomputes."""
+        return Remat(tuple(self.kept), tuple(self.offloaded)) if self.remat else None
 
 
 @dataclasses.dataclass
@@ -249,7 +255,6 @@ def check(config: Config) -> None:
     Raises:
       InputError: names the field, what it is and what it may be.
     """
-
     options.check(config, "")
     for section in dataclasses.fields(config):
         if dataclasses.is_dataclass(part := getattr(config, section.name)):
@@ -264,16 +269,11 @@ def check(config: Config) -> None:
             raise InputError(f"{name} is {value}; expected 0 or more, and less than 1")
     if not config.optim.steps and config.optim.epochs <= 0:
         raise InputError(f"optim.epochs is {config.optim.epochs}; expected more than 0")
-    for name, texts in (
-        ("data.train", config.data.train),
-        ("data.eval", config.data.eval),
-        ("model.kept", config.model.kept),
-    ):
-        if isinstance(texts, str):
-            raise InputError(f"{name} is the text {texts!r}; expected a tuple of such")
-    for name in config.model.kept:
-        if name not in PRODUCTS:
-            raise InputError(f"model.kept names {name!r}; expected some of {', '.join(PRODUCTS)}")
+    if twice := set(config.model.kept) & set(config.model.offloaded):
+        raise InputError(
+            f"model.kept and model.offloaded both name {', '.join(sorted(twice))}; "
+            "expected each array in one memory"
+        )
     if config.mode != "pretrain" and not config.heads.number:
         raise InputError("heads.number must be at least 1, got 0")
     if config.heads.shared and not config.heads.layers:

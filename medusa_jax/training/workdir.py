@@ -148,7 +148,7 @@ def check_settings(workdir: Path, config: Config) -> None:
     lines = [
         line
         for line in difference(theirs, dataclasses.asdict(config))
-        if not line.startswith(("mesh.", "run.", "model.remat", "model.kept"))
+        if not line.startswith(("mesh.", "run.", "model.remat", "model.kept", "model.offloaded"))
     ]
     if lines:
         raise InputError(

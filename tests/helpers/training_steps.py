@@ -33,7 +33,9 @@ ROWS, LENGTH = 16, 16
 def config_of(mode: str) -> Config:
     return Config(
         mode="medusa1" if mode in ("medusa1", "hydra") else "medusa2",
-        model=settings.Backbone(dtype="float32", remat=True, kept=("query", "gate")),
+        model=settings.Backbone(
+            dtype="float32", kept=("query", "gate"), offloaded=("input", "key", "up")
+        ),
         heads=Heads("hydra" if mode == "hydra" else "medusa", number=2),
         lora=Lora(rank=0 if mode == "full" else 4, dropout=0.0),
         loss=Loss(chunk=8, distill=mode == "lora"),

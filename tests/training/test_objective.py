@@ -20,6 +20,7 @@ from medusa_jax.param_paths import flat, joined, nested
 from medusa_jax.training import lora
 from medusa_jax.training.objective import Objective, report
 from medusa_jax.training.optimizer import group_of, groups, heads_weight, learning_rate, optimizer
+from medusa_jax.training.remat import Remat
 from medusa_jax.training.settings import Backbone, Config, Heads, Lora, Loss, Optim
 from medusa_jax.training.step import init_state, make_step
 from medusa_jax.training.weights import plan, split
@@ -110,7 +111,7 @@ def test_what_learns_changes_and_what_is_frozen_has_no_place_in_the_state(
 def test_pieces_remat_and_chunks_give_the_same_step(tiny: TinyModel, mode: str):
     setup = setup_of(tiny, MODES[mode])
     state, result = setup.step(make_batch(), chunk=0)
-    other, same = setup.step(make_batch(pieces=4), kept=(), chunk=4)
+    other, same = setup.step(make_batch(pieces=4), remat=Remat(), chunk=4)
     chex.assert_trees_all_close(same, result, rtol=1e-5)
     # Adam's first update is the gradient's sign: where it is all but zero, signs may differ.
     chex.assert_trees_all_close(other.opt_state, state.opt_state, rtol=1e-4, atol=1e-6)

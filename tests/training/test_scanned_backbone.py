@@ -13,6 +13,7 @@ from helpers.tiers import slow_except
 
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.training import flops, scanned_backbone
+from medusa_jax.training.remat import Remat
 
 CONFIGS = {
     "plain": TINY,
@@ -52,18 +53,21 @@ def test_kept_products_change_no_gradient_and_are_not_computed_again():
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     batch = {"tokens": tokens, "positions": positions, "segments": jnp.ones_like(tokens)}
 
-    def gradient(kept: tuple[str, ...] | None) -> tuple[Any, float]:
+    def gradient(remat: Remat | None) -> tuple[Any, float]:
         def loss(params: Any) -> jax.Array:
-            return (scanned_backbone.hidden_states(TINY, params, batch, kept=kept) ** 2).sum()
+            return (scanned_backbone.hidden_states(TINY, params, batch, remat=remat) ** 2).sum()
 
         made = jax.grad(loss)
         return jax.jit(made)(params), flops.traced(jax.make_jaxpr(made)(params).jaxpr)
 
     plain, least = gradient(None)
-    recomputed, most = gradient(())
-    kept, less = gradient(("query", "key", "value", "gate", "up"))
-    chex.assert_trees_all_close(kept, plain, rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_close(kept, recomputed, rtol=1e-4, atol=1e-5)
+    recomputed, most = gradient(Remat())
+    names = ("query", "key", "value", "gate", "up")
+    kept, less = gradient(Remat(kept=names))
+    offloaded, same = gradient(Remat(kept=names[:2], offloaded=("input", *names[2:])))
+    for ours in (kept, recomputed, offloaded):
+        chex.assert_trees_all_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert same == less
     positions_in_all, width = TINY.num_layers * tokens.size, TINY.hidden_size
     heads = TINY.num_heads + 2 * TINY.num_kv_heads
     saved = 2 * positions_in_all * width * (heads * TINY.head_dim + 2 * TINY.ffn_size)

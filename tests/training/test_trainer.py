@@ -221,7 +221,11 @@ BAD = {
     "no such data": (["--config.data.train=('nowhere.txt',)"], "nowhere.txt does not exist"),
     "kept": (
         ["--config.model.kept=('gates',)"],
-        "model.kept names 'gates'; expected some of query",
+        "model.kept is 'gates'; expected query, key",
+    ),
+    "kept twice": (
+        ["--config.model.kept=('up',)", "--config.model.offloaded=('input', 'up')"],
+        "model.kept and model.offloaded both name up; expected each array in one memory",
     ),
     "mesh": (["--config.mesh.data=3"], "needs 3 devices"),
     "pieces": (["--config.optim.accumulation=3"], "does not divide into"),
@@ -238,6 +242,12 @@ def test_bad_settings_get_one_message(place: Path, tmp_path: Path, name: str):
     assert code == 2
     assert message in err
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_a_text_is_no_tuple_of_texts():
+    backbone = settings.Backbone(offloaded="input")  # pyrefly: ignore
+    with pytest.raises(InputError, match=r"model.offloaded is the text 'input'; expected a tuple"):
+        settings.check(settings.Config(model=backbone))
 
 
 def test_nothing_left_to_learn_after_truncation(place: Path, tmp_path: Path):
