@@ -106,7 +106,10 @@ class HeadsObjective:
         for k in numbers:
             function = functools.partial(self._losses, k)
             params = heads[f"head_{k}"], projection, learned, embedding
-            results.append(self._over(function, params, hidden, counted[k], given[k]))
+            done = self._over(function, params, hidden, counted[k], given[k])
+            # One after the other, or the gradients of all heads would wait to be put together.
+            hidden, _ = jax.lax.optimization_barrier((hidden, jax.lax.stop_gradient(done)))
+            results.append(done)
         learnt, sums, ranks = zip(*results, strict=True)
         everywhere = counted.all(axis=0)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.shapes import typed
@@ -176,7 +177,7 @@ def _summed(function: Any, chunks: Any, params: Any, hidden: Array, arrays: Any)
         loss, sums, each = function(params, hidden, counted, arrays)
         return (loss, sums), each
 
-    (loss, sums), each = _loop(piece, chunks, hidden, arrays)
+    (loss, sums), each = _loop(piece, chunks, hidden, arrays, _last(arrays))
     return loss, sums, each
 
 
@@ -199,7 +200,7 @@ def _summed_with_gradient(function: Any, chunks: Any, params: Any, hidden: Any, 
         return ((value, sums), grads), (each, rest[0] if rest else None)
 
     values = jax.tree.map(lambda array: array.value, arrays)
-    ((value, sums), grads), (each, of_hidden) = _loop(piece, chunks, hidden.value, values)
+    ((value, sums), grads), (each, of_hidden) = _apart(piece, chunks, hidden.value, values)
     given = iter(grads)
     of_params = [
         next(given).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves
@@ -216,19 +217,56 @@ def _gradient(function: Any, chunks: Any, grads: Any, change: Any) -> Any:
 _summed.defvjp(_summed_with_gradient, _gradient, symbolic_zeros=True)
 
 
-def _loop(
+def _apart(
     piece: Callable[..., Any],
     chunks: tuple[int, NamedSharding | None],
     hidden: Array,
     arrays: tuple[Array, Any],
 ) -> Any:
+    """`_loop`, in which each device adds up what its own rows give.
+
+    So gradients of parameters cross the devices once, and not after each chunk.
+    """
+    chunk, sharding = chunks
+    ways = 1 if sharding is None else hidden.shape[0] // sharding.shard_shape(hidden.shape)[0]
+    last = _last(arrays)
+    if sharding is None or ways == 1:
+        return _loop(piece, chunks, hidden, arrays, last)
+    own = chunk, NamedSharding(sharding.mesh, P(None, *sharding.spec[1:]))
+
+    def rows(hidden: Array, arrays: tuple[Array, Any]) -> Any:
+        return _loop(piece, own, hidden, arrays, last)
+
+    def split(array: Array) -> Array:
+        return array.reshape(ways, -1, *array.shape[1:])
+
+    parts = jax.tree.map(split, (hidden, arrays))
+    added, placed = jax.vmap(rows, spmd_axis_name=sharding.spec[0])(*parts)
+    added = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), added)
+    added = jax.lax.optimization_barrier(added)
+    return added, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), placed)
+
+
+def _last(arrays: tuple[Array, Any]) -> Array:
+    """The most positions that count in a row."""
+    return jnp.max(jnp.sum(arrays[0], axis=1))
+
+
+def _loop(
+    piece: Callable[..., Any],
+    chunks: tuple[int, NamedSharding | None],
+    hidden: Array,
+    arrays: tuple[Array, Any],
+    last: Array,
+) -> Any:
     """Calls `piece` for chunks up to the last counted position of any row.
 
     Args:
       piece: hidden, counted and the rest of some positions -> (pytree to add up, pytree of
-        arrays [B, t, ...] to put together).
+        arrays [B, t, ...] to put together). Narrow numbers are added up in float32.
       chunks: positions of a call, and the sharding of `hidden`.
       arrays: counted, and the rest.
+      last: of `_last`.
     """
     chunk, sharding = chunks
 
@@ -250,8 +288,10 @@ def _loop(
         return jax.tree.map(jnp.add, added, more), placed
 
     added, here = jax.eval_shape(lambda: piece(*part(0)))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added)
-    last = jnp.max(jnp.sum(arrays[0], axis=1))
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), added
+    )
     shape = hidden.shape[:2]
     placed = jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[2:]), leaf.dtype), here)
-    return jax.lax.fori_loop(0, -(-last // chunk), body, (zeros, placed))
+    total, placed = jax.lax.fori_loop(0, -(-last // chunk), body, (zeros, placed))
+    return jax.tree.map(lambda one, leaf: one.astype(leaf.dtype), total, added), placed
