@@ -7,6 +7,7 @@ Devices and processes come from the environment (XLA_FLAGS, JAX_COORDINATOR_ADDR
 """
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from helpers.hlo import Program
 from helpers.models import TINY
 from medusa_jax.data.encoding import Encoded
 from medusa_jax.data.loader import global_arrays
@@ -86,6 +88,9 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
         found[f"kl_{number}"] = result.terms.kl
         found[f"head_{number}"] = jnp.stack([head.loss for head in result.terms.heads.heads])
     found |= flat(state.trainable)
+    if mode == "medusa1" and sizes[0] == count > 1:
+        compiled = program.step.lower(state, weights.frozen, batches[0], True).compile()
+        assert_matrices_are_summed_once_a_piece(Program.of(compiled))
     if count > 1:
         split_ways = {
             leaf.sharding.shard_shape(leaf.shape) != leaf.shape
@@ -101,6 +106,23 @@ def run(mode: str, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
         )
         for name, array in found.items()
     }
+
+
+def assert_matrices_are_summed_once_a_piece(program: Program) -> None:
+    """The loop over pieces sums gradients over devices, and the loop over chunks in it does not."""
+
+    def sums(computation: str, depth: int) -> Iterator[int]:
+        for one in program.computations[computation]:
+            if "reduce" in one.opcode and any(len(array.dims) > 1 for array in one.arrays):
+                yield depth
+            elif one.opcode == "while":
+                yield from sums(one.called("body"), depth + 1)
+            for name in one.branches if one.opcode == "conditional" else ():
+                yield from sums(name, depth)
+            if one.opcode == "call":
+                yield from sums(one.called("to_apply"), depth)
+
+    assert set(sums(program.entry, 0)) == {1}
 
 
 if __name__ == "__main__":
