@@ -113,7 +113,8 @@ def assert_matrices_are_summed_once_a_piece(program: Program) -> None:
 
     def sums(computation: str, depth: int) -> Iterator[int]:
         for one in program.computations[computation]:
-            if "reduce" in one.opcode and any(len(array.dims) > 1 for array in one.arrays):
+            over_devices = one.opcode.startswith(("all-reduce", "reduce-scatter"))
+            if over_devices and any(len(array.dims) > 1 for array in one.arrays):
                 yield depth
             elif one.opcode == "while":
                 yield from sums(one.called("body"), depth + 1)
