@@ -57,11 +57,13 @@ DECODING = (
     ("llama2-13b", "v5p:2x2x1", 1),
 )
 STEPS = "--sizes 1 64 --batch_sizes 1 16 --prompt_tokens 512 --max_length 2048 --dtype bfloat16"
+FIGURES = ("total", "limit", "arguments", "temporaries", "outputs", "aliased")
 LINE = re.compile(
     r"^(?P<name>\S+ \([^)]*\)(?:, (?P<what>[^,]*), batch (?P<batch>\d+))?): "
     r"(?:(?P<total>[\d.]+) GiB per device(?: of (?P<limit>\d+))? "
     r"\(arguments (?P<arguments>[\d.]+), temporaries (?P<temporaries>[\d.]+), "
-    r"outputs (?P<outputs>[\d.]+), in place (?P<aliased>[\d.]+)\); "
+    r"outputs (?P<outputs>[\d.]+), in place (?P<aliased>[\d.]+)"
+    r"(?:, with its host (?P<offloaded>[\d.]+))?\); "
     r"compiled in (?P<seconds>\d+) s|(?P<short>needs .*))$",
     re.M,
 )
@@ -70,7 +72,8 @@ HEAD = """# What fits where
 Memory of one device in GiB, as XLA's TPU compiler counts it for the whole compiled function.
 Arguments are weights, optimizer state or cache, and batch. Temporaries are the peak beside them.
 Outputs are those without an argument's buffer. "In place" counts outputs that reuse one: state and
-cache are donated, so each exists once. No TPU was used, and these tables say nothing about speed.
+cache are donated, so each exists once. "Host" is what the host keeps for a device
+(`model.offloaded`). No TPU was used, and these tables say nothing about speed.
 `python benchmarks/compile_matrix.py` compiles all rows (jax {jax}). Seconds are compile times on a
 shared machine; some include halts.
 """
@@ -79,8 +82,8 @@ TRAINING_HEAD = """
 
 `python train.py --config configs/NAME.py --compile_only TOPOLOGY` is each row.
 
-| config | topology | mesh | per device | of | arguments | temporaries | outputs | in place | s |
-|---|---|---|---|---|---|---|---|---|---|"""
+| config | topology | mesh | per device | of | arguments | temporaries | outputs | in place | host | s |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 DECODING_HEAD = """
 ## Decoding
 
@@ -136,15 +139,15 @@ def rows(log: Log, command: str, cells: list[str], *, named: bool) -> list[str]:
         name = (
             [line["what"], line["batch"]] if named else [str(line["name"]).partition("(")[2][:-1]]
         )
-        figures = [line[key] or "-" for key in ("total", "limit", "arguments", "temporaries")]
-        figures += [line[key] or "-" for key in ("outputs", "aliased", "seconds")]
+        figures = [line[key] or "-" for key in (*FIGURES, *() if named else ("offloaded",))]
+        figures.append(line["seconds"] or "-")
         if line["limit"] and float(str(line["total"])) > float(line["limit"]):
             figures[0] += ", does not fit"
         if line["short"]:
-            figures = [f"does not fit: {line['short']}", *[""] * 6]
+            figures = [f"does not fit: {line['short']}", *[""] * (len(figures) - 1)]
         table.append([*cells, *name, *figures])
     if not table:
-        table = [[*cells, *[""] * (1 + named), error.removeprefix("error: "), *[""] * 6]]
+        table = [[*cells, *[""] * (1 + named), error.removeprefix("error: "), *[""] * (7 - named)]]
     return [f"| {' | '.join(map(str, row))} |" for row in table]
 
 
