@@ -83,7 +83,7 @@ TRAINING_HEAD = """
 `python train.py --config configs/NAME.py --compile_only TOPOLOGY` is each row.
 
 | config | topology | mesh | per device | of | arguments | temporaries | outputs | in place | host | s |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
 DECODING_HEAD = """
 ## Decoding
 
@@ -139,8 +139,8 @@ def rows(log: Log, command: str, cells: list[str], *, named: bool) -> list[str]:
         name = (
             [line["what"], line["batch"]] if named else [str(line["name"]).partition("(")[2][:-1]]
         )
-        figures = [line[key] or "-" for key in (*FIGURES, *() if named else ("offloaded",))]
-        figures.append(line["seconds"] or "-")
+        keys = (*FIGURES, "seconds") if named else (*FIGURES, "offloaded", "seconds")
+        figures = [line[key] or "-" for key in keys]
         if line["limit"] and float(str(line["total"])) > float(line["limit"]):
             figures[0] += ", does not fit"
         if line["short"]:
