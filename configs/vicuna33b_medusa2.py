@@ -15,8 +15,6 @@ from medusa_jax.training.settings import Config
 
 def get_config() -> Config:
     """The run."""
-    config = _recipes.self_distilled(
+    return _recipes.self_distilled(
         "lmsys/vicuna-33b-v1.3", "llama1-33b", template="vicuna", data="data/vicuna33b.jsonl"
     )
-    config.model.offloaded = ("input",)  # else 3 GiB of each device
-    return config
