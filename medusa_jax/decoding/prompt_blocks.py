@@ -24,7 +24,7 @@ from medusa_jax.decoding.state import FAILED, LENGTH, RUNNING, STOP, State, map_
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Draft, Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
-from medusa_jax.model.kv_cache import Block, KVCache, Layers
+from medusa_jax.model.kv_cache import Block, KVCache, Layers, write_block
 
 # A CPU takes about as long for so many tokens as for a call of some steps.
 CPU_BLOCK = 128
@@ -165,7 +165,7 @@ def read_block(
     put = functools.partial(_put, slot=slot)
     rows = {name: map_rows(put, getattr(state, name), new) for name, new in row.items()}
     cache = dataclasses.replace(cache, values=_fresh(cache.values, slot, block.start + zero))
-    cache = _written(cache, read, slot, block.start + zero)
+    cache = write_block(cache, read, block.start + zero, slot)
     cache = dataclasses.replace(cache, length=put(cache.length, length))
     return network.placed(dataclasses.replace(state, cache=cache, sequence=sequence, **rows))
 
@@ -267,20 +267,3 @@ def _fresh(values: Layers, slot: Array, start: Array) -> Layers:
         return jax.tree.map(row, values)
 
     return jax.lax.cond(start == 0, cleared, lambda same: same, values)
-
-
-def _written(cache: KVCache, block: Block, slot: Array, start: Array) -> KVCache:
-    """The cache with a block of row `slot`, from slot `start` of the row on."""
-
-    def write(layers: Layers, block: Layers, axis: int) -> Layers:
-        def update(old: Array, new: Array) -> Array:
-            place = [slot, *[jnp.zeros_like(slot)] * (old.ndim - 1)]
-            place[axis] = start
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), place)
-
-        return jax.tree.map(update, layers, cache.as_held(block))
-
-    keys, values = block.turned()
-    return dataclasses.replace(
-        cache, keys=write(cache.keys, keys, -1), values=write(cache.values, values, -2)
-    )

@@ -148,17 +148,21 @@ def init_cache(
     )
 
 
-def write_block(cache: KVCache, block: Block, start: int | Array) -> KVCache:
-    """Writes a block of T tokens at the same slots `start .. start + T` of every row.
+def write_block(cache: KVCache, block: Block, start: int | Array, row: int | Array = 0) -> KVCache:
+    """Writes a block of T tokens at the slots `start .. start + T` of its rows.
 
     Lengths are left as they are: rows shorter than the block hold padding
     there, which the caller's lengths keep out of sight.
+
+    Args:
+      row: the first of the cache's rows that the block is of.
     """
 
     def write(layers: Layers, block: Layers, axis: int) -> Layers:
         def update(slots: Array, new: Array) -> Array:
-            new = new.astype(slots.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, start, slots.ndim + axis)
+            place = [row, *[0] * (slots.ndim - 1)]
+            place[axis] = start
+            return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), place)
 
         return jax.tree.map(update, layers, cache.as_held(block))
 
