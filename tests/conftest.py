@@ -4,6 +4,7 @@ Real models, traces and texts are other people's and lie in `../shared`. Tests
 that need them skip in a bare clone; CI refuses to run without.
 """
 
+import gc
 import io
 import json
 import runpy
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of whole programs come first: a long file that begins last keeps a worker waiting."""
     long = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, so nobody looks for garbage in it (`environment.py`)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,7 @@
 """The environment that tests and the processes they start run in."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -17,6 +18,9 @@ SAME_HLO = [
     "--xla_cpu_parallel_codegen_split_count=1",  # each worker has a core
 ]
 LESS_OPTIMIZED = [*SAME_HLO]
+# Garbage is looked for less often than Python does: a tenth of the time went to it, since imported
+# modules and traced programs are many objects that stay.
+ALLOCATIONS = 50_000, 20, 50
 USERS_GENERATOR: dict[str, bool] = {}  # an option of `compile` that gives the HLO that users have
 if version("jaxlib").startswith("0.10."):  # later releases lack the choice, and refuse its name
     # XLA's older code generator takes a third of the time of that by way of MLIR.
@@ -27,6 +31,7 @@ if version("jaxlib").startswith("0.10."):  # later releases lack the choice, and
 def prepare() -> None:
     """Sets variables that JAX reads when it is imported. Workers and processes inherit them."""
     assert "jax" not in sys.modules, "JAX was imported before its environment was prepared"
+    gc.set_threshold(*ALLOCATIONS)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # What one test compiles, other workers and processes need not compile again.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="medusa_jax_tests_")
