@@ -242,8 +242,8 @@ def _apart(
 
     parts = jax.tree.map(split, (hidden, arrays))
     added, placed = jax.vmap(rows, spmd_axis_name=sharding.spec[0])(*parts)
-    added = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), added)
-    added = jax.lax.optimization_barrier(added)
+    # The loss is there when the gradients are: what waits for it waits for them.
+    added = jax.lax.optimization_barrier(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), added))
     return added, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), placed)
 
 
