@@ -3,6 +3,7 @@
 A file that can be run begins with a call of `start`. So nothing large is imported here.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -18,7 +19,12 @@ def start(name: str) -> None:
     """Imports the command of that name and runs its `main`."""
     interrupts.listen()
     _leave_out_absent_tpus()
-    importlib.import_module(f"medusa_jax.{_PLACES.get(name, name)}").main()
+    gc.disable()  # of what is imported, little is garbage: to look for it took a tenth of a start
+    try:
+        command = importlib.import_module(f"medusa_jax.{_PLACES.get(name, name)}")
+    finally:
+        gc.enable()
+    command.main()
 
 
 def console() -> None:
