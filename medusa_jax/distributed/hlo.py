@@ -10,6 +10,7 @@ import math
 import re
 
 _BITS = {"pred": 8, "token": 0}  # of types whose name does not end in their width
+_RUNS = {"while": "body", "call": "to_apply"}  # what an instruction calls the computation it runs
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 
 
@@ -80,6 +81,14 @@ class Instruction:
         if found:
             return re.findall(r"%?([\w.\-]+)", found[1])
         return [self.called("true_computation"), self.called("false_computation")]
+
+    @property
+    def callees(self) -> list[str]:
+        """The computations that a loop, a call or a conditional runs, of a loop its body."""
+        if self.opcode == "conditional":
+            return self.branches
+        role = _RUNS.get(self.opcode)
+        return [self.called(role)] if role else []
 
     def number(self, key: str) -> int | None:
         """A number among what the compiler notes, such as "estimated_cycles"."""

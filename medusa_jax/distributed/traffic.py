@@ -18,7 +18,6 @@ NO_WORK = {
     "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "optimization-barrier",
     "parameter", "partition-id", "replica-id", "tuple",
 }  # fmt: skip
-CONTROL = {"while": ("body",), "call": ("to_apply",), "conditional": ()}
 CUTS = {"dynamic-slice", "gather", "slice"}
 UPDATES = {"dynamic-update-slice", "scatter"}
 # Instructions that give a weight another place, order or type, and do not compute with it.
@@ -143,7 +142,7 @@ class _Reader(_Sizes):
                 found.bytes[kind] += times * size
         if self._loop:
             for one in self._program.computations[self._program.entry]:
-                if one.opcode not in NO_WORK | {*CONTROL}:
+                if one.opcode not in NO_WORK and not one.callees:
                     for kind, size in self._moves(self._program.entry, one):
                         found.call_bytes[kind] += size
         return found
@@ -151,9 +150,9 @@ class _Reader(_Sizes):
     def _executed(self, computation: str) -> Iterator[tuple[str, Instruction, int]]:
         """Instructions that do work, with their computation and how often they run."""
         for one in self._program.computations[computation]:
-            if one.opcode in CONTROL:
+            if callees := one.callees:
                 times = one.number("known_trip_count") or 1
-                for inner in _callees(one):
+                for inner in callees:
                     for place, line, repeated in self._executed(inner):
                         yield place, line, times * repeated
             elif one.opcode not in NO_WORK and "AllocateBuffer" not in one.rest:
@@ -267,13 +266,6 @@ def _elements(one: Instruction, lines: dict[str, Instruction]) -> list[Instructi
     if one.opcode == "tuple":
         return [made for name in one.operands for made in _elements(lines[name], lines)]
     return [one]
-
-
-def _callees(one: Instruction) -> list[str]:
-    """Computations that a loop, a call or a choice runs."""
-    if one.opcode == "conditional":
-        return one.branches
-    return [one.called(role) for role in CONTROL[one.opcode]]
 
 
 def _positions(user: Instruction, names: set[str]) -> list[int]:

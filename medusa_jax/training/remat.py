@@ -1,7 +1,8 @@
 """What the backward pass of a layer finds again, and what it recomputes (activation checkpointing).
 
-To recompute a layer is its whole forward pass once more, a third of a step's products. What is
-kept costs memory: of a device, or of its host, where it crosses the link between both twice.
+To recompute a layer is its whole forward pass once more: with adapters, a quarter of a step's
+products. What is kept costs memory: of a device, or of its host, where it crosses the link between
+both twice.
 """
 
 import dataclasses

@@ -116,12 +116,8 @@ def assert_matrices_are_summed_once_a_piece(program: Program) -> None:
             over_devices = one.opcode.startswith(("all-reduce", "reduce-scatter"))
             if over_devices and any(len(array.dims) > 1 for array in one.arrays):
                 yield depth
-            elif one.opcode == "while":
-                yield from sums(one.called("body"), depth + 1)
-            for name in one.branches if one.opcode == "conditional" else ():
-                yield from sums(name, depth)
-            if one.opcode == "call":
-                yield from sums(one.called("to_apply"), depth)
+            for name in one.callees:
+                yield from sums(name, depth + (one.opcode == "while"))
 
     assert set(sums(program.entry, 0)) == {1}
 

@@ -1,5 +1,6 @@
 """Attention of packed rows: the plain blocks against masked attention, the kernel against both."""
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,31 +84,21 @@ def test_gradients_of_blocks_equal_those_of_one_mask():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [0, 1])
-def test_the_kernel_of_a_tpu_equals_the_blocks(layer: int):
+@pytest.mark.parametrize(
+    ("kernel", "width", "windows", "layer", "scale"),
+    [
+        (splash, 128, (70, None), 0, 1.0),
+        (splash, 128, (70, None), 1, 1.0),
+        (flash, 64, (None,), 0, 64**-0.5),
+    ],
+)
+def test_a_kernel_equals_the_blocks(
+    kernel: Callable, width: int, windows: tuple, layer: int, scale: float
+):
     """Interpreted, with its gradients."""
-    arrays, seen = inputs(256, width=128, heads=4), documents(256, (70, None), layer)
-
-    def kernel(*arrays: jax.Array | Documents) -> jax.Array:
-        return splash(*arrays, interpret=True)
-
-    for ours, theirs in zip(
-        values_and_gradients(kernel, arrays, seen),
-        values_and_gradients(blocked, arrays, seen),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_kernel_of_a_gpu_equals_the_blocks():
-    """Interpreted, with its gradients."""
-    arrays, seen = inputs(256, width=64, heads=4), documents(256, (None,), 0)
-    arrays[0] *= 64**-0.5
-
-    def kernel(*arrays: jax.Array | Documents) -> jax.Array:
-        return flash(*arrays, interpret=True)
-
+    arrays, seen = inputs(256, width=width, heads=4), documents(256, windows, layer)
+    arrays[0] *= scale
+    kernel = functools.partial(kernel, interpret=True)
     for ours, theirs in zip(
         values_and_gradients(kernel, arrays, seen),
         values_and_gradients(blocked, arrays, seen),
