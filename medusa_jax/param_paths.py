@@ -1,6 +1,6 @@
 """Nested parameter dicts addressed by path: "heads/head_0/block_0/weight".
 
-A leaf is whatever is no mapping: `flat` keeps a `model.linear.Weight` whole, and so does
+A leaf is whatever is no mapping: `flat` keeps a `model.weight.Weight` whole, and so does
 `map_with_path` where `is_leaf` says so. A path ends in the parameter's name, never inside it.
 """
 

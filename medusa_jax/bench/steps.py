@@ -125,7 +125,7 @@ def bench(options: StepsOptions) -> None:
             copy_bandwidth=bandwidth,
             max_length=options.max_length,
             mesh=subject.mesh,
-            kernels="attention" in kernels.used(options.no_kernels),
+            kernels=kernels.used(options.no_kernels),
             tick=bar.update,
             over=over,
         )

@@ -24,6 +24,7 @@ from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.kernel_choice import KERNELS
 
 TREE = "mc_sim_7b_63"
 PROMPT_TOKENS = 16
@@ -69,7 +70,7 @@ def time_steps(
     copy_bandwidth: float,
     max_length: int | None = None,
     mesh: Mesh | None = None,
-    kernels: bool = True,
+    kernels: tuple[str, ...] = KERNELS,
     tick: Callable[[], object] = lambda: None,
     over: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:

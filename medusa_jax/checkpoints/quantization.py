@@ -51,7 +51,7 @@ def name_of(dtype: str) -> str:
 
 @functools.partial(jax.jit, static_argnames=("dtype", "axis"))
 def quantized(array: jax.Array, dtype: str, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The nearest numbers of a narrow type, and their scale (`model.linear.Weight`).
+    """The nearest numbers of a narrow type, and their scale (`model.weight.Weight`).
 
     Args:
       array: a weight or a stack of them, float32.

@@ -23,7 +23,8 @@ from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.kernels import native
 from medusa_jax.kernels.few_rows import knows
 from medusa_jax.model.layer_stack import place
-from medusa_jax.model.linear import Weight, joint_name, leaves_out_zeros
+from medusa_jax.model.linear import joint_name
+from medusa_jax.model.weight import Weight, leaves_out_zeros
 from medusa_jax.param_paths import flat, nested
 
 _EMBEDDING = "embed/embedding"

@@ -17,13 +17,15 @@ from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.prompt_blocks import RowSettings
 from medusa_jax.decoding.sampling import row_keys
 from medusa_jax.drafting.drafter import Params
+from medusa_jax.model.weight import quantized
 
 # A TPU's products of the 64 rows of a tree want more of its memory on chip than the usual 16 MiB:
 # with these, they take as long as those of 8 rows. With more, a v6e has no room there for what an
 # MLP makes of 16 trees.
 TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(48 * 1024)}
 # Else a GPU's compiler splits the sums of long products, and adds the parts in further kernels: on
-# an H200 a step of 64 rows took 5% longer. Steps of 4 rows take 6% longer without the split.
+# an H200 a step of 64 rows took 5% longer. Steps of 4 rows take 6% longer without the split, and
+# products of 64 rows by a narrow weight of long sums twice as long.
 GPU_OPTIONS = {"xla_gpu_experimental_force_split_k": "1"}
 TILE_ROWS = 16  # of a GPU's products; with more rows, enough programs share a product
 CAPACITY = 512  # tokens of the cache that the question is asked with: hardly any weight minds
@@ -48,7 +50,8 @@ def compiler_options(params: Params, rows: int = 1) -> dict[str, str] | None:
     Args:
       rows: of its products, where it is a loop of steps.
     """
-    options = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS if rows > TILE_ROWS else None}
+    whole = rows > TILE_ROWS and not quantized(params)
+    options = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS if whole else None}
     return options.get(platform(params))
 
 

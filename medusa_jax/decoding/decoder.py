@@ -36,6 +36,7 @@ from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Draft, Drafter, NoDraft, Params
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.kernel_choice import KERNELS
 
 # A row of a TPU's registers: keys of another number of slots would lie in another order.
 SLOTS_MULTIPLE = 128
@@ -55,7 +56,7 @@ class Decoder:
       suppress: token ids that are never produced.
       mesh: devices of `rules.decode_mesh` that share the work; parameters must be placed
         as `load_model` places them. One device by default.
-      kernels: attention to the cache is computed by a kernel where there is one.
+      kernels: what kernels compute where there are any, of `KERNELS`.
       most_logprobs: likeliest tokens of each place whose log-probabilities are kept, beside those
         of the text, for rows that ask for them; None keeps none.
 
@@ -70,7 +71,7 @@ class Decoder:
     capacity: int = 0
     suppress: tuple[int, ...] = ()
     mesh: Mesh | None = None
-    kernels: bool = True
+    kernels: tuple[str, ...] = KERNELS
     most_logprobs: int | None = None
 
     def __post_init__(self) -> None:

@@ -14,13 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 from medusa_jax.drafting.drafter import Params
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.kernel_choice import KernelChoice
+from medusa_jax.model.kernel_choice import KERNELS, KernelChoice
 from medusa_jax.model.kv_cache import Block, KVCache, cache_axes, init_cache
-from medusa_jax.model.linear import leaves_out_zeros, quantized, weight_of
+from medusa_jax.model.weight import leaves_out_zeros, quantized, weight_of
 from medusa_jax.param_paths import map_with_path
 
-# A GPU's products of a single row by wide weights take longer than those of four rows: on an H200
-# a plain step of Llama-2-7B took 5.0 ms, and takes 3.9.
+# XLA's products of a single row by wide weights take longer on a GPU than those of four rows: on an
+# H200 a plain step of Llama-2-7B took 5.0 ms, and takes 3.9.
 LEAST_ROWS = 4
 
 
@@ -32,13 +32,13 @@ class Network:
       config: shape of the backbone.
       suppress: token ids that are never produced.
       mesh: the devices that share the work; None for one device.
-      kernels: attention to the cache is computed by a kernel where there is one.
+      kernels: what kernels compute where there are any, of `KERNELS`.
     """
 
     config: ModelConfig
     suppress: tuple[int, ...] = ()
     mesh: Mesh | None = None
-    kernels: bool = True
+    kernels: tuple[str, ...] = KERNELS
 
     def bound(self, params: Params) -> Backbone:
         """The backbone with its parameters, as a drafter gets it."""
@@ -75,9 +75,10 @@ class Network:
         return self.placed(hidden[:, :count]), block.begin(count)
 
     def _missing(self, params: Params, tokens: Array) -> int:
-        """Tokens that each row [B, T] lacks for products of as many rows as are fast."""
-        on_gpu = self._backbone.kernels.platform == "gpu"
-        least = LEAST_ROWS if on_gpu and not quantized(params["backbone"]) else 1
+        """Tokens that each row [B, T] lacks for XLA's products of as many rows as are fast."""
+        kernels = self._backbone.kernels
+        by_xla = kernels.platform == "gpu" and not kernels.multiplies
+        least = LEAST_ROWS if by_xla and not quantized(params["backbone"]) else 1
         return max(0, -(-least // len(tokens)) - tokens.shape[1])
 
     def logits(self, params: Params, hidden: Float[Array, "*dims D"]) -> Float[Array, "*dims V"]:

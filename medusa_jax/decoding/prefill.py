@@ -16,7 +16,7 @@ from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.drafter import Drafter, Params, Verified
 from medusa_jax.model.backbone import causal_mask
 from medusa_jax.model.kv_cache import KVCache, write_block
-from medusa_jax.model.linear import leaves_out_zeros
+from medusa_jax.model.weight import leaves_out_zeros
 
 # Longer prompts run in blocks of this many tokens, which bounds the memory of attention.
 PREFILL_BLOCK = 512

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from medusa_jax.distributed import partners
 from medusa_jax.errors import InputError
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.param_paths import map_with_path
 
 HEADS = ("tensor", "group")  # query heads are split over these, never cut
@@ -117,7 +117,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh, order: str = "out_in") -
     """Axes of an array; what an axis does not divide stays whole, a stack's dimension too.
 
     Args:
-      order: of a weight's last two dimensions, see `model.linear.Weight`.
+      order: of a weight's last two dimensions, see `model.weight.Weight`.
 
     Raises:
       InputError: no rule knows the path.

@@ -21,7 +21,7 @@ from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.kv_cache import KVCache, commit, init_cache
 from medusa_jax.model.largest import largest
-from medusa_jax.model.linear import weight_of
+from medusa_jax.model.weight import weight_of
 from medusa_jax.param_paths import device_bytes
 from medusa_jax.shapes import typed
 

@@ -21,7 +21,7 @@ from medusa_jax.drafting.tree_tables import TreeTables
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.largest import largest
-from medusa_jax.model.linear import weight_of
+from medusa_jax.model.weight import weight_of
 from medusa_jax.param_paths import device_bytes, flat
 from medusa_jax.shapes import typed
 

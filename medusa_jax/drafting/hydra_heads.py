@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig, MedusaHeads
-from medusa_jax.model.linear import Linear, parameter, projections, weight_of
+from medusa_jax.model.linear import Linear, parameter, projections
+from medusa_jax.model.weight import weight_of
 from medusa_jax.shapes import typed
 
 RESIDUAL = "residual"  # R, beside the layers "linear_0", "linear_1", ...

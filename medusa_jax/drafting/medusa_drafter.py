@@ -19,7 +19,7 @@ from medusa_jax.drafting.medusa_heads import (
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.linear import weight_of
+from medusa_jax.model.weight import weight_of
 from medusa_jax.param_paths import device_bytes, flat
 
 

@@ -24,7 +24,8 @@ from medusa_jax.drafting.dynamic_tree import DynamicTree
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.model.largest import largest_of_each
-from medusa_jax.model.linear import Linear, parameter, weight_of
+from medusa_jax.model.linear import Linear, parameter
+from medusa_jax.model.weight import weight_of
 from medusa_jax.shapes import typed
 
 MEDUSA, HYDRA = ARCHITECTURES = ("medusa", "hydra")

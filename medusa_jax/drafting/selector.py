@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from medusa_jax.model.linear import weight_of
+from medusa_jax.model.weight import weight_of
 from medusa_jax.shapes import typed
 
 NAME = "selector"  # its part of the heads' parameters

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-# What kernels do: products of few rows on a CPU, attention to the cache on all devices.
+# What kernels do: products of few rows on a CPU and a GPU, attention to the cache on all devices.
 NAMES = ("products", "attention")
 
 
-def used(without: Sequence[str] | None) -> set[str]:
+def used(without: Sequence[str] | None) -> tuple[str, ...]:
     """The kernels that are left of `NAMES`: without none (None), some, or all (no name).
 
-    None -> {"products", "attention"}; ["products"] -> {"attention"}; [] -> {}.
+    None -> ("products", "attention"); ["products"] -> ("attention",); [] -> ().
     """
-    return set(NAMES) - set(NAMES if without == [] else without or ())
+    return tuple(name for name in NAMES if without is None or (without and name not in without))

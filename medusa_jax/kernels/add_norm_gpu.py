@@ -15,7 +15,7 @@ from medusa_jax.shapes import typed
 @typed
 def add_norm(
     x: Float[Array, "*dims D"],
-    update: Float[Array, "*dims D"],
+    update: Float[Array, "*parts D"],
     scale: Float[Array, " D"],
     eps: float,
     *,
@@ -24,22 +24,25 @@ def add_norm(
     """x + update, and this sum as `layers.rms_norm` scales it.
 
     Args:
+      update: [*dims, D], or parts that it is the sum of, [P, *dims, D].
       interpret: runs the kernel with XLA, on any device.
     """
     width = x.shape[-1]
-    rows = x.reshape(-1, width), update.reshape(-1, width)
+    rows = x.reshape(-1, width)
+    parts = update.reshape(-1, *rows.shape)
     row = pl.BlockSpec((None, width), lambda number: (number, 0))
-    out = jax.ShapeDtypeStruct(rows[0].shape, x.dtype)
+    in_parts = pl.BlockSpec((len(parts), None, width), lambda number: (0, number, 0))
+    out = jax.ShapeDtypeStruct(rows.shape, x.dtype)
     total, normed = pl.pallas_call(
         functools.partial(_kernel, eps=eps),
-        grid=(len(rows[0]),),
-        in_specs=[row, row, pl.BlockSpec((width,), lambda _: (0,))],
+        grid=(len(rows),),
+        in_specs=[row, in_parts, pl.BlockSpec((width,), lambda _: (0,))],
         out_specs=[row, row],
         out_shape=[out, out],
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="add_norm",
-    )(*rows, scale)
+    )(rows, parts, scale)
     return total.reshape(x.shape), normed.reshape(x.shape)
 
 
@@ -49,10 +52,11 @@ def _kernel(x: Any, update: Any, scale: Any, total: Any, normed: Any, *, eps: fl
     count = pl.next_power_of_2(width)
     numbers, inside = pl.ds(0, count), jnp.arange(count) < width
 
-    def load(row: Any) -> Array:
-        return plgpu.load(row.at[numbers], mask=inside, other=0)
+    def load(ref: Any, *row: Array) -> Array:
+        return plgpu.load(ref.at[*row, numbers], mask=inside, other=0)
 
-    added = (load(x) + load(update)).astype(total.dtype)
+    parts = [load(update, jnp.int32(part)) for part in range(len(update))]
+    added = load(x) + sum(parts[1:], parts[0]).astype(total.dtype)
     wide = added.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt((wide * wide).sum() / width + eps)
     plgpu.store(total.at[numbers], added, mask=inside)

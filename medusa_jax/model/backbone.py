@@ -6,9 +6,6 @@ itself is a mask (causal in a prompt, ancestors in a tree); what it sees of the
 past is a `KVCache`, which it only reads.
 """
 
-import functools
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,17 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.kernels.heads import Heads
-from medusa_jax.model.attention import attend
 from medusa_jax.model.cache_attention import Past
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.decoder_layer import Layer, RMSNorm
 from medusa_jax.model.kernel_choice import KernelChoice
 from medusa_jax.model.kv_cache import Block, KVCache
 from medusa_jax.model.layer_stack import STACK
-from medusa_jax.model.layers import rms_norm, rope_tables
-from medusa_jax.model.linear import Linear, joint_projection, of_layer, parameter, projections
-from medusa_jax.model.qkv import QKV
+from medusa_jax.model.layers import rope_tables
+from medusa_jax.model.linear import parameter
 from medusa_jax.model.rope import DynamicNTK
 from medusa_jax.model.sight import Sight
+from medusa_jax.model.weight import of_layer
 from medusa_jax.shapes import typed
 
 
@@ -48,148 +45,6 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "*dims"]) -> Array:
         """Rows of the table [*dims, D]."""
         return self.table.lookup(tokens)
-
-
-class RMSNorm(nn.Module):
-    """Scale-only norm over the last axis.
-
-    Attributes:
-      eps: added to the mean square.
-      kernel: whether the kernel of GPUs adds and scales.
-    """
-
-    eps: float
-    kernel: bool = False
-
-    def __call__(self, x: Array) -> Array:
-        return self.after(x, None)[1]
-
-    @nn.compact
-    def after(self, x: Array, update: Array | None) -> tuple[Array, Array]:
-        """The sum of both, and its norm."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        if self.kernel and update is not None:
-            from medusa_jax.kernels.add_norm_gpu import add_norm
-
-            return add_norm(x, update, scale, self.eps)
-        x = x if update is None else x + update
-        return x, rms_norm(x, scale, self.eps)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions.
-
-    Attributes:
-      config: shape of the backbone.
-      attend: mixes values; what `mask` is, is between its caller and itself.
-    """
-
-    config: ModelConfig
-    attend: Callable[..., Array] = attend
-
-    @nn.compact
-    def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Any, past: Past | None
-    ) -> tuple[Array, Heads, Heads]:
-        """x [B, T, D], mask [B, T, T], past -> (out [B, T, D], keys, values of a `Block`)."""
-        config = self.config
-        queries, keys, values = self._projected(x)
-        if config.qk_norm:
-            queries, keys = (
-                Heads(norm(part.alone()).reshape(*x.shape[:2], -1), config.head_dim)
-                for part, norm in (
-                    (queries, RMSNorm(config.norm_eps, name="query_norm")),
-                    (keys, RMSNorm(config.norm_eps, name="key_norm")),
-                )
-            )
-        block = QKV(queries, keys, values, rope)
-        mixed = self.attend(block, mask, past).reshape(*x.shape[:2], -1)
-        out = Linear(config.hidden_size, config.out_bias, name="out")(mixed)
-        if config.num_heads > 2 * config.num_kv_heads:
-            # A copy costs less than to hold the queries beside them until a path is known.
-            keys, values = keys.cut(), values.cut()
-        return out, keys, values
-
-    def _projected(self, x: Array) -> tuple[Heads, Heads, Heads]:
-        """Queries, keys and values of x, in a single array if their weights are."""
-        config = self.config
-        counts = config.num_heads, config.num_kv_heads, config.num_kv_heads
-        features = {
-            name: count * config.head_dim
-            for name, count in zip(("query", "key", "value"), counts, strict=True)
-        }
-        joint = joint_projection(self, x, features, config.qkv_bias)
-        if joint is None:
-            apart = projections(self, x, features, config.qkv_bias)
-            queries, keys, values = (Heads(flat, config.head_dim) for flat in apart)
-            return queries, keys, values
-        starts = itertools.accumulate(counts, initial=0)
-        queries, keys, values = (
-            Heads(joint, config.head_dim, start, count)
-            for start, count in zip(starts, counts, strict=False)
-        )
-        return queries, keys, values
-
-
-class MLP(nn.Module):
-    """Gated feed-forward: down(silu(gate x) * up x)."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config = self.config
-        features = {"gate": config.ffn_size, "up": config.ffn_size}
-        gate, up = projections(self, x, features, config.mlp_bias)
-        return Linear(config.hidden_size, config.mlp_bias, name="down")(nn.silu(gate) * up)
-
-
-class Layer(nn.Module):
-    """One decoder block: x + attention(norm x), then x + mlp(norm x).
-
-    Attributes:
-      config: shape of the backbone.
-      attend: of `Attention`.
-    """
-
-    config: ModelConfig
-    attend: Callable[..., Array] = attend
-
-    def __call__(
-        self,
-        x: Array,
-        rope: tuple[Array, Array],
-        mask: Any,
-        past: Past | None,
-        wanted: Array | None = None,
-    ) -> tuple[Array, Heads, Heads]:
-        """As `Attention`; of tokens that are not wanted [B, T], keys and values alone."""
-        x, update, keys, values = self.unsummed(x, None, rope, mask, past, wanted)
-        return x + update, keys, values
-
-    @nn.compact
-    def unsummed(
-        self,
-        x: Array,
-        update: Array | None,
-        rope: tuple[Array, Array],
-        mask: Any,
-        past: Past | None,
-        wanted: Array | None = None,
-    ) -> tuple[Array, Array, Heads, Heads]:
-        """The same of the sum of x and an update; in the result, both are apart again.
-
-        So a kernel adds them that computes the next norm too.
-        """
-        kernel = past is not None and past.kernels.adds_norms
-        norm = functools.partial(RMSNorm, self.config.norm_eps, kernel)
-        x, normed = norm(name="attention_norm").after(x, update)
-        attention = Attention(self.config, self.attend, name="attention")
-        out, keys, values = attention(normed, rope, mask, past)
-        if wanted is not None:
-            x, out = jnp.where(wanted[..., None], x + out, 0), None
-        x, normed = norm(name="mlp_norm").after(x, out)
-        return x, MLP(self.config, name="mlp")(normed), keys, values
 
 
 class Backbone(nn.Module):
@@ -213,7 +68,7 @@ class Backbone(nn.Module):
         self.looped = self.has_variable("params", STACK)
         count = 0 if self.looped else config.num_layers
         self.layers = [Layer(config, name=f"layer_{i}") for i in range(count)]
-        self.final_norm = RMSNorm(config.norm_eps, self.kernels.adds_norms)
+        self.final_norm = RMSNorm(config.norm_eps, self.kernels.multiplies)
         self.lm_head = None
         if not config.tied or self.has_variable("params", "lm_head"):
             shape = (config.vocab_size, config.hidden_size)
@@ -312,9 +167,9 @@ class Backbone(nn.Module):
         return Past(keys, values, filled, first, self.kernels, cache.row, asked, layer)
 
     def finish(
-        self, x: Float[Array, "B T D"], update: Float[Array, "B T D"] | None = None
+        self, x: Float[Array, "B T D"], update: Float[Array, "*parts D"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states from the last layer's output, or from the sum of two parts of it."""
+        """Hidden states from the last layer's output, or from its sum with an update."""
         return self.final_norm.after(x, update)[1]
 
     def unembed(

@@ -91,11 +91,13 @@ class Past:
 
 def implementation(kernels: KernelChoice) -> Callable[..., Array]:
     """What computes `Past.attend`."""
-    if kernels.used and kernels.platform == "tpu":
+    if not kernels.attends:
+        return _by_xla
+    if kernels.platform == "tpu":
         from medusa_jax.kernels import cache_attention_tpu
 
         return functools.partial(_by_kernel, cache_attention_tpu.attention)
-    if kernels.used and kernels.platform == "cpu" and kernels.mesh is None and native.available():
+    if kernels.platform == "cpu" and kernels.mesh is None and native.available():
         return _by_cpu
     return _by_xla
 

@@ -8,8 +8,10 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 
+from medusa_jax import kernels
 from medusa_jax.model.layer_stack import in_loop
 
+KERNELS = kernels.NAMES  # all that may be switched off
 TPU_LANES = 128  # numbers of a row of a TPU's register
 
 
@@ -18,11 +20,11 @@ class KernelChoice:
     """What may be computed by kernels; XLA computes the rest.
 
     Attributes:
-      used: kernels compute what they know.
+      used: what they compute of `KERNELS`, where they know how.
       mesh: devices (tensor, group, copy) that hold the heads; None for one device.
     """
 
-    used: bool = False
+    used: tuple[str, ...] = ()
     mesh: Mesh | None = None
 
     @property
@@ -36,14 +38,19 @@ class KernelChoice:
         return self.mesh is None or self.mesh.size == 1
 
     @property
-    def adds_norms(self) -> bool:
-        """Whether `add_norm_gpu` adds rows and computes the norm of their sum."""
-        return self.used and self.on_one_device and self.platform == "gpu"
+    def attends(self) -> bool:
+        """Whether a kernel attends to the cache."""
+        return "attention" in self.used
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether `few_rows_gpu` multiplies what it knows, and `add_norm_gpu` adds its parts."""
+        return "products" in self.used and self.on_one_device and self.platform == "gpu"
 
     def reads_projections(self, width: int) -> bool:
         """Whether a kernel attends with heads of this width that are not rotated yet."""
         knows = {"gpu": width >= 32 and width.bit_count() == 1, "tpu": width == TPU_LANES}
-        return self.used and knows.get(self.platform, False)
+        return self.attends and knows.get(self.platform, False)
 
     def stacks_cache(self, params: Mapping[str, Any], width: int) -> bool:
         """Whether the cache of a backbone with these parameters is an array of all layers.

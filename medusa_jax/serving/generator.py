@@ -213,9 +213,8 @@ def decoder_of(generator: Generator) -> Decoder:
     recipe = Recipe(model, generator.tree, generator.acceptance)
     drafter = drafter_of(generator.options.drafter, recipe)
     how = generator.acceptance, capacity, generator.suppress, model.mesh
-    attention = "attention" in kernels.used(generator.options.no_kernels)
-    most = generator.options.most_logprobs
-    return Decoder(model.config, drafter, *how, kernels=attention, most_logprobs=most)
+    used, most = kernels.used(generator.options.no_kernels), generator.options.most_logprobs
+    return Decoder(model.config, drafter, *how, kernels=used, most_logprobs=most)
 
 
 def tuned_lengths(generator: Generator) -> list[tuple[Tree | DynamicTree, float]]:

@@ -15,7 +15,7 @@ from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.distributed.rules import everywhere
 from medusa_jax.drafting.drafter import Drafter, Params
 from medusa_jax.errors import InputError
-from medusa_jax.model.linear import leaves_out_zeros
+from medusa_jax.model.weight import leaves_out_zeros
 from medusa_jax.serving.background import Background
 from medusa_jax.serving.job_blocks import JobBlocks
 from medusa_jax.serving.jobs import Job

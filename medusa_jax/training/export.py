@@ -34,7 +34,7 @@ from medusa_jax.files import writing
 from medusa_jax.gguf_file import is_gguf
 from medusa_jax.model import layer_stack
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.param_paths import flat, joined
 from medusa_jax.training import lora
 from medusa_jax.training.settings import Config

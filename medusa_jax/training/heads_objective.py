@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from medusa_jax.drafting import selector
 from medusa_jax.drafting.hydra_heads import HydraHead, head_input
 from medusa_jax.drafting.medusa_heads import HYDRA, Head, HeadsConfig, rows_of
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.training import selector_loss
 from medusa_jax.training.head_losses import (
     accepted_lengths,

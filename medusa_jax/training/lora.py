@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA): their parameters, and the weights that hold them.
 
 An adapter of W [out, in] is A [R, in] and B [out, R]; the projection becomes
-W x + (alpha / R) B A x, see `model.linear.Weight`. B starts at zero, so the backbone starts as it
+W x + (alpha / R) B A x, see `model.weight.Weight`. B starts at zero, so the backbone starts as it
 was. Without the adapters it is again the backbone: the teacher of self-distillation.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from medusa_jax.model.linear import Adapter, Weight
+from medusa_jax.model.weight import Adapter, Weight
 from medusa_jax.param_paths import flat, nested
 
 

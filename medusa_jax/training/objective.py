@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig
 from medusa_jax.model.config import ModelConfig
-from medusa_jax.model.linear import Weight, weight_of
+from medusa_jax.model.weight import Weight, weight_of
 from medusa_jax.param_paths import joined
 from medusa_jax.training import lora, scanned_backbone, settings
 from medusa_jax.training.heads_objective import (

@@ -15,8 +15,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from medusa_jax.model.backbone import Backbone, Layer
+from medusa_jax.model.backbone import Backbone
 from medusa_jax.model.config import ModelConfig
+from medusa_jax.model.decoder_layer import Layer
 from medusa_jax.model.layer_stack import place
 from medusa_jax.model.layers import rope_tables
 from medusa_jax.training import packed_attention

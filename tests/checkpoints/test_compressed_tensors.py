@@ -16,7 +16,7 @@ from medusa_jax.checkpoints.compressed_tensors import joined
 from medusa_jax.checkpoints.load import backbone_tensors, load_model
 from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.errors import InputError
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.param_paths import flat
 
 CONFIG = {

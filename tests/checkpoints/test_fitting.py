@@ -30,7 +30,7 @@ from medusa_jax.checkpoints.load import load_model
 from medusa_jax.checkpoints.stored_tensor import StoredTensor
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.errors import InputError
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 
 MAP = np.array([5, 3, 20, 0, 11])
 OWN = ["v0.1", "v1.0", "tgi", "vllm", "mlc", "modelopt"]

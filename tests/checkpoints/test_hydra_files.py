@@ -22,7 +22,7 @@ from medusa_jax.checkpoints.load import load_model
 from medusa_jax.drafting.hydra_heads import HydraHead
 from medusa_jax.drafting.medusa_heads import HYDRA, HeadsConfig
 from medusa_jax.errors import InputError
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 
 MAP = np.array([5, 3, 20, 0, 11])
 

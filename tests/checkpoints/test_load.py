@@ -32,7 +32,7 @@ from safetensors.numpy import load_file
 from medusa_jax.checkpoints.load import Model, load_model
 from medusa_jax.drafting.medusa_heads import MedusaHeads
 from medusa_jax.kernels import native
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.param_paths import flat
 
 # Backbones

@@ -24,7 +24,7 @@ from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 from medusa_jax.kernels import native
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.param_paths import device_bytes, flat
 
 # Half a step of int8 and int4, and of a float with 3 bits after the point, of the largest number.

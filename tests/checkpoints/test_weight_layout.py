@@ -19,12 +19,12 @@ from medusa_jax.checkpoints.weight_layout import (
     stacked,
 )
 from medusa_jax.drafting.medusa_heads import Head, HeadsConfig, MedusaHeads, first_heads
-from medusa_jax.kernels import native
+from medusa_jax.kernels import NAMES, native
 from medusa_jax.model.backbone import Backbone, causal_mask
 from medusa_jax.model.kernel_choice import KernelChoice
 from medusa_jax.model.kv_cache import init_cache
 from medusa_jax.model.layer_stack import in_loop
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5]])
 
@@ -169,7 +169,7 @@ def test_a_loop_reads_each_layer_of_the_cache(tiny: TinyModel, windows: tuple, k
     """Of two rows of different lengths, and of a single row of the cache; by window."""
     config = dataclasses.replace(TINY, windows=windows)
     stack = for_decoding({"backbone": tiny.params["backbone"]}, few_rows=True)["backbone"]
-    module = Backbone(config, KernelChoice(kernels))
+    module = Backbone(config, KernelChoice(NAMES if kernels else ()))
     empty = init_cache(config, 2, 160, jnp.float32, stacked=True)
     shapes = [(key, one.shape) for key, one in zip((0, 1), (empty.keys, empty.values), strict=True)]
     keys, values = (jax.random.normal(jax.random.key(key), shape) for key, shape in shapes)

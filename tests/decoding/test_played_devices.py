@@ -18,6 +18,9 @@ from medusa_jax.serving.engine import Engine, run_jobs
 from medusa_jax.serving.jobs import Job
 
 PROMPTS = [[1, 2, 3], [token % 40 for token in range(1, 61)], [5, 6, 7, 8, 9]]
+# Of sizes that the kernel of few rows multiplies.
+WIDE = dataclasses.replace(TINY, hidden_size=64, ffn_size=192, num_heads=6, num_kv_heads=1)
+WIDE = dataclasses.replace(WIDE, head_dim=16, vocab_size=64)
 QK_NORM = dataclasses.replace(TINY, qk_norm=True, windows=(None, 3))
 PATHS = [[0], [1], [0, 0]]
 
@@ -25,15 +28,20 @@ PATHS = [[0], [1], [0, 0]]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "config", "paths"),
-    [("gpu", TINY, []), ("gpu", QK_NORM, PATHS), ("tpu", QK_NORM, PATHS)],
-    ids=["gpu, plain", "gpu, tree", "tpu, tree"],
+    [
+        ("gpu", WIDE, []),
+        ("gpu", WIDE, PATHS),
+        ("gpu", QK_NORM, PATHS),
+        ("tpu", QK_NORM, PATHS),
+    ],
+    ids=["gpu, plain", "gpu, tree", "gpu, norms", "tpu, tree"],
 )
 def test_texts_are_those_of_xla(
     monkeypatch: pytest.MonkeyPatch, platform: str, config: ModelConfig, paths: list
 ):
     """Of rows that come and go, whose prompts are read in blocks, and of a decoder's own prefill.
 
-    Joint projections; on a GPU a cache of all layers, and plain steps of tokens that none sees.
+    Joint projections; on a GPU a cache of all layers, and products of few rows.
     """
     play(platform, monkeypatch.setattr)
     random = random_model(config)
@@ -41,7 +49,7 @@ def test_texts_are_those_of_xla(
     drafter = drafter_of_heads(random.heads, Tree.from_lists(paths))
     # Not the decoder of another platform, whose programs are compiled.
     by_kernels = Decoder(config, drafter, capacity={"gpu": 125, "tpu": 124}[platform])
-    by_xla = dataclasses.replace(by_kernels, kernels=False)
+    by_xla = dataclasses.replace(by_kernels, kernels=())
     caches = [one.network.empty_cache(params, 1, 64) for one in (by_kernels, by_xla)]
     assert [cache.stacked for cache in caches] == [platform == "gpu", False]
     assert "query_key_value" in params["backbone"]["layer_0"]["attention"]

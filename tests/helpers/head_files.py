@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from helpers.models import apart
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.errors import InputError
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.param_paths import flat, nested
 
 WIDTH, VOCAB, LAYERS = 16, 24, 2

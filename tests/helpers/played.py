@@ -4,11 +4,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from medusa_jax.kernels import add_norm_gpu, cache_attention_gpu, projected_attention_tpu
+import jax.numpy as jnp
+
+from medusa_jax.kernels import (
+    add_norm_gpu,
+    cache_attention_gpu,
+    few_rows_gpu,
+    projected_attention_tpu,
+)
 from medusa_jax.model.kernel_choice import KernelChoice
 
 KERNELS = ((cache_attention_gpu, "attention"), (add_norm_gpu, "add_norm"))
 KERNELS += ((projected_attention_tpu, "attention"),)
+KERNELS += tuple((few_rows_gpu, name) for name in ("product", "parts", "gated"))
 
 
 def play(platform: str, patch: Callable[[Any, str, Any], None]) -> None:
@@ -20,5 +28,6 @@ def play(platform: str, patch: Callable[[Any, str, Any], None]) -> None:
     """
     for module, name in KERNELS:
         patch(module, name, functools.partial(getattr(module, name), interpret=True))
+    patch(few_rows_gpu, "TYPES", (jnp.float32, jnp.bfloat16))
     patch(KernelChoice, "platform", platform)
     patch(KernelChoice, "reads_projections", lambda self, _: self.used)

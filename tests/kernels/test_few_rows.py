@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_jax.kernels import few_rows, native
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 
 needs_compiler = pytest.mark.skipif(
     not native.available(), reason="no C++ compiler: XLA's products are used"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from medusa_jax.cli import flags
 from medusa_jax.kernels import (
+    NAMES,
     cache_attention_cpu,
     cache_attention_gpu,
     cache_attention_tpu,
@@ -246,22 +247,22 @@ def test_kernels_are_lowered_for_devices_that_are_not_here(
 
 
 def test_the_platform_chooses_the_kernel():
-    def choice(platform: str, used: bool = True) -> KernelChoice:
+    def choice(platform: str, used: tuple[str, ...] = NAMES) -> KernelChoice:
         mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), size=1)
         return KernelChoice(used, mesh)
 
     (kernel,) = cache_attention.implementation(choice("tpu")).args
     assert kernel is cache_attention_tpu.attention
-    for other in (choice("cpu"), choice("gpu"), choice("tpu", used=False)):
+    for other in (choice("cpu"), choice("gpu"), choice("tpu", used=())):
         assert cache_attention.implementation(other) is cache_attention._by_xla
-    here = cache_attention.implementation(KernelChoice(used=True))
+    here = cache_attention.implementation(KernelChoice(NAMES))
     assert (here is cache_attention._by_cpu) == native.available()
     for platform, widths in (("gpu", {32, 64, 128}), ("tpu", {128}), ("cpu", set())):
         found = {n for n in (16, 32, 64, 80, 128) if choice(platform).reads_projections(n)}
         assert found == widths
         assert choice(platform).stacks_cache({}, 64) == (platform == "gpu")
-        assert choice(platform).adds_norms == (platform == "gpu")
-        assert not choice(platform, used=False).reads_projections(128)
+        assert choice(platform).multiplies == (platform == "gpu")
+        assert not choice(platform, used=()).reads_projections(128)
     assert choice("tpu").of_projections() is projected_attention_tpu.attention
     assert choice("gpu").of_projections() is cache_attention_gpu.attention
 
@@ -269,13 +270,13 @@ def test_the_platform_chooses_the_kernel():
 @pytest.mark.parametrize(
     ("given", "left"),
     [
-        ([], {"products", "attention"}),
-        (["--no_kernels", "products"], {"attention"}),
-        (["--no_kernels", "attention"], {"products"}),
-        (["--no_kernels"], set()),
+        ([], NAMES),
+        (["--no_kernels", "products"], ("attention",)),
+        (["--no_kernels", "attention"], ("products",)),
+        (["--no_kernels"], ()),
     ],
 )
-def test_kernels_are_switched_off_by_name(given: list[str], left: set[str]):
+def test_kernels_are_switched_off_by_name(given: list[str], left: tuple[str, ...]):
     parser = flags.parser("", "")
     flags.add_flags(parser, DecodingOptions)
     assert used(parser.parse_args(given).no_kernels) == left

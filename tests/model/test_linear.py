@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medusa_jax.model.linear import Adapter, Linear, Weight, weight_of
+from medusa_jax.model.linear import Linear
+from medusa_jax.model.weight import Adapter, Weight, weight_of
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

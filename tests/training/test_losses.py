@@ -17,7 +17,7 @@ from helpers.tiers import slow_except
 from medusa_jax.checkpoints.load import Model
 from medusa_jax.data.encoding import Encoded
 from medusa_jax.data.packing import row
-from medusa_jax.model.linear import Weight
+from medusa_jax.model.weight import Weight
 from medusa_jax.training.losses import (
     TOP,
     counted_first,

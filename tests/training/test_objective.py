@@ -15,7 +15,7 @@ from helpers.tiers import slow_except
 
 from medusa_jax.drafting.medusa_heads import HeadsConfig
 from medusa_jax.errors import InputError
-from medusa_jax.model.linear import Adapter, Weight
+from medusa_jax.model.weight import Adapter, Weight
 from medusa_jax.param_paths import flat, joined, nested
 from medusa_jax.training import lora
 from medusa_jax.training.objective import Objective, report
