@@ -2,7 +2,7 @@
 
 A Pallas kernel (Triton): scores stay on the chip. Programs share the block's own keys and the
 blocks of a row's filled slots in turn, so that short texts keep as many of them at work as there
-are blocks. A second kernel joins their results.
+are blocks. Their results are joined afterwards.
 
 The kernel reads the block as the projections leave it: token by token, not rotated, and heads of
 all kinds in an array. It writes in the order of the next projection. Programs count rows and
@@ -26,7 +26,6 @@ SLOT_BLOCK = 64
 QUERY_BLOCK = 64
 LEAST = 16  # rows and columns of a product
 PROGRAMS = 128  # that keep a large GPU at work
-ROWS = 8  # of a program that joins
 LOWEST = float(jnp.finfo(jnp.float32).min)
 Sums = tuple[Array, Array, Array]
 
@@ -87,35 +86,9 @@ def attention(
         interpret=interpret,
         name="cache_attention",
     )(*(array for array, *_ in inputs))
-    of_splits = [one.reshape(splits, -1, *one.shape[5:]) for one in (mixed, top, total)]
-    return _joined(of_splits, queries.array.dtype, interpret).reshape(batch, count, -1, width)
-
-
-def _joined(sums: list[Array], dtype: Any, interpret: bool) -> Array:
-    """The rows of all splits [S, N, C], [S, N] and [S, N], as rows of a softmax [N, C]."""
-    _, rows, width = sums[0].shape
-    return pl.pallas_call(
-        _join,
-        grid=(pl.cdiv(rows, ROWS),),
-        in_specs=[pl.BlockSpec(one.shape, lambda _, n=one.ndim: (0,) * n) for one in sums],
-        out_specs=pl.BlockSpec((rows, width), lambda _: (0, 0)),
-        out_shape=jax.ShapeDtypeStruct((rows, width), dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="join_splits",
-    )(*sums)
-
-
-def _join(mixed: Any, top: Any, total: Any, joined: Any) -> None:
-    """Some rows; beyond their end it is the last row again."""
-    row = jnp.minimum(pl.program_id(0) * ROWS + jnp.arange(ROWS), top.shape[1] - 1)
-    splits = range(len(top))
-    tops = [top[split, row] for split in splits]
-    highest = functools.reduce(jnp.maximum, tops)
-    faded = [jnp.exp(one - highest) for one in tops]
-    whole = sum(one * total[split, row] for split, one in zip(splits, faded, strict=True))
-    parts = (one[:, None] * mixed[split, row, :] for split, one in zip(splits, faded, strict=True))
-    joined[row, :] = (sum(parts) / jnp.asarray(whole)[:, None]).astype(joined.dtype)
+    faded = jnp.exp(top - top.max(axis=0))
+    mixed = (mixed * faded[..., None]).sum(axis=0) / (total * faded).sum(axis=0)[..., None]
+    return mixed.astype(queries.array.dtype).reshape(batch, count, -1, width)
 
 
 def _spec(
@@ -171,7 +144,7 @@ def _kernel(
     token = jnp.minimum(jax.lax.div(row, jnp.int32(group)), count - 1)
     member = jax.lax.rem(row, jnp.int32(group))
     length, number, split = lengths[...], layer[...], pl.program_id(2)
-    # The first split has the block's own keys, and of the slots the last block of a turn.
+    # The first split has the block's own keys, so the second has the first block of slots.
     begin = begins[...] + jax.lax.rem(split + splits - 1, jnp.int32(splits))
 
     halves_of = [queries[token, member, half] for half in halves]
