@@ -91,10 +91,10 @@ def compile_steps(
 
 def compile_step(decoder: Decoder, params: Any, batch: int, name: str) -> dict[str, Any]:
     """What the compiler says of a step; bytes are those of one device."""
-    state = abstract_state(decoder, params, batch)
-
+    state, mesh = abstract_state(decoder, params, batch), decoder.mesh
+    assert mesh is not None
     program, seconds = compile_within(
-        name, lambda: compile_run(decoder, params, state, open_order=on_tpu(params))
+        name, mesh, lambda: compile_run(decoder, params, state, open_order=on_tpu(params))
     )
     read = traffic(Program.parse(program.as_text()), score_elements(decoder, batch))
     tokens = batch * decoder.capacity

@@ -69,7 +69,7 @@ def bench(options: MemoryOptions) -> dict[str, Memory]:
             name = f"{name}, batch {batch}"
             title = f"{options.compile_only} ({options.mesh}), {name}"
             try:
-                compiled[name] = Memory.of(compile_for(options.compile_only, title, lower))
+                compiled[name] = Memory.of(compile_for(options.compile_only, title, mesh, lower))
             except DoesNotFit as error:
                 print(error, flush=True)
                 short += 1

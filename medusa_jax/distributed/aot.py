@@ -1,5 +1,6 @@
 """Memory of a compiled function on a machine that is not here, by that machine's own compiler."""
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from medusa_jax.distributed.topology import chip_bytes
 
@@ -52,18 +54,20 @@ class Memory:
         )
 
 
-def compile_within(name: str, make: Callable[[], Any]) -> tuple[Any, float]:
-    """What `make` compiles, and the seconds that it took.
+def compile_within(name: str, mesh: Mesh, make: Callable[[], Any]) -> tuple[Any, float]:
+    """What `make` lowers and compiles, and the seconds that it took.
 
     Args:
       name: of what is compiled, for the message.
+      mesh: the devices that it is compiled for.
 
     Raises:
       DoesNotFit: the compiler says that it needs more than a chip's memory.
     """
     start = time.perf_counter()
     try:
-        compiled = make()
+        with _target(mesh):
+            compiled = make()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -71,18 +75,19 @@ def compile_within(name: str, make: Callable[[], Any]) -> tuple[Any, float]:
     return compiled, time.perf_counter() - start
 
 
-def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Any:
+def compile_for(topology: str, name: str, mesh: Mesh, lower: Callable[[], Any]) -> Any:
     """What `lower` lowers, compiled for a topology; prints its memory.
 
     Args:
       topology: a name that `topology.devices` knows.
       name: of what is compiled, before the figures.
+      mesh: devices of the topology.
 
     Raises:
       DoesNotFit: it needs more than a chip's memory.
     """
     limit = chip_bytes(topology)
-    compiled, seconds = compile_within(name, lambda: lower().compile())
+    compiled, seconds = compile_within(name, mesh, lambda: lower().compile())
     memory = Memory.of(compiled)
     gib = {field: f"{size / 2**30:.2f}" for field, size in dataclasses.asdict(memory).items()}
     print(
@@ -97,6 +102,13 @@ def compile_for(topology: str, name: str, lower: Callable[[], Any]) -> Any:
     if limit and memory.total > limit:
         raise DoesNotFit(f"{name}: {memory.total:,} bytes per device exceed {limit:,}")
     return compiled
+
+
+def _target(mesh: Mesh) -> Any:
+    """Where Pallas lowers kernels for these devices; a GPU that is here it would find by itself."""
+    if mesh.devices.flat[0].platform != "gpu":
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _shortage(message: str) -> str:

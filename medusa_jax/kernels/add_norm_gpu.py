@@ -49,8 +49,8 @@ def add_norm(
 def _kernel(x: Any, update: Any, scale: Any, total: Any, normed: Any, *, eps: float) -> None:
     """A row. Numbers are counted up to a power of 2; those beyond the width are zeros."""
     width = x.shape[0]
-    count = pl.next_power_of_2(width)
-    numbers, inside = pl.ds(0, count), jnp.arange(count) < width
+    numbers = jnp.arange(pl.next_power_of_2(width))
+    inside = numbers < width
 
     def load(ref: Any, *row: Array) -> Array:
         return plgpu.load(ref.at[*row, numbers], mask=inside, other=0)

@@ -32,7 +32,8 @@ def compile_step(config: Config, topology: str) -> Memory:
     check_batch(mesh, config.optim)
     check_length(config, model_shape(config, absent=True))
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    compiled = compile_for(topology, f"{topology} ({shape})", lambda: trace(config, mesh).lower())
+    name = f"{topology} ({shape})"
+    compiled = compile_for(topology, name, mesh, lambda: trace(config, mesh).lower())
     done, least = step_flops(config)
     print(f"{done:.4g} FLOPs in products of a step, {done / least:.2f} times the model's")
     passes = chunks(config, NamedSharding(mesh, HIDDEN))

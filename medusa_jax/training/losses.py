@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from medusa_jax.shapes import typed
+from medusa_jax.training.mesh import sharing_rows
 
 MISS = 2**30  # rank of a target that a head cannot say
 TOP = (1, 3, 5, 10)  # a target among a head's best so many counts as a hit
@@ -228,7 +229,7 @@ def _apart(
     So gradients of parameters cross the devices once, and not after each chunk.
     """
     chunk, sharding = chunks
-    ways = 1 if sharding is None else hidden.shape[0] // sharding.shard_shape(hidden.shape)[0]
+    ways = 1 if sharding is None else sharing_rows(sharding.mesh)
     last = _last(arrays)
     if sharding is None or ways == 1:
         return _loop(piece, chunks, hidden, arrays, last)

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from medusa_jax.errors import InputError
 from medusa_jax.training import settings
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(None, ("data", "fsdp"), None)  # arrays [A, B, T]
-HIDDEN = P(("data", "fsdp"), None, None)  # arrays [B, T, D]
+ROWS = ("data", "fsdp")  # axes of the devices that share a batch's rows
+BATCH = P(None, ROWS, None)  # arrays [A, B, T]
+HIDDEN = P(ROWS, None, None)  # arrays [B, T, D]
 # Else a TPU multiplies by each part of a weight as it arrives, and adds up large products in main
 # memory: a step of Medusa-1 on a v5e:4x4 would take 2.5 times the cycles (docs/guides/train.md).
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -45,10 +46,15 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
+def sharing_rows(mesh: Mesh | AbstractMesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def check_batch(mesh: Mesh, optim: settings.Optim) -> None:
     """Raises InputError unless every device gets the same number of rows of each piece."""
     piece = optim.piece_rows
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharing_rows(mesh)
     if piece % ways:
         raise InputError(
             f"optim.batch_size {optim.batch_size} / optim.accumulation {optim.accumulation} = "

@@ -28,6 +28,7 @@ from medusa_jax.training.losses import (
     over_chunks,
     targets_at,
 )
+from medusa_jax.training.mesh import sharing_rows
 from medusa_jax.training.remat import Remat
 
 Params = dict[str, Any]
@@ -220,8 +221,7 @@ def rows_chunk(chunk: int, rows: int, sharding: NamedSharding | None = None) -> 
 
     chunk 512: 128 of each of 4 rows; 256 where two devices share them.
     """
-    shape = {} if sharding is None else sharding.mesh.shape
-    ways = shape.get("data", 1) * shape.get("fsdp", 1)
+    ways = 1 if sharding is None else sharing_rows(sharding.mesh)
     return chunk and max(1, chunk * ways // rows)
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from medusa_jax.model.qkv import QKV
 from medusa_jax.shapes import typed
+from medusa_jax.training.mesh import ROWS
 
 LEAST_BLOCK, MOST_BLOCKS = 128, 8  # of queries, whose scores exist at a time
 TILE = 128  # which the kernels' lengths are multiples of, and a TPU's widths too
@@ -162,10 +163,9 @@ def _by_device(
     """What a kernel makes of arrays [B, heads, T, C], on each device of its rows and heads."""
     mesh = documents.mesh
     if mesh is not None:
-        rows = ("data", "fsdp")
         by_head = "tensor" if _ways(mesh, keys.shape[1]) > 1 else None
-        arrays = P(rows, by_head, None, None)
-        places = (arrays, arrays, arrays, P(rows, None), P())
+        arrays = P(ROWS, by_head, None, None)
+        places = (arrays, arrays, arrays, P(ROWS, None), P())
         local = jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=arrays, check_vma=False)
     return local(queries, keys, values, documents.segments, documents.window)
 

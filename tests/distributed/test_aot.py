@@ -64,14 +64,15 @@ def test_decoding_compiles_for_devices_that_are_not_here():
 
 def test_what_a_chip_has_no_room_for():
     """The sum is more than the chip has; or its compiler says so itself."""
+    mesh = jax.make_mesh((1,), ("x",))
 
     def large():
         numbers = jax.ShapeDtypeStruct((5 * 2**30,), jnp.float32)
         return jax.jit(lambda x: x + 1).lower(numbers)
 
     with pytest.raises(DoesNotFit, match=r"^it: 42,949,672,960 bytes .* exceed 17,179,869,184$"):
-        compile_for("v5e:2x2", "it", large)
-    compile_for("v5p:2x2x1", "it", large)
+        compile_for("v5e:2x2", "it", mesh, large)
+    compile_for("v5p:2x2x1", "it", mesh, large)
 
     for said in (  # by the compiler for TPUs
         "Ran out of memory in memory space hbm. Used 26.54G of 15.75G hbm. Exceeded by 10.79G.",
@@ -83,7 +84,7 @@ def test_what_a_chip_has_no_room_for():
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}\n\nmore")
 
         with pytest.raises(DoesNotFit, match=r"^it: needs 26.54G per device, which has 15.75G$"):
-            compile_for("v5e:2x2", "it", refused)
+            compile_for("v5e:2x2", "it", mesh, refused)
 
 
 def test_bench_needs_a_shape_to_compile(capsys):

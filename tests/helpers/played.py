@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from medusa_jax.kernels import (
     add_norm_gpu,
@@ -17,6 +18,9 @@ from medusa_jax.model.kernel_choice import KernelChoice
 KERNELS = ((cache_attention_gpu, "attention"), (add_norm_gpu, "add_norm"))
 KERNELS += ((projected_attention_tpu, "attention"),)
 KERNELS += tuple((few_rows_gpu, name) for name in ("product", "parts", "gated"))
+# A GPU that is not here, for which Pallas lowers kernels in `jax.sharding.use_abstract_mesh`.
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+ABSENT_GPU = AbstractMesh((1,), ("x",), abstract_device=H100)
 
 
 def play(platform: str, patch: Callable[[Any, str, Any], None]) -> None:

@@ -1,11 +1,10 @@
 """Kernels of a GPU between its products, interpreted: NumPy's numbers, for any number of rows."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.played import ABSENT_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,10 +15,13 @@ from medusa_jax.model.layers import rms_norm
 from medusa_jax.model.linear import Linear
 from medusa_jax.model.weight import Adapter, Weight
 
-# In and out; few, as each is compiled for each number of rows.
-SIZES = [(64, 128), (192, 64), (320, 384)]
-ROWS = [1, 4, 16, 23, 64]
-ALL = functools.partial(given, dtype=st.sampled_from([jnp.float32, jnp.bfloat16]))
+# In and out, rows, and their type; few, as each is compiled.
+CASES = [
+    ((64, 128), 1, jnp.float32),
+    ((64, 128), 64, jnp.bfloat16),
+    ((192, 64), 16, jnp.float32),
+    ((320, 384), 23, jnp.bfloat16),
+]
 
 
 def drawn(seed: int, *shape: int) -> jax.Array:
@@ -34,9 +36,10 @@ def close(found: jax.Array, expected: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@ALL(sizes=st.sampled_from(SIZES), rows=st.sampled_from(ROWS), seed=st.integers(0, 99))
-def test_products_of_few_rows(sizes: tuple[int, int], rows: int, dtype: jnp.dtype, seed: int):
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(case=st.sampled_from(CASES), seed=st.integers(0, 99))
+def test_products_of_few_rows(case: tuple[tuple[int, int], int, jnp.dtype], seed: int):
+    sizes, rows, dtype = case
     x = drawn(seed, rows, sizes[0]).astype(dtype)
     weight = drawn(seed + 1, *sizes).astype(dtype)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
@@ -77,6 +80,23 @@ def test_what_the_kernel_of_few_rows_knows(rows: int, shape: tuple, dtype: jnp.d
     assert few_rows_gpu.knows(x, weight, is_gated=True) == (known and shape[1] % 128 == 0)
     mixed = jax.ShapeDtypeStruct((1, rows, shape[0]), jnp.float32)
     assert not few_rows_gpu.knows(mixed, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_gpu_kernels_are_lowered_for_a_gpu_that_is_not_here(rows: int):
+    """For products, parts of narrow weights, gates, and sums with their norm: four kernels."""
+    x, weight = (jax.ShapeDtypeStruct(one, jnp.bfloat16) for one in ((1, rows, 128), (128, 256)))
+    narrow = jax.ShapeDtypeStruct((256, 128), jnp.int8)
+
+    def layer(x: jax.Array, weight: jax.Array, narrow: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inner = few_rows_gpu.product(x, weight)
+        update = few_rows_gpu.parts(inner, narrow, jnp.ones(128))
+        total, normed = add_norm(x, update, jnp.ones(128, x.dtype), 1e-5)
+        return total, few_rows_gpu.gated(normed, weight)
+
+    with jax.sharding.use_abstract_mesh(ABSENT_GPU):
+        lowered = jax.jit(layer).trace(x, weight, narrow).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 4
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3])
