@@ -22,7 +22,9 @@ from medusa_jax.training.head_losses import (
     total_variation,
 )
 from medusa_jax.training.losses import MISS, TOP, Sums, each_target, over_chunks, targets_at
+from medusa_jax.training.mesh import held_back, put_together
 
+TEACHER = ("teacher", "tv", "lk_hybrid")  # losses that read the backbone's distribution
 EAL = ("eal", "selector_eal")  # expected accepted lengths in reports
 
 Params = dict[str, Any]
@@ -102,14 +104,16 @@ class HeadsObjective:
         if self.config.selector:
             token_map = heads.get("token_map")
             learned = selector_loss.with_table(heads[selector.NAME], embedding, token_map)
-        results = []
+        if self.config.shared or self.loss.kind in TEACHER:
+            projection = put_together(projection, self.sharding)
+        results: list[Any] = []
         for k in numbers:
             function = functools.partial(self._losses, k)
-            params = heads[f"head_{k}"], projection, learned, embedding
-            done = self._over(function, params, hidden, counted[k], given[k])
-            # One after the other, or the gradients of all heads would wait to be put together.
-            hidden, _ = jax.lax.optimization_barrier((hidden, jax.lax.stop_gradient(done)))
-            results.append(done)
+            # One after the other, or weights and gradients of all heads would be there at once.
+            before = jax.lax.stop_gradient(results[-1:])
+            own, hidden = held_back((heads[f"head_{k}"], hidden), before)
+            params = put_together(own, self.sharding), projection, learned, embedding
+            results.append(self._over(function, params, hidden, counted[k], given[k]))
         learnt, sums, ranks = zip(*results, strict=True)
         everywhere = counted.all(axis=0)
 
@@ -140,7 +144,7 @@ class HeadsObjective:
         if self.config.truncated:
             targets = rows_of(targets, heads["token_map"], self.vocab_size)
         given = {"targets": targets}
-        if self.loss.kind in ("teacher", "tv", "lk_hybrid"):
+        if self.loss.kind in TEACHER:
             given["teacher"] = jax.lax.stop_gradient(_ahead(hidden, k + 1))
         if self.config.selector:
             given["before"] = _ahead(batch["tokens"], k + 1)

@@ -1,11 +1,12 @@
 """The mesh of a training run (data, fsdp, tensor), and how its batches lie on it."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medusa_jax.errors import InputError
@@ -49,6 +50,42 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 def sharing_rows(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def put_together(weights: Any, sharding: NamedSharding | None) -> Any:
+    """Weights that each device holds whole from here on; their gradients are left as they are.
+
+    Else a compiler puts them together in each pass of a loop that multiplies by them.
+
+    Args:
+      sharding: of hidden states; None for one device. Weights split over `tensor` stay split.
+    """
+    if sharding is None or sharding.mesh.shape["tensor"] > 1:
+        return weights
+    place = NamedSharding(sharding.mesh, P())
+    return jax.tree.map(lambda leaf: _placed(leaf, place) if leaf.ndim > 1 else leaf, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _placed(array: jax.Array, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array, place)
+
+
+_placed.defvjp(lambda array, place: (_placed(array, place), None), lambda *given: given[-1:])
+
+
+def held_back(arrays: Any, before: Any) -> Any:
+    """Arrays that are there together, once others are; what has no gradient gets none by that."""
+    stopped, _ = jax.lax.optimization_barrier(jax.lax.stop_gradient((arrays, before)))
+    return jax.tree.map(_instead, arrays, stopped)
+
+
+@jax.custom_vjp
+def _instead(array: jax.Array, same: jax.Array) -> jax.Array:
+    return same
+
+
+_instead.defvjp(lambda array, same: (same, None), lambda _, change: (change, None))
 
 
 def check_batch(mesh: Mesh, optim: settings.Optim) -> None:

@@ -5,16 +5,21 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.paths import TESTS
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medusa_jax.distributed.rules import spec
 from medusa_jax.errors import InputError
 from medusa_jax.training import settings
-from medusa_jax.training.mesh import check_batch, make_mesh
+from medusa_jax.training.mesh import HIDDEN, check_batch, held_back, make_mesh, put_together
 
 STEPS = TESTS / "helpers/training_steps.py"
 # Of processes, and of devices in one: between them every axis is split alone or with others.
@@ -114,6 +119,43 @@ def test_the_table_of_specs():
 def test_a_mesh_that_does_not_divide_the_devices(mesh: settings.Mesh, message: str):
     with pytest.raises(InputError, match=message):
         make_mesh(mesh, [object()] * 8)
+
+
+def test_weights_are_put_together_unless_they_stay_split():
+    """On each device, before a loop; values and gradients are those of the weights alone."""
+    hidden = NamedSharding(make_mesh(settings.Mesh(1, 1, 1), jax.devices()[:1]), HIDDEN)
+    weights = {"vocab": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
+
+    def loss(weights: dict[str, jax.Array]) -> jax.Array:
+        whole = put_together(weights, hidden)
+        return jnp.sum(whole["vocab"] ** 2) + jnp.sum(whole["bias"])
+
+    grads = jax.grad(loss)(weights)
+    np.testing.assert_array_equal(grads["vocab"], 2 * weights["vocab"])
+    np.testing.assert_array_equal(grads["bias"], weights["bias"])
+    assert str(jax.make_jaxpr(loss)(weights)).count("sharding_constraint") == 1
+    split: Any = SimpleNamespace(mesh=FakeMesh())
+    for left in (None, split):
+        assert put_together(weights, left) is weights
+
+
+def test_what_is_held_back_is_multiplied_no_more_often():
+    """The frozen side of a product gets no gradient by waiting together with the other."""
+    weight, hidden = jnp.ones((4, 4)), jnp.ones((2, 4))
+
+    def products(held: bool, argnums: Any) -> int:
+        def loss(weight: jax.Array, hidden: jax.Array) -> jax.Array:
+            if held:
+                weight, hidden = held_back((weight, hidden), jnp.zeros(()))
+            return jnp.sum((hidden @ weight) ** 2)
+
+        found = jax.grad(loss, argnums)(weight, hidden)
+        expected = jax.grad(lambda w, h: jnp.sum((h @ w) ** 2), argnums)(weight, hidden)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        return str(jax.make_jaxpr(jax.grad(loss, argnums))(weight, hidden)).count("dot_general")
+
+    assert products(True, 0) == products(False, 0) == 2
+    assert products(True, (0, 1)) == products(False, (0, 1)) == 3
 
 
 def test_rows_that_do_not_divide_over_the_mesh():
