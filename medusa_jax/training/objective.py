@@ -28,7 +28,7 @@ from medusa_jax.training.losses import (
     over_chunks,
     targets_at,
 )
-from medusa_jax.training.mesh import put_together, sharing_rows
+from medusa_jax.training.mesh import sharing_rows
 from medusa_jax.training.remat import Remat
 
 Params = dict[str, Any]
@@ -196,7 +196,6 @@ class Objective:
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(lm))
             lm_sums, kl = jax.lax.cond(with_lm, lm, lambda: nothing)
         else:
-            projections = put_together(projections, self.sharding)
             lm_sums, kl = lm()
         if self.heads.truncated:
             projection = projection.rows(params["heads"]["token_map"])
