@@ -77,8 +77,7 @@ class Network:
     def _missing(self, params: Params, tokens: Array) -> int:
         """Tokens that each row [B, T] lacks for XLA's products of as many rows as are fast."""
         kernels = self._backbone.kernels
-        by_kernel = kernels.multiplies and precision(params) == jnp.bfloat16  # not in float32
-        by_xla = kernels.platform == "gpu" and not by_kernel
+        by_xla = kernels.platform == "gpu" and not kernels.multiplies_rows_of(precision(params))
         least = LEAST_ROWS if by_xla and not quantized(params["backbone"]) else 1
         return max(0, -(-least // len(tokens)) - tokens.shape[1])
 

@@ -30,14 +30,14 @@ PROGRAMS = 128  # that keep a large GPU at work
 FEW_PROGRAMS = 64  # fewer take longer than twice as many of half the outputs
 
 
-def knows(x: Array, weight: Array, *, is_gated: bool = False) -> bool:
+def knows(x: Array, weight: Array, *, gated: bool = False) -> bool:
     """Whether it multiplies rows [*dims, in] by a weight [in, out], narrow or of their type.
 
     Args:
-      is_gated: half of the outputs gate the others.
+      gated: half of the outputs gate the others.
     """
     inputs, outputs = weight.shape
-    whole = inputs % INPUTS == 0 and outputs % (min(OUTPUTS) * (1 + is_gated)) == 0
+    whole = inputs % INPUTS == 0 and outputs % (min(OUTPUTS) * (1 + gated)) == 0
     types = x.dtype in TYPES and weight.dtype in (x.dtype, *NARROW)
     return x.size // inputs <= MOST_ROWS and whole and types
 
@@ -48,44 +48,34 @@ def product(
     weight: Num[Array, "D F"],
     scale: Float[Array, " F"] | None = None,
     *,
+    gated: bool = False,
     interpret: bool = False,
-) -> Float[Array, "*dims F"]:
-    """W x of the last axis, accumulated in float32, in the type of x.
+) -> Float[Array, "*out"]:
+    """W x of the last axis, accumulated in float32, in the type of x [*dims, F].
 
     Args:
       scale: of each output, which its sum is multiplied by.
+      gated: the weight holds the outputs of G and, behind them, those of U, and the result is
+        silu(G x) * U x [*dims, F / 2].
       interpret: runs the kernel with XLA, on any device.
     """
-    how = {"width": _width(weight.shape[1], FEW_PROGRAMS), "gated": False}
-    return _call(x, weight, scale, x.dtype, parts=1, **how, interpret=interpret)[0]
+    width = _width(weight.shape[1] // (1 + gated), FEW_PROGRAMS)
+    return _call(x, weight, scale, x.dtype, 1, width, gated=gated, interpret=interpret)[0]
 
 
 @typed
 def parts(
-    x: Float[Array, "*dims D"],
-    weight: Num[Array, "D F"],
-    scale: Float[Array, " F"] | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "P *dims F"]:
-    """Parts that W x is the sum of, in float32, so many that a large GPU is at work."""
+    x: Float[Array, "*dims D"], weight: Num[Array, "D F"], scale: Float[Array, " F"] | None = None,
+    *, interpret: bool = False,
+) -> Float[Array, "P *dims F"]:  # fmt: skip
+    """Parts that W x is the sum of, in float32, so many that a large GPU is at work.
+
+    Args:
+      scale, interpret: as of `product`.
+    """
     width = _width(weight.shape[1])
     count = max(1, min(PROGRAMS * width // weight.shape[1], len(weight) // INPUTS))
-    how = {"width": width, "gated": False}
-    return _call(x, weight, scale, jnp.float32, count, **how, interpret=interpret)
-
-
-@typed
-def gated(
-    x: Float[Array, "*dims D"],
-    weight: Num[Array, "D two_F"],
-    scale: Float[Array, " two_F"] | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "*dims F"]:
-    """silu(G x) * U x of a weight that holds the outputs of G and, behind them, those of U."""
-    how = {"width": _width(weight.shape[1] // 2, FEW_PROGRAMS), "gated": True}
-    return _call(x, weight, scale, x.dtype, parts=1, **how, interpret=interpret)[0]
+    return _call(x, weight, scale, jnp.float32, count, width, gated=False, interpret=interpret)
 
 
 def _width(outputs: int, programs: int = 1) -> int:
@@ -99,7 +89,7 @@ def _call(
     gated: bool, interpret: bool,
 ) -> Array:  # fmt: skip
     """The parts of a product [P, *dims, out]; a program computes so many outputs."""
-    dims, inputs, outputs = x.shape[:-1], x.shape[-1], weight.shape[1] // (2 if gated else 1)
+    dims, inputs, outputs = x.shape[:-1], x.shape[-1], weight.shape[1] // (1 + gated)
     rows = math.prod(dims)
     arrays = [x.reshape(rows, inputs), weight, *([] if scale is None else [scale])]
     result = pl.pallas_call(

@@ -47,6 +47,14 @@ class KernelChoice:
         """Whether `few_rows_gpu` multiplies what it knows, and `add_norm_gpu` adds its parts."""
         return "products" in self.used and self.on_one_device and self.platform == "gpu"
 
+    def multiplies_rows_of(self, dtype: Any) -> bool:
+        """Whether `few_rows_gpu` multiplies rows of this type, by weights that it knows."""
+        if not self.multiplies:
+            return False
+        from medusa_jax.kernels import few_rows_gpu
+
+        return dtype in few_rows_gpu.TYPES
+
     def reads_projections(self, width: int) -> bool:
         """Whether a kernel attends with heads of this width that are not rotated yet."""
         knows = {"gpu": width >= 32 and width.bit_count() == 1, "tpu": width == TPU_LANES}

@@ -72,11 +72,11 @@ class Linear(nn.Module):
             return None
         from medusa_jax.kernels import few_rows_gpu
 
-        if not few_rows_gpu.knows(x, weight.data, is_gated=self.gated):
+        if not few_rows_gpu.knows(x, weight.data, gated=self.gated):
             return None
-        whole = few_rows_gpu.gated if self.gated else few_rows_gpu.product
-        multiply = few_rows_gpu.parts if self.in_parts else whole
-        return multiply(x, weight.data, weight.scale)
+        if self.in_parts:
+            return few_rows_gpu.parts(x, weight.data, weight.scale)
+        return few_rows_gpu.product(x, weight.data, weight.scale, gated=self.gated)
 
 
 def projections(

@@ -2,7 +2,8 @@
 
 Files, training and `Module.init` hold a weight as a plain array [out, in]. Decoding holds a
 `Weight`, in the order that is fast for the 1 to 64 rows of a tree: [out, in] for the kernel of
-`kernels.few_rows`, [in, out] for XLA's products, which take half the time in that order on a CPU.
+`kernels.few_rows`, [in, out] for XLA's products, which take half the time in that order on a CPU,
+and for the kernel of a GPU.
 Modules read all of them by `linear.parameter`, so a path means the same weight in every layout.
 
 A quantized weight holds narrow numbers and a scale: W = scale * data. Only weights are narrow;

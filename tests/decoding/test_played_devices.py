@@ -19,8 +19,8 @@ from medusa_jax.serving.jobs import Job
 
 PROMPTS = [[1, 2, 3], [token % 40 for token in range(1, 61)], [5, 6, 7, 8, 9]]
 # Of sizes that the kernel of few rows multiplies.
-WIDE = dataclasses.replace(TINY, hidden_size=64, ffn_size=192, num_heads=6, num_kv_heads=1)
-WIDE = dataclasses.replace(WIDE, head_dim=16, vocab_size=64)
+SIZES = {"vocab_size": 64, "hidden_size": 64, "ffn_size": 192, "head_dim": 16}
+WIDE = dataclasses.replace(TINY, **SIZES, num_heads=6, num_kv_heads=1)
 NORMS = {"qk_norm": True, "windows": (None, 3)}
 PATHS = [[0], [1], [0, 0]]
 

@@ -17,7 +17,7 @@ from medusa_jax.model.kernel_choice import KernelChoice
 
 KERNELS = ((cache_attention_gpu, "attention"), (add_norm_gpu, "add_norm"))
 KERNELS += ((projected_attention_tpu, "attention"),)
-KERNELS += tuple((few_rows_gpu, name) for name in ("product", "parts", "gated"))
+KERNELS += tuple((few_rows_gpu, name) for name in ("product", "parts"))
 # A GPU that is not here, for which Pallas lowers kernels in `jax.sharding.use_abstract_mesh`.
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 ABSENT_GPU = AbstractMesh((1,), ("x",), abstract_device=H100)
@@ -34,4 +34,4 @@ def play(platform: str, patch: Callable[[Any, str, Any], None]) -> None:
         patch(module, name, functools.partial(getattr(module, name), interpret=True))
     patch(few_rows_gpu, "TYPES", (jnp.float32, jnp.bfloat16))
     patch(KernelChoice, "platform", platform)
-    patch(KernelChoice, "reads_projections", lambda self, _: self.used)
+    patch(KernelChoice, "reads_projections", lambda self, _: self.attends)

@@ -54,7 +54,10 @@ def test_products_of_few_rows(case: tuple[tuple[int, int], int, jnp.dtype], seed
     close(parts.sum(axis=0), sums * np.asarray(scale))
     gate, up = np.split(expected, 2, axis=1)
     if sizes[1] == 2 * few_rows_gpu.OUTPUTS[1]:
-        close(few_rows_gpu.gated(x, weight, interpret=True), gate / (1 + np.exp(-gate)) * up)
+        close(
+            few_rows_gpu.product(x, weight, gated=True, interpret=True),
+            gate / (1 + np.exp(-gate)) * up,
+        )
 
 
 def test_so_many_parts_that_a_large_gpu_is_at_work():
@@ -77,7 +80,7 @@ def test_so_many_parts_that_a_large_gpu_is_at_work():
 def test_what_the_kernel_of_few_rows_knows(rows: int, shape: tuple, dtype: jnp.dtype, known: bool):
     x, weight = (jax.ShapeDtypeStruct(size, dtype) for size in ((1, rows, shape[0]), shape))
     assert few_rows_gpu.knows(x, weight) == known
-    assert few_rows_gpu.knows(x, weight, is_gated=True) == (known and shape[1] % 128 == 0)
+    assert few_rows_gpu.knows(x, weight, gated=True) == (known and shape[1] % 128 == 0)
     mixed = jax.ShapeDtypeStruct((1, rows, shape[0]), jnp.float32)
     assert not few_rows_gpu.knows(mixed, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
 
@@ -92,7 +95,7 @@ def test_gpu_kernels_are_lowered_for_a_gpu_that_is_not_here(rows: int):
         inner = few_rows_gpu.product(x, weight)
         update = few_rows_gpu.parts(inner, narrow, jnp.ones(128))
         total, normed = add_norm(x, update, jnp.ones(128, x.dtype), 1e-5)
-        return total, few_rows_gpu.gated(normed, weight)
+        return total, few_rows_gpu.product(normed, weight, gated=True)
 
     with jax.sharding.use_abstract_mesh(ABSENT_GPU):
         lowered = jax.jit(layer).trace(x, weight, narrow).lower(lowering_platforms=("cuda",))
