@@ -22,7 +22,7 @@ _LOST = re.compile(
     r"Gloo|NCCL|UNAVAILABLE|Socket closed|Connection (reset|closed|refused)|unhealthy|"
     r"coordination service|Barrier timed out|heartbeat"
 )
-_HEARTBEAT = 30  # seconds without a sign of life, after which a process counts as gone
+HEARTBEAT = 30  # seconds without a sign of life, after which a process counts as gone
 _PATIENCE = 5.0  # seconds in which the others may leave, too
 
 
@@ -57,7 +57,7 @@ def join(*address: Any) -> None:
     # JAX 0.10 cannot call a Python function here: it aborts without a stack trace instead.
     api.get_distributed_runtime_client = functools.partial(client, missed_heartbeat_callback=_gone)
     try:
-        jax.distributed.initialize(*address, heartbeat_timeout_seconds=_HEARTBEAT)
+        jax.distributed.initialize(*address, heartbeat_timeout_seconds=HEARTBEAT)
     finally:
         api.get_distributed_runtime_client = client
     _run.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_gone)
@@ -108,5 +108,9 @@ def _end() -> None:
     """Says what has happened, and ends at once, before C++ can say it in words of its own."""
     with _run.lock:  # whoever comes second has nothing to add
         parts = "another process is gone", _run.advice(), "start all again"
-        os.write(2, f"\nerror: {'; '.join(filter(None, parts))}\n".encode())
+        said = f"\nerror: {'; '.join(filter(None, parts))}\n".encode()
+        stderr = os.dup(2)
+        with open(os.devnull, "wb") as nowhere:  # for what C++ is about to say meanwhile
+            os.dup2(nowhere.fileno(), 2)
+        os.write(stderr, said)
         os._exit(1)

@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers.runs import launch, lines, train, wait_for_checkpoint
 from safetensors.numpy import load_file
 
+from medusa_jax.distributed import partners
 from medusa_jax.training import checkpoints, workdir
 from medusa_jax.training.checkpoints import Checkpoints
 
@@ -87,7 +88,8 @@ def test_what_is_left_of_two_processes_says_so_and_ends(place: Path, tmp_path: P
     killed = time.monotonic()
     _, err = processes[1 - victim].communicate(timeout=60)
     processes[victim].communicate()
-    assert time.monotonic() - killed < 20  # at once, but for a busy machine
+    # At once; by missing heartbeats where it was killed while it saved; and a busy machine is slow.
+    assert time.monotonic() - killed < partners.HEARTBEAT + 15
     assert processes[1 - victim].returncode == 1
     assert "stack trace" not in err and "Traceback" not in err
     last = Checkpoints(tmp_path / "run").latest
