@@ -18,6 +18,7 @@ from medusa_jax.checkpoints.heads import head_file, open_heads
 from medusa_jax.checkpoints.hub import resolve, shipped
 from medusa_jax.decoding.compilation import abstract_state, compile_run, on_tpu
 from medusa_jax.decoding.decoder import Decoder
+from medusa_jax.decoding.prefill import round_up
 from medusa_jax.decoding.stats import step_bytes
 from medusa_jax.distributed.aot import DoesNotFit, Memory, compile_within
 from medusa_jax.distributed.hlo import Program
@@ -29,6 +30,7 @@ from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.reports import number_cell, table
 
+SLOT_BLOCK = 256  # slots that a kernel reads at a time, or fewer
 NOTE = (
     "Bytes of one device, in MB. Needed: weights, heads in use, and a cache that is full. Moved: "
     "what the loop's instructions read and write in the device's main memory. Cycles are the "
@@ -96,7 +98,9 @@ def compile_step(decoder: Decoder, params: Any, batch: int, name: str) -> dict[s
     program, seconds = compile_within(
         name, mesh, lambda: compile_run(decoder, params, state, open_order=on_tpu(params))
     )
-    read = traffic(Program.parse(program.as_text()), score_elements(decoder, batch))
+    read = traffic(
+        Program.parse(program.as_text()), score_elements(decoder, batch), filled_share(decoder)
+    )
     tokens = batch * decoder.capacity
     return {
         "size": decoder.drafter.size,
@@ -114,6 +118,12 @@ def score_elements(decoder: Decoder, batch: int) -> int:
     shape = decoder.mesh.shape if decoder.mesh else {}
     heads = decoder.config.num_heads // math.prod(shape.get(axis, 1) for axis in HEADS)
     return batch * heads * decoder.drafter.size * decoder.cache_slots
+
+
+def filled_share(decoder: Decoder) -> float:
+    """Share of the slots of a full row that kernels read: the room behind them is empty."""
+    filled = round_up(decoder.capacity, SLOT_BLOCK)
+    return min(1.0, filled / decoder.cache_slots)
 
 
 def figures(read: Traffic) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 An instruction reads its operands and writes its result. Arrays in a TPU's memory on chip cost
 nothing here; a fusion that cuts or gathers rows of an operand reads those rows only, and an update
 in place writes what is new. An instruction that calls a kernel of ours counts as if it read its
-operands whole, but a single layer of a cache.
+operands whole, but of a cache the filled slots of a single layer.
 """
 
 import collections
@@ -51,14 +51,15 @@ class Traffic:
         return self.bytes.total()
 
 
-def traffic(program: Program, scores: int = 0) -> Traffic:
+def traffic(program: Program, scores: int = 0, filled: float = 1) -> Traffic:
     """What a pass of the program's loop moves; of a program without a loop, all of it.
 
     Args:
       program: a function of `params` and of a `state` whose cache it updates.
       scores: elements of an array that holds a score for each query and slot of the cache.
+      filled: share of the slots of a cache that kernels of ours read.
     """
-    return _Reader(program, scores).read()
+    return _Reader(program, scores, filled).read()
 
 
 class _Sizes:
@@ -124,9 +125,9 @@ class _Sizes:
 class _Reader(_Sizes):
     """A program while it is read."""
 
-    def __init__(self, program: Program, scores: int) -> None:
+    def __init__(self, program: Program, scores: int, filled: float) -> None:
         super().__init__(program)
-        self._scores = scores
+        self._scores, self._filled = scores, filled
         loops = [one for one in program.computations[program.entry] if one.opcode == "while"]
         self._loop = loops[0] if len(loops) == 1 else None
         self._pass = self._loop.called("body") if self._loop else program.entry
@@ -172,10 +173,12 @@ class _Reader(_Sizes):
                         weights.append(array.size)
                     if array.space == 0:
                         kind = self._kind(place, operand, origin, array)
-                        stack = kind == "cache" and one.opcode == "custom-call" and array.dims[4:]
-                        # Our kernels read a layer of the cache of all layers [B, L, ...].
-                        share = array.dims[1] if stack else 1
-                        yield kind, self._read_of(one, position, array) // share
+                        size = self._read_of(one, position, array)
+                        if kind == "cache" and one.opcode == "custom-call":
+                            # Our kernels read a layer of the cache of all layers [B, L, ...].
+                            size = round(size * self._filled)
+                            size //= array.dims[1] if array.dims[4:] else 1
+                        yield kind, size
         if one.opcode.endswith("-start"):
             return  # written when it is done
         for array, size in self._written(one, lines):

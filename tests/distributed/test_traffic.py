@@ -15,8 +15,8 @@ ADD = """
 LABEL = "metadata={op_name=\"params[\\'backbone\\'][\\'up\\'].data\"}"
 
 
-def of(text: str, scores: int = 0) -> Traffic:
-    return traffic(Program.parse(ADD + text), scores)
+def of(text: str, scores: int = 0, filled: float = 1) -> Traffic:
+    return traffic(Program.parse(ADD + text), scores, filled)
 
 
 def test_an_array_knows_its_bytes_and_its_memory():
@@ -132,6 +132,20 @@ def test_a_pass_of_a_loop_reads_rows_scores_and_cache_and_appends_in_place():
     }
     assert found.call_bytes == {"weights": weight, "weight copies": weight}
     assert (found.kernels, found.cycles) == (4, None)
+
+
+def test_a_kernel_reads_the_filled_slots_of_a_layer():
+    """Of 3 layers with 128 slots, 96 of them filled; an instruction of XLA's reads all."""
+    text = """
+ENTRY %main (keys: bf16[2,3,4,8,128], x: bf16[2,4,8]) -> bf16[2,4,8] {{
+  %keys = bf16[2,3,4,8,128]{{4,3,2,1,0}} parameter(0), metadata={{op_name="state.cache.keys"}}
+  %x = bf16[2,4,8]{{2,1,0}} parameter(1)
+  ROOT %y = bf16[2,4,8]{{2,1,0}} {}(%x, %keys)
+}}"""
+    layer = 2 * 4 * 8 * 128 * 2
+    assert of(text.format("custom-call"), filled=0.75).bytes["cache"] == layer * 3 // 4
+    assert of(text.format("custom-call")).bytes["cache"] == layer
+    assert of(text.format("dot"), filled=0.75).bytes["cache"] == 3 * layer
 
 
 def test_a_part_of_a_padded_array_is_read_in_proportion():
