@@ -9,14 +9,11 @@ import pytest
 
 from medusa_jax.data.corpus import Corpus
 from medusa_jax.data.encoding import encode
-from medusa_jax.data.prompts import Request
 from medusa_jax.data.tokenizer import ChatTokenizer
 from medusa_jax.errors import InputError
 from medusa_jax.files import locked
 from medusa_jax.serving.continued_output import resume, settings
-from medusa_jax.serving.distill_inputs import Skipped, read, word_range
 from medusa_jax.serving.distill_options import DistillOptions
-from medusa_jax.serving.distillation import until
 from medusa_jax.serving.generator import Generator
 
 FULL_STOP = 426  # the token "." of stories260K
@@ -312,23 +309,6 @@ def test_wrong_flags_exit_with_2_and_one_message(run, tales, tmp_path, flags, me
     assert not (tmp_path / "o").exists()
 
 
-def test_what_is_asked_of_conversations(tmp_path):
-    """The user's turns after the system's; a tool's answer is to what this model has not asked."""
-    talks, prompts = tmp_path / "talks.jsonl", tmp_path / "prompts.jsonl"
-    turns = [("Human", "When?"), ("function_call", "now()"), ("tool", "12"), ("GPT", "Noon.")]
-    turns += [("prompter", "Sure?"), ("bard", "Yes.")]
-    said = [{"from": speaker, "value": value} for speaker, value in turns]
-    talks.write_text(json.dumps({"system": "Be brief.", "conversation": said}) + "\nno JSON\n")
-    prompts.write_text('{"turns": ["Tom"]}\nno JSON\n{"prompt": "a\\ud800"}\n')
-    options = DistillOptions(data=[str(talks), str(prompts)], output="o")
-    skipped = Skipped("skip")
-    first, *others = read(options, skipped)
-    assert first.turns == ("When?", "Sure?")
-    assert first.history == ({"role": "system", "content": "Be brief."},)
-    assert [other.turns for other in others] == [("Tom",), ("a\ufffd",)]
-    assert skipped.count == 2 and f"{talks}, line 2: not JSON" in str(skipped)
-
-
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_the_model_makes_up_questions_that_it_can_be_asked(run, model, tmp_path):
@@ -349,22 +329,7 @@ def test_the_model_makes_up_questions_that_it_can_be_asked(run, model, tmp_path)
     assert code == 0 and asked == [one["prompt"] for one in made]
 
 
-def test_time_ends_the_asking_and_nothing_else():
-    inputs = [(i, Request(("a",))) for i in range(3)]
-    assert list(until(inputs, None)) == list(until(inputs, 5.0)) == inputs
-    assert list(until(inputs, -1.0)) == []
-
-
 @pytest.mark.parametrize("flags", [[], ["--data", "a.jsonl", "--questions", 3]])
 def test_either_data_or_questions(run, tmp_path, flags):
     code, err = run("--model", "none", "--output", tmp_path / "o", *flags)
     assert code == 2 and "give either" in err and err.count("error:") == 1
-
-
-def test_word_ranges():
-    assert word_range(None) is None
-    assert word_range("7") == (7, 7)
-    assert word_range("4-12") == (4, 12)
-    for flag in ("0", "-3", "4-", "a"):
-        with pytest.raises(InputError, match="--words"):
-            word_range(flag)
