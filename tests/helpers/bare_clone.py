@@ -83,4 +83,4 @@ def run_line(line: str, target: Path) -> subprocess.CompletedProcess[str]:
     program, *arguments = shlex.split(line)
     programs = {"python": sys.executable, "mkdir": "mkdir"}
     assert program in programs, f"a documented command runs {program}: {line}"
-    return run([programs[program], *arguments], target)
+    return run([programs[program], *arguments], target, optimized=False)
