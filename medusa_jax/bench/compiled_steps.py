@@ -26,11 +26,11 @@ from medusa_jax.distributed.rules import HEADS, decode_mesh
 from medusa_jax.distributed.topology import chip_bytes, devices
 from medusa_jax.distributed.traffic import Traffic, traffic
 from medusa_jax.drafting.medusa_heads import HeadsConfig
+from medusa_jax.kernels.cache_attention_tpu import SLOT_BLOCK  # a GPU's kernel has smaller ones
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.reports import number_cell, table
 
-SLOT_BLOCK = 256  # slots that a kernel reads at a time, or fewer
 NOTE = (
     "Bytes of one device, in MB. Needed: weights, heads in use, and a cache that is full. Moved: "
     "what the loop's instructions read and write in the device's main memory. Cycles are the "

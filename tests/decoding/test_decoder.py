@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import hugging_face
 from helpers.models import TINY, TinyModel, random_model
+from helpers.texts import decode
 
 from medusa_jax.checkpoints.load import load_model
 from medusa_jax.decoding.acceptance import Greedy, Lossless, Typical
@@ -23,10 +24,6 @@ from medusa_jax.errors import InputError
 
 BUSHY = Tree.from_lists([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 PROMPTS = [[1, 5], [7], [3, 9, 2, 30, 4, 11, 6], list(range(20))]
-
-
-def _decode(decoder: Decoder, params, prompts, **settings):
-    return outputs(decoder.generate(params, decoder.prefill(params, prompts, **settings)))
 
 
 # --- against Hugging Face ---------------------------------------------------------------------
@@ -45,7 +42,7 @@ def test_greedy_text_equals_hugging_face(shared, name):
         decoder = Decoder(model.config, drafter, Greedy(), suppress=suppress)
         for rows in (slice(0, 1), slice(None)):
             settings = {"max_new_tokens": 60, "stop_ids": model.stop_ids}
-            results = _decode(decoder, model.params, prompts[rows], **settings)
+            results = decode(decoder, model.params, prompts[rows], **settings)
             assert [result.token_ids for result in results] == expected[rows]
 
 
@@ -78,7 +75,7 @@ def test_greedy_text_past_a_sliding_window(tmp_path):
     for tree in (Tree(), BUSHY):
         decoder = Decoder(model.config, drafter_of_heads(random.heads, tree))
         params = model.params | {"heads": random.params["heads"]}
-        results = _decode(decoder, params, prompts, max_new_tokens=48)
+        results = decode(decoder, params, prompts, max_new_tokens=48)
         assert [result.token_ids for result in results] == expected
 
 
@@ -92,10 +89,10 @@ def test_batched_rows_equal_single_rows(tiny: TinyModel, scheme):
     decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY), scheme)
     limits = [30, 7, 50, 1]
     keys = row_keys(3, [(row, 0) for row in range(4)])
-    batch = _decode(decoder, tiny.params, PROMPTS, max_new_tokens=limits, keys=keys)
+    batch = decode(decoder, tiny.params, PROMPTS, max_new_tokens=limits, keys=keys)
     assert [len(result.token_ids) for result in batch] == limits
     for row, result in enumerate(batch):
-        (single,) = _decode(
+        (single,) = decode(
             decoder,
             tiny.params,
             PROMPTS[row : row + 1],
@@ -109,9 +106,9 @@ def test_batched_rows_equal_single_rows(tiny: TinyModel, scheme):
 def test_medusa_equals_plain_decoding(tiny: TinyModel):
     """Greedy, unequal prompts, some guesses right and some wrong."""
     settings = {"max_new_tokens": 60}
-    plain = _decode(Decoder(tiny.config), tiny.params, PROMPTS, **settings)
+    plain = decode(Decoder(tiny.config), tiny.params, PROMPTS, **settings)
     for tree in (BUSHY, Tree.chain(3), Tree.chain(1)):
-        medusa = _decode(
+        medusa = decode(
             Decoder(tiny.config, drafter_of_heads(tiny.heads, tree)),
             tiny.params,
             PROMPTS,
@@ -127,7 +124,7 @@ def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel):
     """Blocks of 16, the last one moved back: the same text as in one pass."""
     prompts = [list(np.arange(length) % 37) for length in (61, 16, 17, 40)]
     decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY), capacity=80)
-    whole = _decode(decoder, tiny.params, prompts, max_new_tokens=12)
+    whole = decode(decoder, tiny.params, prompts, max_new_tokens=12)
     keys = row_keys(0, [(row, 0) for row in range(4)])
     inputs = padded(decoder, prompts, [12] * 4, [()] * 4, width=70)
     state = decoder.run_prefill(tiny.params, *inputs, keys, block=16)
@@ -146,7 +143,7 @@ def test_long_prompts_are_prefilled_in_blocks(tiny: TinyModel):
 def test_stream_yields_what_generate_writes(tiny: TinyModel):
     decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
     settings = {"max_new_tokens": [25, 3], "stop_ids": [2]}
-    expected = _decode(decoder, tiny.params, PROMPTS[:2], **settings)
+    expected = decode(decoder, tiny.params, PROMPTS[:2], **settings)
     steps = decoder.stream(tiny.params, decoder.prefill(tiny.params, PROMPTS[:2], **settings))
     texts: list[list[int]] = [[], []]
     while True:
@@ -165,13 +162,13 @@ def test_stream_yields_what_generate_writes(tiny: TinyModel):
 def test_a_row_ends_at_a_stop_token_inside_an_accepted_path(tiny: TinyModel):
     """Whatever token of the plain text is made a stop token, the text ends with it."""
     decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
-    (whole,) = _decode(decoder, tiny.params, [[1, 5]], max_new_tokens=40)
+    (whole,) = decode(decoder, tiny.params, [[1, 5]], max_new_tokens=40)
     assert whole.finish_reason == "length"
     ends = np.cumsum(whole.tokens_per_step)
     inside = 0
     for token in set(whole.token_ids):
         first = whole.token_ids.index(token)
-        (cut,) = _decode(
+        (cut,) = decode(
             decoder, tiny.params, [[1, 5]], max_new_tokens=40, stop_ids=[token, 1_000_000]
         )
         assert cut.token_ids == whole.token_ids[: first + 1]
@@ -183,11 +180,11 @@ def test_a_row_ends_at_a_stop_token_inside_an_accepted_path(tiny: TinyModel):
 
 @pytest.mark.slow
 def test_suppressed_tokens_are_never_made(tiny: TinyModel):
-    (free,) = _decode(Decoder(tiny.config), tiny.params, [[1, 5]], max_new_tokens=30)
+    (free,) = decode(Decoder(tiny.config), tiny.params, [[1, 5]], max_new_tokens=30)
     banned = tuple(sorted(set(free.token_ids)))[:3]
     for scheme in (Greedy(), Lossless(2.0), Typical(2.0)):
         decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY), scheme, suppress=banned)
-        (result,) = _decode(decoder, tiny.params, [[1, 5]], max_new_tokens=60)
+        (result,) = decode(decoder, tiny.params, [[1, 5]], max_new_tokens=60)
         assert not set(banned) & set(result.token_ids)
 
 
@@ -207,14 +204,14 @@ def test_bfloat16_decodes(tiny: TinyModel):
 @pytest.mark.slow
 def test_nothing_recompiles_for_another_prompt_or_limit(tiny: TinyModel):
     decoder = Decoder(tiny.config, drafter_of_heads(tiny.heads, BUSHY))
-    _decode(decoder, tiny.params, [[1, 5], [2]], max_new_tokens=9, stop_ids=[3])
+    decode(decoder, tiny.params, [[1, 5], [2]], max_new_tokens=9, stop_ids=[3])
     compiled = []
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         keys = row_keys(8, [(4, 4), (5, 5)])
         compiled.clear()
-        _decode(
+        decode(
             decoder,
             tiny.params,
             [list(range(11)), [9, 9]],
@@ -253,7 +250,7 @@ def test_capacity_is_checked_before_decoding(tiny: TinyModel):
         InputError, match=r"prompt 1 has 20 tokens and 13 new .* 33 exceed a capacity of 32"
     ):
         decoder.prefill(tiny.params, [[1], [2] * 20], max_new_tokens=13)
-    assert len(_decode(decoder, tiny.params, [[2] * 20], max_new_tokens=12)[0].token_ids) == 12
+    assert len(decode(decoder, tiny.params, [[2] * 20], max_new_tokens=12)[0].token_ids) == 12
     context = Decoder(tiny.config)
     with pytest.raises(InputError, match="the model's context of 128 tokens"):
         context.prefill(tiny.params, [[1] * 100], max_new_tokens=29)

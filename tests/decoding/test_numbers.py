@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.models import TinyModel
+from helpers.texts import decode
 
 from medusa_jax.decoding import decoder as module
 from medusa_jax.decoding.acceptance import Lossless, Typical
 from medusa_jax.decoding.decoder import Decoder
 from medusa_jax.decoding.sampling import row_keys, scaled, warp
-from medusa_jax.decoding.state import Output, outputs
 from medusa_jax.decoding.step import finite
 from medusa_jax.drafting.draft_model import DraftModel
 from medusa_jax.drafting.of_heads import drafter_of_heads
@@ -20,10 +20,6 @@ from medusa_jax.drafting.tree import Tree
 from medusa_jax.errors import InputError
 
 BUSHY = Tree.from_lists([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
-
-
-def decode(decoder: Decoder, params, prompts, **settings) -> list[Output]:
-    return outputs(decoder.generate(params, decoder.prefill(params, prompts, **settings)))
 
 
 def spoiled(params: dict, token: int, value: float) -> dict:

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from helpers.texts import decode
 from helpers.tiers import slow_except
 
 from medusa_jax.decoding.acceptance import Acceptance, Greedy, Typical
 from medusa_jax.decoding.decoder import Decoder
-from medusa_jax.decoding.state import outputs
 from medusa_jax.drafting.of_heads import drafter_of_heads
 from medusa_jax.drafting.tree import Tree
 
@@ -19,10 +19,6 @@ SMALL15 = Tree.from_lists(
 )
 MODES = [("greedy", 0), ("typical", 0.7), ("typical", 1)]
 RECORDED = ("mc_sim_7b_63", "vicuna_7b_stage2", "chain4", "small15")
-
-
-def _decode(decoder: Decoder, params, prompts, **settings):
-    return outputs(decoder.generate(params, decoder.prefill(params, prompts, **settings)))
 
 
 @pytest.mark.parametrize("tree_name", slow_except(RECORDED, "chain4"))
@@ -39,7 +35,7 @@ def test_recorded_runs_of_the_original(stories, golden, tree_name, mode, tempera
         and record["temperature"] == temperature
     ]
     assert len(records) == 5
-    results = _decode(
+    results = decode(
         Decoder(stories.config, drafter_of_heads(stories.heads, tree), scheme),
         stories.params,
         [record["prompt_ids"] for record in records],
@@ -52,7 +48,7 @@ def test_recorded_runs_of_the_original(stories, golden, tree_name, mode, tempera
 
 def test_recorded_plain_runs(stories, golden):
     records = [record for record in golden if record["mode"] == "plain_greedy"]
-    results = _decode(
+    results = decode(
         Decoder(stories.config),
         stories.params,
         [record["prompt_ids"] for record in records],

@@ -19,10 +19,7 @@ from helpers.acceptance import (
 )
 from helpers.tiers import slow_except
 
-from medusa_jax.decoding.acceptance import (
-    Context,
-    Typical,
-)
+from medusa_jax.decoding.acceptance import Context, Typical
 from medusa_jax.drafting.tree import Tree
 
 
