@@ -26,7 +26,6 @@ from medusa_jax.distributed.rules import HEADS, decode_mesh
 from medusa_jax.distributed.topology import chip_bytes, devices
 from medusa_jax.distributed.traffic import Traffic, traffic
 from medusa_jax.drafting.medusa_heads import HeadsConfig
-from medusa_jax.kernels.cache_attention_tpu import SLOT_BLOCK  # a GPU's kernel has smaller ones
 from medusa_jax.model.config import ModelConfig
 from medusa_jax.model.presets import PRESETS
 from medusa_jax.reports import number_cell, table
@@ -122,6 +121,8 @@ def score_elements(decoder: Decoder, batch: int) -> int:
 
 def filled_share(decoder: Decoder) -> float:
     """Share of the slots of a full row that kernels read: the room behind them is empty."""
+    from medusa_jax.kernels.cache_attention_tpu import SLOT_BLOCK  # a GPU's is smaller
+
     filled = round_up(decoder.capacity, SLOT_BLOCK)
     return min(1.0, filled / decoder.cache_slots)
 
